@@ -1,0 +1,43 @@
+"""The values that travel between rooms. One field a line: dtype, shape, meaning.
+
+B prompts, K rewrites of one prompt, S prompt length, T completion length, L retriever text length,
+P targets of a query, Q rewrites in a row (B x K).
+"""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Prompts, aligned right: padding stands on the left."""
+
+    tokens_BxS: jax.Array  # int32, policy token ids
+    mask_BxS: jax.Array  # bool, False on padding
+
+
+@flax.struct.dataclass
+class Rollout:
+    """K sampled completions of each prompt, aligned left."""
+
+    tokens_BxKxT: jax.Array  # int32, policy token ids; the pad id after the end token
+    mask_BxKxT: jax.Array  # bool, True up to and including the end token
+    logprobs_BxKxT: jax.Array  # float32, log-probability under the distribution sampled from
+
+
+@flax.struct.dataclass
+class Rewrites:
+    """What the completions say, ready for the retriever's text tower."""
+
+    tokens_BxKxL: jax.Array  # int32, retriever token ids
+    mask_BxKxL: jax.Array  # bool, False on padding
+    well_formed_BxK: jax.Array  # bool, the answer follows the output format and is not empty
+
+
+@flax.struct.dataclass
+class Ranks:
+    """Where the targets of each rewrite stand in the whole corpus."""
+
+    rank_QxP: jax.Array  # int32, 1 is best, 0 where the target is padding
+    similarity_QxP: jax.Array  # float32, rewrite against target
+    log_partition_Q: jax.Array  # float32, log-sum-exp of all similarities over the temperature
