@@ -38,6 +38,11 @@ PAIRS = (
     ("untrained", "raw query"),
 )
 DECODINGS = ("greedy", "sampled")
+SHIFTS = {
+    "noisy": "queries with typing errors",
+    "long": "long descriptions",
+    "languages": "queries in other languages",
+}
 EXAMPLES = 12  # queries in the before-and-after picture
 EXAMPLE_SEED = 0
 
@@ -102,7 +107,8 @@ def write(
 
     Args:
       workdir: the run's directory.
-      test_sets: the one the headline is about comes first.
+      test_sets: one for each name and shift; those named as the first are the main ones, which
+        the headline and the examples are about.
       log: the lines of metrics.jsonl; unknown, missing and null entries are passed over.
       corpus_images: gives the picture of a corpus row.
       about: what made these numbers, printed at the end; its entry "command", if any, is shown as
@@ -117,7 +123,9 @@ def write(
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     numbers = {"test_sets": [_numbers(test_set) for test_set in test_sets], "about": about}
-    examples = _examples(test_sets[0]) if test_sets else None
+    main = [test_set for test_set in test_sets if test_set.name == test_sets[0].name]
+    drawn = [_examples(test_set, max(4, EXAMPLES // len(main))) for test_set in main]
+    examples = [example for example in drawn if example is not None]
     has_curves = _write_curves(workdir / "curves.png", log)
     if examples:
         _write_before_after(workdir / "before_after.png", examples, corpus_images)
@@ -225,7 +233,7 @@ class _Examples(NamedTuple):
     rule: str  # how they were chosen
 
 
-def _examples(test_set: TestSet) -> _Examples | None:
+def _examples(test_set: TestSet, count: int = EXAMPLES) -> _Examples | None:
     stages = ("raw query", "untrained", "warm-up", "GRPO")
     present = [found for stage in stages if (found := test_set.find(stage, "greedy"))]
     if len(present) < 2:
@@ -237,59 +245,69 @@ def _examples(test_set: TestSet) -> _Examples | None:
     gains, losses = np.flatnonzero(moved > 0), np.flatnonzero(moved < 0)
     if not len(gains) + len(losses):
         return None
-    counts = _split(len(gains), len(losses))
+    counts = _split(len(gains), len(losses), count)
     generator = np.random.default_rng(EXAMPLE_SEED)
     chosen = [
         int(index)
-        for side, count in zip((gains, losses), counts, strict=True)
-        for index in sorted(generator.choice(side, count, replace=False))
+        for side, size in zip((gains, losses), counts, strict=True)
+        for index in sorted(generator.choice(side, size, replace=False))
     ]
     rule = (
-        f"From {before.label} to {after.label}, the right picture moved up for {len(gains)} of "
-        f"{len(moved)} queries, down for {len(losses)} and stayed for "
-        f"{len(moved) - len(gains) - len(losses)}. Drawn at random (seed {EXAMPLE_SEED}) in that "
+        f"{_sentence(_shift(test_set.shift))}: from {before.label} to {after.label}, the right "
+        f"picture moved up for {len(gains)} of {len(moved)} queries, down for "
+        f"{len(losses)} and stayed for {len(moved) - len(gains) - len(losses)}. Drawn at random (seed {EXAMPLE_SEED}) in that "
         f"proportion, at least two of a kind where there are any: {counts[0]} that moved up, then "
         f"{counts[1]} that moved down."
     )
     return _Examples(test_set, before, after, chosen, rule)
 
 
-def _split(gains: int, losses: int) -> tuple[int, int]:
-    """How many of EXAMPLES are gains and losses: in proportion, two of a kind at the least."""
-    total = min(EXAMPLES, gains + losses)
+def _split(gains: int, losses: int, count: int) -> tuple[int, int]:
+    """How many of `count` are gains and losses: in proportion, two of a kind at the least."""
+    total = min(count, gains + losses)
     share = round(total * losses / (gains + losses))
     share = max(share, min(2, losses), total - gains)
     share = min(share, losses, total - min(2, gains))
     return total - share, share
 
 
-def _write_before_after(path: Path, examples: _Examples, corpus_images: Callable) -> None:
-    test_set, rows, wanted = examples.test_set, [], []
-    several = len({query.language for query in test_set.queries}) > 1
-    for index in examples.chosen:
-        query = test_set.queries[index]
-        title = f"“{query.text}”" + (f"  ({query.language})" if several else "")
-        wanted.append((corpus_images(query.target), query.reference))
-        for answers in (examples.before, examples.after):
-            nearest = [int(row) for row in answers.nearest[index]]
-            right = nearest.index(query.target) if query.target in nearest else None
-            images = [corpus_images(row) for row in nearest]
-            caption = f"{answers.label}: rank {answers.ranks[index]}"
-            rows.append(Row(title, answers.texts[index], images, right, caption))
-    note = f"At the left the right picture, framed in green where it was found. {examples.rule}"
+def _write_before_after(path: Path, examples: list[_Examples], corpus_images: Callable) -> None:
+    rows, wanted = [], []
+    for example in examples:
+        for index in example.chosen:
+            query = example.test_set.queries[index]
+            wanted.append((corpus_images(query.target), query.reference))
+            rows += [
+                _row(example.test_set, answers, index, corpus_images)
+                for answers in (example.before, example.after)
+            ]
+    rules = " ".join(example.rule for example in examples)
+    note = f"At the left the right picture, framed in green where it was found. {rules}"
     contact_sheet(rows, path, columns=2, wanted=wanted, note=note)
+
+
+def _row(test_set: TestSet, answers: Answers, index: int, corpus_images: Callable) -> Row:
+    query = test_set.queries[index]
+    several = len({query.language for query in test_set.queries}) > 1
+    title = f"“{query.text}”" + (f"  ({query.language})" if several else "")
+    nearest = [int(row) for row in answers.nearest[index]]
+    right = nearest.index(query.target) if query.target in nearest else None
+    images = [corpus_images(row) for row in nearest]
+    caption = f"{answers.label}: rank {answers.ranks[index]}"
+    return Row(title, answers.texts[index], images, right, caption)
 
 
 # Markdown.
 
 
-def _markdown(workdir: Path, numbers: dict, examples: _Examples | None, has_curves: bool) -> str:
+def _markdown(workdir: Path, numbers: dict, examples: list[_Examples], has_curves: bool) -> str:
     parts = ["# Query rewriting for a frozen retriever: what was learned", _opening(numbers)]
     for test_set in numbers["test_sets"]:
         parts += _section(test_set)
     if examples:
-        parts += ["## Before and after", "![before and after](before_after.png)", examples.rule]
-        parts.append(_example_table(examples))
+        parts += ["## Before and after", "![before and after](before_after.png)"]
+        for example in examples:
+            parts += [example.rule, _example_table(example)]
     if has_curves:
         parts += ["## Training", "![training curves](curves.png)"]
     parts += ["## How this was made", _about(workdir, numbers["about"])]
@@ -303,7 +321,9 @@ def _opening(numbers: dict) -> str:
     )
     if not numbers["test_sets"]:
         return sentence
-    return f"{sentence}\n\n{_headline(numbers['test_sets'][0])}"
+    first = numbers["test_sets"][0]["name"]
+    headlines = [_headline(t) for t in numbers["test_sets"] if t["name"] == first]
+    return "\n\n".join([sentence, *dict.fromkeys(headlines)])
 
 
 def _headline(test_set: dict) -> str:
@@ -316,7 +336,7 @@ def _headline(test_set: dict) -> str:
     change = 100 * interval["mean"]
     verb = "raises" if change > 0 else "lowers" if change < 0 else "changes"
     headline = (
-        f"**Training {verb} Recall@10 on {test_set['name']} by {abs(change):.1f} points** "
+        f"**Training {verb} Recall@10 on {_title(test_set)} by {abs(change):.1f} points** "
         f"({trained} − untrained: {_points(interval)}, 95 % interval; greedy decoding, "
         f"{test_set['queries']} queries about {test_set['concepts']} concepts). {_told(difference)}"
     )
@@ -334,18 +354,28 @@ def _told(difference: dict) -> str:
 
 
 def _section(test_set: dict) -> list[str]:
-    title = test_set["name"][:1].upper() + test_set["name"][1:]
     intro = (
-        f"{test_set['queries']} queries (shift: {test_set['shift']}) about "
-        f"{test_set['concepts']} concepts. Recall in per cent with its 95 % interval, "
-        "from a bootstrap over concepts."
+        f"{test_set['queries']} queries about {test_set['concepts']} concepts. Recall in per cent "
+        "with its 95 % interval, from a bootstrap over concepts."
     )
-    parts = [f"## {title}", intro, _main_table(test_set), _legend(test_set)]
+    parts = [f"## {_sentence(_title(test_set))}", intro, _main_table(test_set), _legend(test_set)]
     if test_set["differences"]:
         parts += ["### Differences on the same queries", _difference_table(test_set), _caveat()]
     if test_set["languages"]:
         parts += ["### By language", _language_table(test_set)]
     return parts
+
+
+def _title(test_set: dict) -> str:
+    return f"{_shift(test_set['shift'])} ({test_set['name']})"
+
+
+def _shift(shift: str) -> str:
+    return SHIFTS.get(shift, f"{shift} queries")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _main_table(test_set: dict) -> str:
@@ -398,8 +428,8 @@ def _language_table(test_set: dict) -> str:
     return "R@10 in per cent.\n\n" + _table(["language", "queries", *labels], rows)
 
 
-def _example_table(examples: _Examples) -> str:
-    queries, before, after = examples.test_set.queries, examples.before, examples.after
+def _example_table(example: _Examples) -> str:
+    queries, before, after = example.test_set.queries, example.before, example.after
     rows = [
         [
             _cell(queries[i].text),
@@ -407,7 +437,7 @@ def _example_table(examples: _Examples) -> str:
             f"{_cell(after.texts[i])} ({after.ranks[i]})",
             _cell(queries[i].reference),
         ]
-        for i in examples.chosen
+        for i in example.chosen
     ]
     head = ["query", f"{before.label} (rank)", f"{after.label} (rank)", "right picture"]
     return _table(head, rows)
@@ -601,12 +631,12 @@ def contact_sheet(
     Args:
       rows: `Row`s, or tuples of its fields; up to five images are drawn of each.
       path: the PNG file.
-      columns: how many rows with the same title stand beside each other.
-      wanted: for each run of rows with the same title, the right picture and its name, drawn at
-        the left of its rows.
+      columns: how many rows of one query stand beside each other, and how many it has; with 1,
+        a query's rows stand below each other, all that follow with its title.
+      wanted: for each query, the right picture and its name, drawn at the left of its rows.
       note: a sentence at the foot.
     """
-    groups = _groups([Row(*row) for row in rows])
+    groups = _groups([Row(*row) for row in rows], columns)
     indent = THUMB + COLUMN_GAP if wanted else 0
     width = 2 * MARGIN + indent + columns * STRIP + (columns - 1) * COLUMN_GAP
     tiles = [
@@ -626,10 +656,12 @@ def contact_sheet(
     _replace(Path(path), buffer.getvalue())
 
 
-def _groups(rows: list[Row]) -> list[list[Row]]:
+def _groups(rows: list[Row], columns: int) -> list[list[Row]]:
+    """Rows that share a title. A full line ends its group: the next query may be worded alike."""
     groups: list[list[Row]] = []
     for row in rows:
-        if groups and groups[-1][0].title == row.title:
+        is_same = bool(groups) and groups[-1][0].title == row.title
+        if is_same and (columns == 1 or len(groups[-1]) < columns):
             groups[-1].append(row)
         else:
             groups.append([row])

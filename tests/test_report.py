@@ -129,6 +129,18 @@ def test_languages_appear_where_there_are_several(tmp_path):
     assert _write(tmp_path, [_test_set()])["test_sets"][0]["languages"] == []
 
 
+def test_every_shift_has_its_headline_and_examples(tmp_path):
+    first = _test_set()
+    second = report.TestSet(first.name, "long", first.queries, first.answers)
+    seen = report.TestSet("seen concepts", "long", first.queries, first.answers)
+    _write(tmp_path, [first, second, seen])
+    text = (tmp_path / "report.md").read_text()
+    assert text.split("##")[0].count("**Training ") == 2
+    assert text.count("Drawn at random") == 2
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(set(headings)) == len(headings)
+
+
 def test_writing_leaves_whole_files_only(tmp_path):
     _write(tmp_path, [_test_set(), _test_set()])
     names = {"report.json", "report.md", "curves.png", "before_after.png"}
@@ -151,7 +163,7 @@ def test_writing_leaves_whole_files_only(tmp_path):
     ],
 )
 def test_examples_follow_the_proportion_of_gains_and_losses(gains, losses, wanted):
-    assert report._split(gains, losses) == wanted
+    assert report._split(gains, losses, 12) == wanted
 
 
 def test_examples_are_drawn_from_all_that_moved():
@@ -188,6 +200,12 @@ def test_contact_sheet_frames_the_right_picture_in_green(tmp_path):
     assert len(nowhere) == 0
     assert first.min() == report.MARGIN and np.ptp(first) == report.THUMB - 1
     assert last.max() == report.MARGIN + report.STRIP - 1 and np.ptp(last) == report.THUMB - 1
+
+
+def test_queries_that_are_worded_alike_stay_apart():
+    row = report.Row("the same words", "a rewrite", [], None, "")
+    assert [len(group) for group in report._groups([row] * 4, columns=2)] == [2, 2]
+    assert [len(group) for group in report._groups([row] * 4, columns=1)] == [4]
 
 
 def test_contact_sheet_takes_an_empty_rewrite_and_fewer_pictures(tmp_path):
