@@ -255,9 +255,9 @@ def _examples(test_set: TestSet, count: int = EXAMPLES) -> _Examples | None:
     rule = (
         f"{_sentence(_shift(test_set.shift))}: from {before.label} to {after.label}, the right "
         f"picture moved up for {len(gains)} of {len(moved)} queries, down for "
-        f"{len(losses)} and stayed for {len(moved) - len(gains) - len(losses)}. Drawn at random (seed {EXAMPLE_SEED}) in that "
-        f"proportion, at least two of a kind where there are any: {counts[0]} that moved up, then "
-        f"{counts[1]} that moved down."
+        f"{len(losses)} and stayed for {len(moved) - len(gains) - len(losses)}. "
+        f"Drawn at random (seed {EXAMPLE_SEED}) in that proportion, at least two of a kind where "
+        f"there are any: {counts[0]} that moved up, then {counts[1]} that moved down."
     )
     return _Examples(test_set, before, after, chosen, rule)
 
