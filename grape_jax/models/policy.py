@@ -1,0 +1,247 @@
+"""The decoder language model: Llama, SmolLM, Qwen2 and Qwen3 as one module and a few numbers.
+
+Three ways through the same layers, all over the shared-prompt attention:
+
+- `prefill`: prompts `[B, S]`, returns their keys and values;
+- `decode`: one new token for each of `[B, K]` completions;
+- `hidden_states`: prompts and whole completions `[B, K, T]` together, for training.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from grape_jax.models import attention
+from grape_jax.models.lora import Linear, LoraConfig
+from grape_jax.sharding import constrain
+from grape_jax.types import Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The numbers in which the families differ."""
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    max_length: int  # prompt and completion together
+    remat: bool = False  # recompute a layer's activations in the backward pass
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of B prompts and of K completions each, for every layer (Y)."""
+
+    prompt_k_YxBxSxGxd: jax.Array
+    prompt_v_YxBxSxGxd: jax.Array
+    own_k_YxBxKxTxGxd: jax.Array
+    own_v_YxBxKxTxGxd: jax.Array
+
+
+class RmsNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+                           (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        return (normed * scale).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """One decoder layer. `attend` maps (q, k, v), each `[B, N, heads, d]`, to `[B, N, H, d]`."""
+
+    config: PolicyConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, x_BxNxD, positions_BxN, attend: Callable):
+        c = self.config
+        linear = lambda features, axes, name: Linear(features, axes, self.lora, name=name)
+
+        h = RmsNorm(c.norm_eps, name="attention_norm")(x_BxNxD)
+        q = linear(c.heads * c.head_dim, ("embed", "heads"), "q")(h)
+        k = linear(c.kv_heads * c.head_dim, ("embed", "heads"), "k")(h)
+        v = linear(c.kv_heads * c.head_dim, ("embed", "heads"), "v")(h)
+        split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
+        q, k, v = split(q), split(k), split(v)
+        q, k = (rotate(y, positions_BxN, c.rope_theta) for y in (q, k))
+        mixed, kept = attend(q, k, v)
+        x_BxNxD += linear(c.width, ("heads", "embed"), "o")(mixed.reshape(*x_BxNxD.shape[:2], -1))
+
+        h = RmsNorm(c.norm_eps, name="mlp_norm")(x_BxNxD)
+        gate = nn.silu(linear(c.mlp_width, ("embed", "mlp"), "gate")(h))
+        up = linear(c.mlp_width, ("embed", "mlp"), "up")(h)
+        x_BxNxD += linear(c.width, ("mlp", "embed"), "down")(gate * up)
+        return constrain(x_BxNxD, "batch", None, None), kept
+
+
+def rotate(x_BxNxHxd: jax.Array, positions_BxN: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves convention (Su et al. 2021, as in Llama's HF layout)."""
+    half = x_BxNxHxd.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BxN[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles).astype(x_BxNxHxd.dtype), jnp.sin(angles).astype(x_BxNxHxd.dtype)
+    a, b = x_BxNxHxd[..., :half], x_BxNxHxd[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None):
+    """Random variables, boxed with logical axes: `{"params": ...}`, and `"lora"` if asked for.
+
+    Every layer's leaves are stacked on a first axis, "layers".
+    """
+    embed_key, layer_key, head_key = jax.random.split(key, 3)
+    x = jnp.zeros((1, 1, config.width))
+    one_layer = lambda k: Layer(config, lora).init(
+        {"params": k, "lora": jax.random.fold_in(k, 1)}, x, jnp.zeros((1, 1), jnp.int32),
+        lambda q, k, v: (q, None),
+    )
+    stacked = jax.vmap(one_layer)(jax.random.split(layer_key, config.layers))
+    stacked = jax.tree.map(
+        lambda leaf: leaf.add_axis(0, {nn.PARTITION_NAME: "layers"}),
+        stacked, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+    table = nn.initializers.normal(0.02)
+    params = {
+        "embedding": nn.LogicallyPartitioned(
+            table(embed_key, (config.vocab_size, config.width)), ("vocab", "embed")),
+        "layers": stacked["params"],
+        "final_norm": nn.LogicallyPartitioned(jnp.ones((config.width,)), ("norm",)),
+    }
+    if not config.tied_embeddings:
+        params["head"] = nn.LogicallyPartitioned(
+            table(head_key, (config.vocab_size, config.width)), ("vocab", "embed"))
+    return {"params": params} | ({"lora": stacked["lora"]} if lora else {})
+
+
+def prefill(config: PolicyConfig, variables, prompts: Prompts, lora: LoraConfig | None = None):
+    """Reads the prompts once.
+
+    Returns:
+      last_BxD: hidden state of each prompt's last token, normed, ready for `logits`.
+      k, v: keys and values, `[Y, B, S, G, d]`.
+    """
+    mask = prompts.mask_BxS
+
+    def attend(q, k, v):
+        return attention.attend_prompt(q, k, v, mask), (k, v)
+
+    x = embed(variables, prompts.tokens_BxS)
+    positions = prompt_positions(mask)
+    x, (k, v) = _through_layers(config, lora, variables, x, positions, lambda _: attend)
+    return _final_norm(config, variables, x[:, -1]), k, v
+
+
+def decode(config: PolicyConfig, variables, cache: Cache, prompt_mask_BxS, tokens_BxK, t,
+           lora: LoraConfig | None = None):
+    """Feeds completion token `t` (0-based) of every row.
+
+    Returns:
+      hidden_BxKxD: normed hidden states, ready for `logits`.
+      cache: with position t of the completions written.
+    """
+    T = cache.own_k_YxBxKxTxGxd.shape[3]
+    seen_1xT = jnp.arange(T)[None] <= t
+
+    def attend_with(layer):
+        prompt_k, prompt_v, own_k, own_v = layer
+
+        def attend(q, k, v):
+            new_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], t, axis=2)
+            new_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], t, axis=2)
+            mixed = attention.attend_completions(
+                q[:, :, None], prompt_k, prompt_v, prompt_mask_BxS, new_k, new_v, seen_1xT
+            )
+            return mixed[:, :, 0], (new_k, new_v)
+
+        return attend
+
+    x = embed(variables, tokens_BxK)
+    lengths_B = jnp.sum(prompt_mask_BxS, axis=-1)
+    positions = jnp.broadcast_to(lengths_B[:, None] + t, tokens_BxK.shape)
+    layers = (cache.prompt_k_YxBxSxGxd, cache.prompt_v_YxBxSxGxd,
+              cache.own_k_YxBxKxTxGxd, cache.own_v_YxBxKxTxGxd)
+    x, (own_k, own_v) = _through_layers(config, lora, variables, x, positions, attend_with, layers)
+    cache = cache.replace(own_k_YxBxKxTxGxd=own_k, own_v_YxBxKxTxGxd=own_v)
+    return _final_norm(config, variables, x), cache
+
+
+def hidden_states(config: PolicyConfig, variables, prompts: Prompts, tokens_BxKxT,
+                  lora: LoraConfig | None = None) -> jax.Array:
+    """The states that predict each completion token, every prompt computed once for its group.
+
+    Returns:
+      `[B, K, T, D]`, normed: state t is the one from which token t is predicted, so state 0 is the
+      prompt's last.
+    """
+    B, K, T = tokens_BxKxT.shape
+    S = prompts.tokens_BxS.shape[1]
+    mask = prompts.mask_BxS
+    own_past_TxT = jnp.tril(jnp.ones((T, T), bool))
+    group = lambda y: y[:, S:].reshape(B, K, T, *y.shape[2:])
+
+    def attend(q, k, v):
+        from_prompt = attention.attend_prompt(q[:, :S], k[:, :S], v[:, :S], mask)
+        from_own = attention.attend_completions(
+            group(q), k[:, :S], v[:, :S], mask, group(k), group(v), own_past_TxT
+        )
+        return jnp.concatenate([from_prompt, from_own.reshape(B, K * T, *q.shape[2:])], 1), None
+
+    tokens_BxN = jnp.concatenate([prompts.tokens_BxS, tokens_BxKxT.reshape(B, K * T)], axis=1)
+    lengths_B = jnp.sum(mask, axis=-1)
+    own_positions = jnp.broadcast_to(jnp.tile(jnp.arange(T), K), (B, K * T)) + lengths_B[:, None]
+    positions_BxN = jnp.concatenate([prompt_positions(mask), own_positions], axis=1)
+    x = embed(variables, tokens_BxN)
+    x, _ = _through_layers(config, lora, variables, x, positions_BxN, lambda _: attend)
+    last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
+    states = jnp.concatenate([last_prompt, group(x)[:, :, :-1]], axis=2)
+    return _final_norm(config, variables, states)
+
+
+def embed(variables, tokens: jax.Array) -> jax.Array:
+    return variables["params"]["embedding"][tokens]
+
+
+def logits(variables, hidden: jax.Array) -> jax.Array:
+    """Vocabulary scores `[..., V]` in float32 of normed hidden states `[..., D]`."""
+    params = variables["params"]
+    table_VxD = params.get("head", params["embedding"])
+    return jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
+
+
+def prompt_positions(mask_BxS: jax.Array) -> jax.Array:
+    """0 for a prompt's first real token, whatever padding stands before it."""
+    return jnp.maximum(jnp.cumsum(mask_BxS, axis=-1) - 1, 0)
+
+
+def _through_layers(config, lora, variables, x, positions, attend_with, per_layer=None):
+    """Scans x through the stacked layers; `attend_with(per_layer[i])` is layer i's attention."""
+
+    def one_layer(x, inputs):
+        layer_variables, layer = inputs
+        return Layer(config, lora).apply(layer_variables, x, positions, attend_with(layer))
+
+    if config.remat:
+        one_layer = jax.checkpoint(one_layer)
+    stacked = {"params": variables["params"]["layers"]}
+    if lora is not None:
+        stacked["lora"] = variables["lora"]
+    return jax.lax.scan(one_layer, x, (stacked, per_layer))
+
+
+def _final_norm(config, variables, x):
+    return RmsNorm(config.norm_eps).apply({"params": {"scale": variables["params"]["final_norm"]}}, x)

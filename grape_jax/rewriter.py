@@ -1,0 +1,138 @@
+"""What a user takes away: load a run, rewrite queries, find the best matches."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grape_jax import checkpoint, job, retriever, sharding, text
+from grape_jax.errors import UserError
+from grape_jax.job import Job
+from grape_jax.learner import TrainState
+from grape_jax.models import lora
+from grape_jax.ranking import target_ranks
+from grape_jax.rollout import sample
+from grape_jax.types import Prompts
+
+BATCH = 64  # prompts of one call; the last one is filled up, so that nothing compiles twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewriter:
+    """A trained policy and the retriever that it writes for."""
+
+    job: Job
+    variables: dict  # {"params": ...}, the adapter merged in
+
+    @classmethod
+    def load(cls, workdir: str | Path) -> "Rewriter":
+        """The newest checkpoint of a run.
+
+        Raises:
+          UserError: there is no run, or nothing is trained yet.
+        """
+        workdir = Path(workdir)
+        loaded = job.build(ConfigDict(checkpoint.read_config(workdir)))
+        manager = checkpoint.open_manager(workdir, keep=loaded.config.checkpoint.keep)
+        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
+        if restored is None:
+            raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
+        state: TrainState = restored[0]
+        return cls(loaded, merged_variables(loaded, state.trained))
+
+    def rewrite(self, queries: Sequence[str], shift: str | None = None) -> list[str]:
+        """The greedy rewrite of each query.
+
+        Args:
+          shift: which of the run's prompts to use; None is its first.
+        """
+        shifts = [shift or self.job.config.shifts[0]] * len(queries)
+        return rewrite(self.job, self.variables, list(queries), shifts, temperature=0.0)
+
+    def find(self, texts: Sequence[str], top: int = 5) -> np.ndarray:
+        """Corpus rows of the best matches of each text, best first: int `[n, top]`."""
+        return nearest(self.job, retriever.embed_texts(self.job.retriever, list(texts)), top)
+
+
+def merged_variables(job: Job, trained) -> dict:
+    """The current policy with its adapter added in, for sampling."""
+    if job.lora is None:
+        return {"params": trained}
+    return {"params": _merge(job.base, trained, job.lora)}
+
+
+_merge = jax.jit(lora.merge, static_argnums=2)
+
+
+def rewrite(
+    job: Job,
+    variables: dict,
+    queries: Sequence[str],
+    shifts: Sequence[str],
+    temperature: float,
+    seed: int = 0,
+    after_batch: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """One rewrite of each query, greedy at temperature 0. `after_batch` hears how many are done."""
+    rewrites = []
+    for start in range(0, len(queries), BATCH):
+        chunk = slice(start, start + BATCH)
+        prompts, real = _full_batch(encode(job, queries[chunk], shifts[chunk]))
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        sampling = job.sampling(group_size=1, temperature=temperature)
+        rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
+        tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
+        answers = read_answers(job, tokens[:real], mask[:real])
+        rewrites += [answer for row in answers for answer, _ in row]
+        after_batch(real)
+    return rewrites
+
+
+def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
+    """Prompts of queries, each in the words of its shift (numpy)."""
+    rows = [
+        text.encode_prompts(job.tokenizer, job.prompts[shift], [query])
+        for query, shift in zip(queries, shifts, strict=True)
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+
+
+def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, bool]]]:
+    """Text and well-formedness of each completion (numpy arrays in)."""
+    stop_ids = job.sampling(1, 0.0).stop_ids
+
+    def read(tokens, mask) -> tuple[str, bool]:
+        kept = tokens[mask]
+        ended = bool(len(kept)) and int(kept[-1]) in stop_ids
+        completion = job.tokenizer.decode(kept[:-1] if ended else kept)
+        return text.read_answer(completion, ended, job.config.prompt.format)
+
+    return [
+        [read(tokens, mask) for tokens, mask in zip(*group, strict=True)]
+        for group in zip(tokens_BxKxT, mask_BxKxT, strict=True)
+    ]
+
+
+def ranks_of(job: Job, emb_QxE: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Rank of one right picture for each text: int `[Q]`, by the kernel that training uses."""
+    targets_Qx1 = np.asarray(targets, np.int32)[:, None]
+    ranks = target_ranks(
+        emb_QxE, job.corpus_NxE, targets_Qx1, mesh=job.mesh, size=len(job.bank_NxE)
+    )
+    return np.asarray(ranks.rank_QxP[:, 0])
+
+
+def nearest(job: Job, emb_QxE: np.ndarray, top: int) -> np.ndarray:
+    """Corpus rows of the `top` most similar pictures, best first, ties by row: int `[Q, top]`."""
+    rows = [np.argsort(-(job.bank_NxE @ emb), kind="stable")[:top] for emb in emb_QxE]
+    return np.stack(rows) if rows else np.zeros((0, top), np.int64)
+
+
+def _full_batch(prompts: Prompts) -> tuple[Prompts, int]:
+    """Repeats the last prompt up to a whole batch; also the number of real ones."""
+    real = len(prompts.tokens_BxS)
+    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], BATCH - real, axis=0)])
+    return jax.tree.map(fill, prompts), real

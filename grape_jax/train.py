@@ -1,0 +1,308 @@
+"""GRAPE from end to end: warm-up, GRPO, evaluation before and after, report.
+
+    python -m grape_jax.train --config=configs/emoji.py --workdir=runs/emoji
+
+The same command again goes on where a run was stopped.
+"""
+
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from grape_jax import checkpoint, command_line, evaluation, job, report, retriever, sharding, text
+from grape_jax.data import pipeline
+from grape_jax.errors import UserError, exit_with_sentence
+from grape_jax.job import Job
+from grape_jax.learner import TrainState, grpo_step, restart_optimizer, warm_up_step
+from grape_jax.rewriter import encode, merged_variables, read_answers
+from grape_jax.rollout import sample
+from grape_jax.types import Rewrites
+
+SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
+MAX_SKIPPED = 5  # steps in a row without a finite loss, before the run stops
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the current step is done, the rest can wait."""
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step; press Ctrl-C again to stop at once.", sys.stderr)
+
+    def raise_if_asked(self, *_):
+        if self.asked:
+            raise Interrupted
+
+
+def train(config, workdir: Path) -> None:
+    """Runs, or goes on with, the run in `workdir`, up to its report.
+
+    Raises:
+      UserError: the user can mend it.
+      Interrupted: stopped on request; everything is saved.
+    """
+    job.check(config)
+    checkpoint.keep_config(workdir, config)
+    started = time.perf_counter()
+    print("preparing data, policy and retriever ...", flush=True)
+    run = job.build(config)
+    print(
+        f"{len(run.bank_NxE)} pictures, policy of {run.policy.layers} layers, "
+        f"{jax.device_count()} {jax.default_backend()} device(s), "
+        f"ready in {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
+    with StopSignal() as stop:
+        evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
+        state = learn(run, workdir, stop)
+        evaluate_policy(run, workdir, merged_variables(run, state.trained), "GRPO", stop)
+    write_report(run, workdir)
+
+
+def learn(run: Job, workdir: Path, stop: StopSignal) -> TrainState:
+    """The loop: warm-up steps, then GRPO steps; resumes from the newest checkpoint."""
+    config = run.config
+    last = config.warm_up.steps + config.grpo.steps
+    batches = data_iterators(run)
+    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+    state = run.fresh_state("warm_up")
+    restored = checkpoint.restore(manager, state)
+    if restored is not None:
+        state, positions = restored
+        for phase, iterator in batches.items():
+            iterator.set_state(positions[phase])
+    first = int(state.step)
+    log = Log(workdir, first)
+    skipped = 0
+    bar = tqdm(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True)
+
+    def save(step: int) -> None:
+        positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
+        checkpoint.save(manager, step, state, positions)
+
+    for step in range(first, last):
+        began = time.perf_counter()
+        if step == config.warm_up.steps:
+            # The warm-up alone is judged before anything changes it.
+            save(step)
+            evaluate_policy(run, workdir, merged_variables(run, state.trained), "warm-up", stop)
+            state = restart_optimizer(run.learner("grpo"), state)
+        if step < config.warm_up.steps:
+            phase = "warm-up"
+            state, metrics = warm_up(run, state, next(batches["warm_up"]))
+        else:
+            phase = "grpo"
+            state, metrics, table = explore(run, state, next(batches["grpo"]), step)
+            log.keep_rewrites(step, table)
+            if step % config.log.sample_every == 0:
+                tqdm.write(sample_line(table))
+        skipped = skipped + 1 if metrics.pop("skipped") else 0
+        if skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"{skipped} steps in a row had no finite loss; the last good checkpoint is step "
+                f"{manager.latest_step()}: lower {phase.replace('-', '_')}.learning_rate."
+            )
+        done = step + 1
+        metrics["seconds"] = time.perf_counter() - began
+        if config.evaluation.every and done % config.evaluation.every == 0:
+            variables = merged_variables(run, state.trained)
+            metrics |= evaluation.validate(run, variables)
+        log.write(done, phase, metrics)
+        bar.set_postfix_str("  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics))
+        bar.update()
+        if done % config.checkpoint.every == 0 or done == last or stop.asked:
+            save(done)
+        if stop.asked:
+            manager.wait_until_finished()
+            raise Interrupted
+    bar.close()
+    manager.wait_until_finished()
+    log.close()
+    return state
+
+
+def data_iterators(run: Job) -> dict:
+    """One endless stream of (shift, query) for each phase."""
+    queries = [(s, query) for s in run.config.shifts for query in run.queries(s, "train")]
+    return {
+        phase: pipeline.train_iterator(queries, run.config[phase].batch_size, run.config.seed + i)
+        for i, phase in enumerate(("warm_up", "grpo"))
+    }
+
+
+def warm_up(run: Job, state: TrainState, batch) -> tuple[TrainState, dict]:
+    """One supervised step towards the reference texts."""
+    shifts, queries = zip(*batch, strict=True)
+    prompts = encode(run, [q.text for q in queries], shifts)
+    tokens, mask = text.encode_references(
+        run.tokenizer,
+        [q.reference.lower() for q in queries],
+        run.prompts[shifts[0]],
+        run.config.rollout.max_tokens,
+    )
+    prompts, tokens, mask = sharding.batch(run.mesh, (prompts, tokens, mask))
+    state, metrics = warm_up_step(run.learner("warm_up"), state, run.base, prompts, tokens, mask)
+    return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict, list[dict]]:
+    """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
+    config = run.config
+    shifts, queries = zip(*batch, strict=True)
+    host_prompts = encode(run, [q.text for q in queries], shifts)
+    targets = np.asarray([[q.target] for q in queries], np.int32)
+    prompts, targets = sharding.batch(run.mesh, (host_prompts, targets))
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    sampling = run.sampling(config.grpo.group_size, config.rollout.temperature)
+    variables = merged_variables(run, state.trained)
+    rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
+    answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
+    state, metrics = grpo_step(  # jit, state donated
+        run.learner("grpo"), state, run.base, run.retriever_params, run.corpus_NxE,
+        prompts, targets, rollout, rewrites,
+    )
+    metrics = jax.device_get(metrics)
+    rank_BxK, reward_BxK = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
+    table = [
+        {
+            "query": query.text,
+            "reference": query.reference,
+            "rewrites": [
+                {"text": words, "rank": int(rank), "reward": float(reward)}
+                for (words, _), rank, reward in zip(group, ranks, rewards, strict=True)
+            ],
+        }
+        for query, group, ranks, rewards in zip(queries, answers, rank_BxK, reward_BxK, strict=True)
+    ]
+    return state, {name: float(value) for name, value in metrics.items()}, table
+
+
+def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
+    """The one host hop: completions to texts, texts to the retriever's tokens."""
+    tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
+    answers = read_answers(run, tokens, mask)
+    words = [words for group in answers for words, _ in group]
+    tokens_QxL, mask_QxL = retriever.tokenize(run.retriever, words, run.config.retriever.text_length)
+    B, K = tokens.shape[:2]
+    rewrites = Rewrites(
+        tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
+        mask_BxKxL=mask_QxL.reshape(B, K, -1),
+        well_formed_BxK=np.asarray([[ok for _, ok in group] for group in answers]),
+    )
+    return answers, sharding.batch(run.mesh, rewrites)
+
+
+def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopSignal) -> None:
+    """Rewrites the test queries with one policy, with progress; nothing is done twice."""
+    sizes = [len(queries) for _, _, queries in evaluation.test_sets(run)]
+    with tqdm(total=2 * sum(sizes), desc=f"test, {method}", unit="rewrite", leave=False) as bar:
+
+        def after_batch(done: int) -> None:
+            bar.update(done)
+            stop.raise_if_asked()
+
+        evaluation.policy_answers(run, workdir, variables, method, after_batch)
+
+
+def write_report(run: Job, workdir: Path) -> None:
+    """Tables, curves and pictures from what the run left on disk."""
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
+    about = {
+        "seed": run.config.seed,
+        "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
+        "GRPO": f"{run.config.grpo.steps} steps of {run.config.grpo.batch_size} queries x "
+        f"{run.config.grpo.group_size} rewrites",
+        "seconds a GRPO step (median)": round(float(np.median(seconds)), 2) if seconds else None,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "command": f"python -m grape_jax.evaluate --workdir={workdir}",
+    }
+    report.write(workdir, evaluation.all_answers(run, workdir), log, run.image, about)
+    print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
+
+
+def sample_line(table: list[dict]) -> str:
+    """The query of the step with the widest spread of ranks, and its best and worst rewrite."""
+    ranks = lambda row: [rewrite["rank"] for rewrite in row["rewrites"]]
+    row = max(table, key=lambda row: max(ranks(row)) - min(ranks(row)))
+    best, worst = (pick(row["rewrites"], key=lambda r: r["rank"]) for pick in (min, max))
+    return (
+        f"  {row['query']!r}: {best['text']!r} finds it at {best['rank']}, "
+        f"{worst['text']!r} at {worst['rank']}"
+    )
+
+
+class Log:
+    """metrics.jsonl, rewrites.jsonl and TensorBoard events; a resumed run drops what it redoes."""
+
+    def __init__(self, workdir: Path, first: int):
+        self.workdir = workdir
+        _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
+        _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
+
+    def write(self, step: int, phase: str, metrics: dict) -> None:
+        line = {"step": step, "phase": phase} | metrics
+        with (self.workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in metrics.items():
+            self.events.add_scalar(f"{phase}/{name}", value, step)
+
+    def keep_rewrites(self, step: int, table: list[dict]) -> None:
+        with (self.workdir / "rewrites.jsonl").open("a") as file:
+            for row in table:
+                file.write(json.dumps({"step": step + 1} | row, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def _drop_lines(path: Path, dropped) -> None:
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if not dropped(json.loads(line))]
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def main() -> None:
+    command_line.define_config()
+    flags.DEFINE_string("workdir", None, "Where the run lives; a run found there goes on.")
+    command_line.parse()
+    if flags.FLAGS.workdir is None:
+        raise UserError("no workdir is given: add --workdir=runs/emoji.")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
+    try:
+        train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

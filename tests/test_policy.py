@@ -1,0 +1,140 @@
+"""The policy against transformers, and its three ways through the layers against each other."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grape_jax import job
+from grape_jax.errors import UserError
+from grape_jax.models import lora, policy
+from grape_jax.types import Prompts
+from grape_jax.weights import gguf
+
+TINY = policy.PolicyConfig(
+    vocab_size=97, width=32, mlp_width=48, layers=3, heads=6, kv_heads=2, head_dim=8,
+    rope_theta=1e4, norm_eps=1e-5, tied_embeddings=True, max_length=64,
+)  # fmt: skip
+LORA = lora.LoraConfig(rank=4, alpha=8.0, targets=("q", "v", "down"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    variables = nn.unbox(policy.init(TINY, jax.random.key(0), LORA))
+    # B is zero at the start; give it values, so that the adapter does something.
+    key = jax.random.key(1)
+    variables["lora"] = jax.tree.map(
+        lambda x: 0.3 * jax.random.normal(key, x.shape), variables["lora"]
+    )
+    return variables
+
+
+def prompts_of(rows, length):
+    tokens = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    return Prompts(jnp.asarray(tokens), jnp.asarray(mask))
+
+
+def full_logits(variables, tokens, lora_config=None):
+    """One plain row through the prompt path, every position's logits."""
+    rows = [prompts_of([tokens[: n + 1]], n + 1) for n in range(len(tokens))]
+    last = [policy.prefill(TINY, variables, row, lora_config)[0][0] for row in rows]
+    return np.asarray(policy.logits(variables, jnp.stack(last)))
+
+
+def test_smollm2_equals_transformers():
+    """The same GGUF file, read by transformers into torch: its tokenizer and its logits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = job.policy_path("")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config, params, tokenizer = gguf.load(path)
+    turns = [{"role": "user", "content": "Schreib 42 Wörter über einen 🦊, bitte!  Two  spaces."}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert ids == their_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+
+    tokens = jnp.asarray(ids)[None, None]
+    variables = {"params": jax.device_put(params)}
+    first = prompts_of([ids[:1]], 4)
+    hidden = policy.hidden_states(config, variables, first, tokens[:, :, 1:])
+    ours = np.asarray(policy.logits(variables, hidden))[0, 0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0, :-1].numpy()
+    assert (ours.argmax(-1) == expected.argmax(-1)).all()
+    assert np.abs(ours - expected).max() <= 1e-3 * np.ptp(expected)
+
+
+def test_completions_share_their_prompt_exactly(tiny):
+    """K completions beside one prompt equal K separate plain rows, whatever the padding."""
+    rows = [[5, 6, 7, 8, 9], [11, 12]]
+    completions = np.random.default_rng(0).integers(1, 97, (2, 3, 4))
+    for length in (5, 9):
+        hidden = policy.hidden_states(
+            TINY, tiny, prompts_of(rows, length), jnp.asarray(completions), LORA
+        )
+        got = np.asarray(policy.logits(tiny, hidden))
+        for b, row in enumerate(rows):
+            for k in range(3):
+                plain = full_logits(tiny, row + completions[b, k].tolist(), LORA)
+                np.testing.assert_allclose(
+                    got[b, k], plain[len(row) - 1 : -1], atol=2e-5 * np.ptp(plain)
+                )
+
+
+def test_cached_decoding_equals_the_full_pass(tiny):
+    rows = [[5, 6, 7, 8, 9], [11, 12]]
+    tokens = np.random.default_rng(1).integers(1, 97, (2, 3, 4))
+    prompts = prompts_of(rows, 6)
+    base = {"params": tiny["params"]}
+    expected = policy.hidden_states(TINY, base, prompts, jnp.asarray(tokens))
+    last, k, v = policy.prefill(TINY, base, prompts)
+    own = jnp.zeros((TINY.layers, 2, 3, 4, TINY.kv_heads, TINY.head_dim))
+    cache = policy.Cache(k, v, own, own)
+    np.testing.assert_allclose(last, expected[:, 0, 0], atol=1e-5)
+    for t in range(3):
+        hidden, cache = policy.decode(
+            TINY, base, cache, prompts.mask_BxS, jnp.asarray(tokens[:, :, t]), t
+        )
+        np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=2e-5)
+
+
+def test_merged_adapter_equals_adapter_beside(tiny):
+    prompts = prompts_of([[3, 4, 5]], 4)
+    tokens = jnp.asarray([[[7, 8, 9]]])
+    beside = policy.hidden_states(TINY, tiny, prompts, tokens, LORA)
+    merged = {"params": lora.merge(tiny["params"], tiny["lora"], LORA)}
+    np.testing.assert_allclose(policy.hidden_states(TINY, merged, prompts, tokens), beside, atol=1e-4)
+    without = policy.hidden_states(TINY, {"params": tiny["params"]}, prompts, tokens)
+    assert np.abs(without - beside).max() > 1e-2
+
+
+def test_recomputing_activations_changes_no_gradient(tiny):
+    prompts = prompts_of([[3, 4, 5]], 4)
+    tokens = jnp.asarray([[[7, 8, 9]]])
+
+    def gradient(config):
+        loss = lambda v: jnp.sum(policy.hidden_states(config, v, prompts, tokens, LORA) ** 2)
+        return jax.grad(loss)(tiny)
+
+    plain, again = gradient(TINY), gradient(dataclasses.replace(TINY, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+
+
+def test_damaged_gguf_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no GGUF file"):
+        gguf.load(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("this is no model")
+    with pytest.raises(UserError, match="download it again"):
+        gguf.load(tmp_path / "text.gguf")
+    (tmp_path / "half.gguf").write_bytes(job.policy_path("").read_bytes()[:3_000_000])
+    with pytest.raises(UserError, match="download it again"):
+        gguf.load(tmp_path / "half.gguf")

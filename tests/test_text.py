@@ -1,0 +1,76 @@
+"""Reading answers, writing prompts and references."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from grape_jax import job, text
+from grape_jax.errors import UserError
+from grape_jax.weights import gguf
+
+PROMPT = text.PromptConfig("Correct.", "{query}", "", 40, "line")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return gguf.load_tokenizer(job.policy_path(""))
+
+
+@pytest.mark.parametrize(
+    ("completion", "ended", "rewrite", "well_formed"),
+    [
+        ("red apple", True, "red apple", True),
+        (" red apple \n", True, "red apple", True),
+        ("红苹果 🍎", True, "红苹果 🍎", True),
+        ("red apple", False, "red apple", False),  # cut off
+        ("red apple\nor pear", True, "red apple", False),
+        ("", True, "", False),
+        ("\n \n", True, "", False),
+    ],
+)
+def test_a_line(completion, ended, rewrite, well_formed):
+    assert text.read_answer(completion, ended, "line") == (rewrite, well_formed)
+
+
+@pytest.mark.parametrize(
+    ("completion", "ended", "rewrite", "well_formed"),
+    [
+        ("<answer>red apple</answer>", True, "red apple", True),
+        ("<think>fruit?</think>\n<answer> red\napple </answer>", True, "red apple", True),
+        ("<answer>red apple</answer>", False, "red apple", False),
+        ("<answer></answer>", True, "", False),
+        ("<answer> </answer>", True, "", False),
+        ("red apple", True, "red apple", False),
+        ("<answer>red", True, "red", False),
+        ("<think>never ends", True, "", False),
+        ("<answer>a</answer><answer>b</answer>", True, "a b", False),
+        ("<answer><answer>a</answer></answer>", True, "a", False),
+    ],
+)
+def test_an_answer_in_tags(completion, ended, rewrite, well_formed):
+    assert text.read_answer(completion, ended, "answer") == (rewrite, well_formed)
+
+
+def test_prompts_are_aligned_right(tokenizer):
+    prompts = text.encode_prompts(tokenizer, PROMPT, ["rde", "a rather longer qurey"])
+    assert prompts.mask_BxS[:, -1].all() and (np.diff(prompts.mask_BxS.astype(int)) >= 0).all()
+    decoded = tokenizer.decode(prompts.tokens_BxS[0][prompts.mask_BxS[0]])
+    assert decoded.endswith("<|im_start|>user\nrde<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_bad_queries_are_refused(tokenizer):
+    with pytest.raises(UserError, match="empty"):
+        text.encode_prompts(tokenizer, PROMPT, ["ok", "  "])
+    with pytest.raises(UserError, match="max_tokens=40"):
+        text.encode_prompts(tokenizer, PROMPT, ["very long " * 40])
+
+
+def test_references_end_with_the_end_token(tokenizer):
+    tokens, mask = text.encode_references(tokenizer, ["red apple", "apple " * 30], PROMPT, 8)
+    assert tokenizer.decode(tokens[0, 0][mask[0, 0]]) == "red apple<|im_end|>"
+    assert mask[1, 0].all() and tokens[1, 0, -1] != tokenizer.eos_token_id
+    tagged = dataclasses.replace(PROMPT, format="answer")
+    tokens, mask = text.encode_references(tokenizer, ["red"], tagged, 12)
+    answer = tokenizer.decode(tokens[0, 0][mask[0, 0]][:-1])
+    assert text.read_answer(answer, True, "answer") == ("red", True)

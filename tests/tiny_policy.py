@@ -1,0 +1,62 @@
+"""A random policy of two layers in a real GGUF file, with SmolLM2's own tokenizer."""
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFWriter
+
+from grape_jax import job
+
+WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 8
+
+
+def write(path: Path) -> Path:
+    source = GGUFReader(job.policy_path(""))
+    field = lambda name: source.get_field(f"tokenizer.{name}").contents()
+    tokens = field("ggml.tokens")
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(MLP)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(1e4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(field("ggml.token_type"))
+    writer.add_token_merges(field("ggml.merges"))
+    writer.add_chat_template(field("chat_template"))
+    writer.add_bos_token_id(field("ggml.bos_token_id"))
+    writer.add_eos_token_id(field("ggml.eos_token_id"))
+    writer.add_unk_token_id(field("ggml.unknown_token_id"))
+    writer.add_pad_token_id(field("ggml.padding_token_id"))
+    for name, tensor in _tensors(len(tokens)).items():
+        writer.add_tensor(name, tensor.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(vocab: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape) / np.sqrt(shape[-1])
+    tensors = {"token_embd.weight": normal(vocab, WIDTH), "output_norm.weight": np.ones(WIDTH)}
+    for i in range(LAYERS):
+        tensors |= {
+            f"blk.{i}.attn_norm.weight": np.ones(WIDTH),
+            f"blk.{i}.attn_q.weight": normal(HEADS * HEAD_DIM, WIDTH),
+            f"blk.{i}.attn_k.weight": normal(KV_HEADS * HEAD_DIM, WIDTH),
+            f"blk.{i}.attn_v.weight": normal(KV_HEADS * HEAD_DIM, WIDTH),
+            f"blk.{i}.attn_output.weight": normal(WIDTH, HEADS * HEAD_DIM),
+            f"blk.{i}.ffn_norm.weight": np.ones(WIDTH),
+            f"blk.{i}.ffn_gate.weight": normal(MLP, WIDTH),
+            f"blk.{i}.ffn_up.weight": normal(MLP, WIDTH),
+            f"blk.{i}.ffn_down.weight": normal(WIDTH, MLP),
+        }
+    return tensors
