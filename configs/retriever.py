@@ -1,0 +1,47 @@
+"""The shipped retriever: a small CLIP trained on emoji pictures of several styles.
+
+    npm install @iconify-json/noto @iconify-json/noto-v1 @iconify-json/fxemoji \
+        @iconify-json/fluent-emoji-flat @iconify-json/fluent-emoji @iconify-json/twemoji \
+        @iconify-json/emojione @iconify-json/streamline-emojis \
+        cldr-annotations-full cldr-annotations-derived-full
+    python -m grape_jax.train_retriever --config=configs/retriever.py \
+        --npm=node_modules --out=runs/retriever
+
+Expected result and wall time: grape_jax/assets/retriever/README.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.image_size = 64  # pixels
+    config.model.patch = 16  # pixels
+    config.model.vision_width = 256
+    config.model.vision_layers = 4
+    config.model.text_width = 256
+    config.model.text_layers = 3
+    config.model.head_dim = 64
+    config.model.projection = 192  # width of the shared space
+    config.model.context = 24  # text tokens, start and end included
+    config.model.vocab = 4096  # at most; BPE stops earlier where nothing repeats
+
+    config.batch = 128  # pairs
+    config.short_text = 16  # tokens; three batches of four are cut here, for speed
+    # Phase 1 sees the other styles only. Phase 2 adds the gallery's own pictures.
+    config.phase1_steps = 1500
+    config.phase2_steps = 1100
+    config.gallery_share = 0.5  # of the pictures of phase 2
+
+    config.proxy_weight = 0.5  # of the loss against one learned vector for each concept
+    config.optimizer = "muon"  # or "adamw"
+    config.lr = 1e-3  # of adamw, and of what muon leaves to it
+    config.muon_lr = 0.02
+    config.weight_decay = 0.05
+    config.warmup = 100  # steps, at the start of each phase
+    config.save_every = 250  # steps
+    config.log_every = 25  # steps
+    return config
