@@ -1,0 +1,77 @@
+"""The order in which training sees its queries: shuffled by epoch, endless, resumable.
+
+The iterator is grain's own. Its state is one number (how many batches it gave), so it is saved with
+the checkpoint by `get_state()` / `set_state()` and a resumed run sees exactly the batches that the
+uninterrupted one would have seen. Queries are short texts in memory: there are no workers and no
+threads, and the order depends on the seed alone, not on the machine.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+
+from grape_jax.errors import UserError
+
+
+def train_iterator(
+    queries: Sequence[Any],
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless batches of queries, in a new order every epoch.
+
+    Epochs follow each other without a gap: a batch at the boundary holds the last queries of one
+    epoch and the first of the next, so every query is seen equally often whatever the batch size.
+
+    Args:
+      queries: any objects; never copied or changed.
+      batch_size: B, queries in a global batch, over all processes.
+      seed: 0 <= seed < 2**32, decides the order of all epochs.
+      process_index: which slice of each global batch this process takes.
+      process_count: into how many equal slices a global batch is cut.
+
+    Returns:
+      A grain iterator over lists of `batch_size // process_count` queries. `get_state()` gives a
+      small dictionary that JSON can hold; `set_state()` takes it back, in an iterator made with the
+      same arguments. The state counts global batches, so it is the same on every process.
+
+    Raises:
+      UserError: the batch is larger than the data, or does not divide among the processes.
+    """
+    _refuse_impossible(len(queries), batch_size, seed, process_index, process_count)
+    share = batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+    batches = (
+        grain.MapDataset.source(queries)
+        .shuffle(seed=seed)
+        .repeat()
+        # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
+        .batch(batch_size, drop_remainder=True, batch_fn=list)
+        .map(lambda batch: batch[mine])
+    )
+    in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches.to_iter_dataset(in_this_thread))
+
+
+def _refuse_impossible(
+    size: int, batch_size: int, seed: int, process_index: int, process_count: int
+) -> None:
+    if batch_size < 1:
+        raise UserError(f"The batch size is {batch_size}: set it to 1 or more.")
+    if batch_size > size:
+        raise UserError(
+            f"A batch of {batch_size} queries is asked for and the data holds {size}: "
+            f"set the batch size to {size} or less."
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"The seed {seed} is out of range: choose one from 0 to {2**32 - 1}.")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"There is no process {process_index} among {process_count}.")
+    if batch_size % process_count:
+        raise UserError(
+            f"A batch of {batch_size} queries does not divide among {process_count} processes: "
+            f"set the batch size to a multiple of {process_count}."
+        )
