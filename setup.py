@@ -21,6 +21,7 @@ TEST = [
 ]
 # Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
 PARITY = [
+    "accelerate>=1.15,<2",
     "peft>=0.21,<0.22",
     "torch==2.13.0",
 ]
@@ -39,6 +40,7 @@ setup(
         "flax>=0.12,<0.13",
         "gguf>=0.17,<1",
         "grain>=0.2.15,<0.3",
+        "importlib_resources>=6,<8",  # etils, below tensorflow-datasets, forgets to ask for it
         "jax>=0.10.2,<0.13",
         "jinja2>=3.1,<4",
         "matplotlib>=3.10,<4",

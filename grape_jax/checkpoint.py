@@ -42,7 +42,7 @@ def save(manager: ocp.CheckpointManager, step: int, state, positions: dict) -> N
 
 
 def restore(manager: ocp.CheckpointManager, like) -> tuple[object, dict] | None:
-    """The newest complete checkpoint, placed as `like` is, and its data positions; None: no such."""
+    """The newest complete checkpoint, placed as `like` is, with its data positions, or None."""
     step = manager.latest_step()
     if step is None:
         return None
@@ -100,5 +100,7 @@ def read_config(workdir: Path) -> dict:
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat

@@ -1,4 +1,4 @@
-"""Command lines: an ml_collections config file, overrides for every key, one sentence for mistakes."""
+"""Command lines: a config file, overrides for every key, one sentence for a mistake."""
 
 import difflib
 import importlib.util
@@ -19,8 +19,8 @@ def define_config() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/emoji.py.")
 
 
-def parse(argv: Sequence[str] | None = None) -> None:
-    """Parses the flags that the command has defined.
+def parse(argv: Sequence[str] | None = None) -> list[str]:
+    """Parses the flags that the command has defined; returns what is not a flag.
 
     Raises:
       UserError: an unknown flag or key, a value of the wrong type, a missing config file.
@@ -34,6 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{str(error).splitlines()[0]} (see --help).") from error
     if len(rest) > 1 and "config" in FLAGS:
         raise UserError(f"unexpected argument {rest[1]!r}: options start with --.")
+    return rest[1:]
 
 
 def _check_config(argv: list[str]) -> None:

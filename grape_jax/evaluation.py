@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from grape_jax import retriever
+from grape_jax import report, retriever
 from grape_jax.job import Job
 from grape_jax.report import Answers, TestSet
 from grape_jax.rewriter import nearest, ranks_of, rewrite
@@ -20,7 +21,10 @@ TOP = 5
 
 def test_sets(job: Job) -> list[tuple[str, str, list]]:
     """(shift, split, queries) of every test set of the run."""
-    limits = {"test": job.config.evaluation.test_limit, "test_seen": job.config.evaluation.seen_limit}
+    limits = {
+        "test": job.config.evaluation.test_limit,
+        "test_seen": job.config.evaluation.seen_limit,
+    }
     return [
         (shift, split, job.queries(shift, split, limits[split]))
         for split in TEST_SETS
@@ -28,7 +32,9 @@ def test_sets(job: Job) -> list[tuple[str, str, list]]:
     ]
 
 
-def answer(job: Job, queries: Sequence, method: str, decoding: str, texts: Sequence[str]) -> Answers:
+def answer(
+    job: Job, queries: Sequence, method: str, decoding: str, texts: Sequence[str]
+) -> Answers:
     """Searches with these texts."""
     emb_QxE = retriever.embed_texts(job.retriever, list(texts))
     ranks = ranks_of(job, emb_QxE, [query.target for query in queries])
@@ -84,9 +90,15 @@ def validate(job: Job, variables: dict, after_batch=lambda done: None) -> dict[s
     """Greedy Recall@10 and median rank on the validation queries of all shifts."""
     shifts = job.config.shifts
     limit = job.config.evaluation.validation_limit
-    queries = [(shift, query) for shift in shifts for query in job.queries(shift, "validation", limit)]
+    queries = [
+        (shift, query) for shift in shifts for query in job.queries(shift, "validation", limit)
+    ]
     texts = rewrite(
-        job, variables, [q.text for _, q in queries], [s for s, _ in queries], 0.0,
+        job,
+        variables,
+        [q.text for _, q in queries],
+        [s for s, _ in queries],
+        0.0,
         after_batch=after_batch,
     )
     emb_QxE = retriever.embed_texts(job.retriever, texts)
@@ -95,6 +107,23 @@ def validate(job: Job, variables: dict, after_batch=lambda done: None) -> dict[s
         "validation_recall_at_10": float(np.mean(ranks <= 10)),
         "validation_median_rank": float(np.median(ranks)),
     }
+
+
+def write_report(run: Job, workdir: Path) -> None:
+    """Tables, curves and pictures from what the run left on disk."""
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
+    about = {
+        "seed": run.config.seed,
+        "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
+        "GRPO": f"{run.config.grpo.steps} steps of {run.config.grpo.batch_size} queries x "
+        f"{run.config.grpo.group_size} rewrites",
+        "seconds a GRPO step (median)": round(float(np.median(seconds)), 2) if seconds else None,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "command": f"python -m grape_jax.evaluate --workdir={workdir}",
+    }
+    report.write(workdir, all_answers(run, workdir), log, run.image, about)
+    print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 
 def _path(workdir: Path, shift: str, split: str, method: str, decoding: str) -> Path:

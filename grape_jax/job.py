@@ -30,7 +30,7 @@ class Job:
     config: ConfigDict
     mesh: Mesh
     policy: policy.PolicyConfig
-    base: dict  # frozen parameters, placed on the mesh; the reference policy
+    base: dict  # frozen parameters, placed on the mesh
     lora: LoraConfig | None
     tokenizer: object
     prompts: dict[str, PromptConfig]  # one for each shift
@@ -90,7 +90,9 @@ def build(config: ConfigDict) -> Job:
       UserError: anything about config, files or devices that the user can mend.
     """
     check(config)
-    emoji.prepare(Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None)
+    emoji.prepare(
+        Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
+    )
     mesh = sharding.make_mesh(**config.mesh)
     policy_config, params, tokenizer = gguf.load(policy_path(config.policy.path))
     policy_config = dataclasses.replace(policy_config, remat=config.policy.remat)

@@ -23,6 +23,7 @@ class TrainState:
 
     step: jax.Array  # int32, steps done
     trained: dict  # the adapter, or all parameters
+    reference: dict | None  # `trained` as GRPO began with it; None where no KL is asked for
     optimizer: optax.OptState
 
 
@@ -92,21 +93,27 @@ def init_state(learner: Learner, key: jax.Array, base) -> TrainState:
             trained = jax.tree.map(jnp.copy, base)
         else:
             trained = nn.unbox(policy.init(learner.policy, key, learner.lora)["lora"])
-        return TrainState(jnp.int32(0), trained, make_optimizer(learner.optimizer).init(trained))
+        reference = jax.tree.map(jnp.copy, trained) if learner.grpo.kl_weight else None
+        optimizer = make_optimizer(learner.optimizer).init(trained)
+        return TrainState(jnp.int32(0), trained, reference, optimizer)
 
     return jax.jit(start, out_shardings=state_shardings(learner))(key, base)
 
 
-def restart_optimizer(learner: Learner, state: TrainState) -> TrainState:
-    """Fresh moments for a new phase: those of the supervised loss do not fit GRPO's gradients."""
-    start = jax.jit(
-        make_optimizer(learner.optimizer).init, out_shardings=state_shardings(learner).optimizer
-    )
-    return state.replace(optimizer=start(state.trained))
+def begin_grpo(learner: Learner, state: TrainState) -> TrainState:
+    """What the warm-up reached becomes the reference policy, and the moments start anew.
+
+    The reference is what GRPO begins with, not the base: a penalty for what the warm-up taught
+    would undo it. The moments of the supervised loss do not fit GRPO's gradients.
+    """
+    shardings = state_shardings(learner)
+    start = jax.jit(make_optimizer(learner.optimizer).init, out_shardings=shardings.optimizer)
+    reference = jax.tree.map(jnp.copy, state.trained) if learner.grpo.kl_weight else None
+    return state.replace(reference=reference, optimizer=start(state.trained))
 
 
 def state_shardings(learner: Learner) -> TrainState:
-    """Where each leaf of the state lives. Every step returns it there, so nothing compiles twice."""
+    """Where each leaf of the state lives. Every step returns it there: nothing compiles twice."""
     boxed = jax.eval_shape(lambda: policy.init(learner.policy, jax.random.key(0), learner.lora))
     boxed = boxed["params"] if learner.lora is None else boxed["lora"]
     trained = sharding.of_parameters(learner.mesh, boxed)
@@ -119,7 +126,7 @@ def state_shardings(learner: Learner) -> TrainState:
         trained,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, trained, moments)
+    return TrainState(whole, trained, trained if learner.grpo.kl_weight else None, moments)
 
 
 def policy_variables(learner: Learner, base, trained) -> dict:
@@ -133,7 +140,7 @@ def warm_up_step(learner: Learner, state: TrainState, base, prompts: Prompts, to
 
     def loss_of(trained):
         variables = policy_variables(learner, base, trained)
-        logprobs, entropy = token_logprobs(learner, variables, learner.lora, prompts, tokens, 1.0)
+        logprobs, entropy = token_logprobs(learner, variables, prompts, tokens, 1.0)
         return -grpo.masked_mean(logprobs, mask), grpo.masked_mean(entropy, mask)
 
     (loss, entropy), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
@@ -156,7 +163,7 @@ def grpo_step(
     """One GRPO step: text tower, exact ranks over the corpus, rewards, advantages, update.
 
     Args:
-      base: frozen parameters; the reference policy.
+      base: frozen parameters, over which the adapter lies.
       corpus_NxE: from `ranking.shard_corpus`.
       targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
 
@@ -172,15 +179,19 @@ def grpo_step(
     advantage_BxK = grpo.advantages(reward_BxK, config.advantage_scale)
 
     logprobs_under = functools.partial(
-        token_logprobs, learner, prompts=prompts, tokens_BxKxT=tokens, temperature=config.temperature
+        token_logprobs,
+        learner,
+        prompts=prompts,
+        tokens_BxKxT=tokens,
+        temperature=config.temperature,
     )
     if config.kl_weight:
-        reference, _ = logprobs_under({"params": base}, None)
+        reference, _ = logprobs_under(policy_variables(learner, base, state.reference))
     else:
         reference = None
 
     def loss_of(trained):
-        logprobs, entropy = logprobs_under(policy_variables(learner, base, trained), learner.lora)
+        logprobs, entropy = logprobs_under(policy_variables(learner, base, trained))
         objective, clipped = grpo.clipped_objective(
             logprobs, rollout.logprobs_BxKxT, advantage_BxK, config.clip_low, config.clip_high
         )
@@ -237,7 +248,7 @@ def rank_rewrites(learner, retriever_params, corpus_NxE, rewrites: Rewrites, tar
     return rank_QxP.min(axis=-1).reshape(B, K)
 
 
-def token_logprobs(learner, variables, lora, prompts, tokens_BxKxT, temperature):
+def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
     """Log-probability of each completion token, and the entropy of its distribution (no gradient).
 
     The vocabulary scores exist for `logprob_chunk` positions at a time, also in the backward pass.
@@ -245,7 +256,7 @@ def token_logprobs(learner, variables, lora, prompts, tokens_BxKxT, temperature)
     Returns:
       Two float32 arrays `[B, K, T]`.
     """
-    hidden = policy.hidden_states(learner.policy, variables, prompts, tokens_BxKxT, lora)
+    hidden = policy.hidden_states(learner.policy, variables, prompts, tokens_BxKxT, learner.lora)
     chunk = learner.logprob_chunk
     B, K, T, D = hidden.shape
     padding = -T % chunk
@@ -279,7 +290,7 @@ def _update(learner: Learner, state: TrainState, loss, grads):
     )
     trained = optax.apply_updates(state.trained, updates)
     keep = lambda new, old: jnp.where(finite, new, old)
-    state = TrainState(
+    state = state.replace(
         step=state.step + 1,
         trained=jax.tree.map(keep, trained, state.trained),
         optimizer=jax.tree.map(keep, optimizer, state.optimizer),

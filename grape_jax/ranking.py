@@ -117,7 +117,9 @@ def _rank_tile(emb_QxE, targets_QxP, excluded_QxX, shard_NxE, size, temperature)
         ahead_QxP += jnp.sum(ahead_QxPxC & counts_QxC[:, None], axis=-1, dtype=jnp.int32)
         scaled = jnp.where(rows_C < size, scores_QxC / temperature, -jnp.inf)
         new_top_Q = jnp.maximum(top_Q, scaled.max(-1))
-        total_Q = total_Q * jnp.exp(top_Q - new_top_Q) + jnp.exp(scaled - new_top_Q[:, None]).sum(-1)
+        total_Q = total_Q * jnp.exp(top_Q - new_top_Q) + jnp.exp(scaled - new_top_Q[:, None]).sum(
+            -1
+        )
         return (ahead_QxP, new_top_Q, total_Q), None
 
     Q = emb_QxE.shape[0]

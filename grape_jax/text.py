@@ -10,8 +10,11 @@ from grape_jax.errors import UserError
 from grape_jax.types import Prompts
 
 FORMATS = ("line", "answer")
-ANSWER = re.compile(r"\s*(?:<think>(?:(?!<think>|<answer>).)*</think>\s*)?"
-                    r"<answer>((?:(?!</?answer>|</?think>).)*)</answer>\s*", re.DOTALL)
+ANSWER = re.compile(
+    r"\s*(?:<think>(?:(?!<think>|<answer>).)*</think>\s*)?"
+    r"<answer>((?:(?!</?answer>|</?think>).)*)</answer>\s*",
+    re.DOTALL,
+)
 
 
 @dataclasses.dataclass(frozen=True)

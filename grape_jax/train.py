@@ -18,11 +18,11 @@ from absl import flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from grape_jax import checkpoint, command_line, evaluation, job, report, retriever, sharding, text
+from grape_jax import checkpoint, command_line, evaluation, job, retriever, sharding, text
 from grape_jax.data import pipeline
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
-from grape_jax.learner import TrainState, grpo_step, restart_optimizer, warm_up_step
+from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
 from grape_jax.rewriter import encode, merged_variables, read_answers
 from grape_jax.rollout import sample
 from grape_jax.types import Rewrites
@@ -82,7 +82,7 @@ def train(config, workdir: Path) -> None:
         evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
         state = learn(run, workdir, stop)
         evaluate_policy(run, workdir, merged_variables(run, state.trained), "GRPO", stop)
-    write_report(run, workdir)
+    evaluation.write_report(run, workdir)
 
 
 def learn(run: Job, workdir: Path, stop: StopSignal) -> TrainState:
@@ -112,7 +112,7 @@ def learn(run: Job, workdir: Path, stop: StopSignal) -> TrainState:
             # The warm-up alone is judged before anything changes it.
             save(step)
             evaluate_policy(run, workdir, merged_variables(run, state.trained), "warm-up", stop)
-            state = restart_optimizer(run.learner("grpo"), state)
+            state = begin_grpo(run.learner("grpo"), state)
         if step < config.warm_up.steps:
             phase = "warm-up"
             state, metrics = warm_up(run, state, next(batches["warm_up"]))
@@ -185,8 +185,15 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
     answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
     state, metrics = grpo_step(  # jit, state donated
-        run.learner("grpo"), state, run.base, run.retriever_params, run.corpus_NxE,
-        prompts, targets, rollout, rewrites,
+        run.learner("grpo"),
+        state,
+        run.base,
+        run.retriever_params,
+        run.corpus_NxE,
+        prompts,
+        targets,
+        rollout,
+        rewrites,
     )
     metrics = jax.device_get(metrics)
     rank_BxK, reward_BxK = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
@@ -209,7 +216,9 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(run, tokens, mask)
     words = [words for group in answers for words, _ in group]
-    tokens_QxL, mask_QxL = retriever.tokenize(run.retriever, words, run.config.retriever.text_length)
+    tokens_QxL, mask_QxL = retriever.tokenize(
+        run.retriever, words, run.config.retriever.text_length
+    )
     B, K = tokens.shape[:2]
     rewrites = Rewrites(
         tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
@@ -229,23 +238,6 @@ def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopS
             stop.raise_if_asked()
 
         evaluation.policy_answers(run, workdir, variables, method, after_batch)
-
-
-def write_report(run: Job, workdir: Path) -> None:
-    """Tables, curves and pictures from what the run left on disk."""
-    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
-    about = {
-        "seed": run.config.seed,
-        "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
-        "GRPO": f"{run.config.grpo.steps} steps of {run.config.grpo.batch_size} queries x "
-        f"{run.config.grpo.group_size} rewrites",
-        "seconds a GRPO step (median)": round(float(np.median(seconds)), 2) if seconds else None,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "command": f"python -m grape_jax.evaluate --workdir={workdir}",
-    }
-    report.write(workdir, evaluation.all_answers(run, workdir), log, run.image, about)
-    print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 
 def sample_line(table: list[dict]) -> str:

@@ -11,7 +11,9 @@ def test_advantages_are_centred_in_their_own_group():
     reward = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 5.0]])
     std = np.std([0, 1, 2, 3], ddof=1)
     expected = np.array([[-1.5, -0.5, 0.5, 1.5], [0, 0, 0, 0]])
-    np.testing.assert_allclose(grpo.advantages(reward, "group")[0], expected[0] / (std + 1e-4), rtol=1e-6)
+    np.testing.assert_allclose(
+        grpo.advantages(reward, "group")[0], expected[0] / (std + 1e-4), rtol=1e-6
+    )
     np.testing.assert_allclose(grpo.advantages(reward, "group")[1], 0)
     np.testing.assert_allclose(grpo.advantages(reward, "none"), expected)
 
@@ -51,9 +53,13 @@ def test_a_mean_is_over_tokens_not_over_sequences():
 
 def test_rank_rewards():
     ranks = jnp.asarray([1, 10, 100])
-    np.testing.assert_allclose(rewards.rank_reward(ranks, 100, "linear"), [1, 1 - 9 / 99, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        rewards.rank_reward(ranks, 100, "linear"), [1, 1 - 9 / 99, 0], atol=1e-6
+    )
     np.testing.assert_allclose(rewards.rank_reward(ranks, 100, "log"), [1, 0.5, 0], atol=1e-6)
-    np.testing.assert_allclose(rewards.rank_reward(ranks, 100, "reciprocal"), [1, 0.1, 0.01], rtol=1e-6)
+    np.testing.assert_allclose(
+        rewards.rank_reward(ranks, 100, "reciprocal"), [1, 0.1, 0.01], rtol=1e-6
+    )
     for shape in rewards.SHAPES:
         assert rewards.rank_reward(jnp.asarray(1), 1, shape) == 1
     with pytest.raises(ValueError, match="unknown"):

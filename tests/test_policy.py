@@ -60,7 +60,9 @@ def test_smollm2_equals_transformers():
     config, params, tokenizer = gguf.load(path)
     turns = [{"role": "user", "content": "Schreib 42 Wörter über einen 🦊, bitte!  Two  spaces."}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert ids == their_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert (
+        ids == their_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    )
 
     tokens = jnp.asarray(ids)[None, None]
     variables = {"params": jax.device_put(params)}
@@ -112,7 +114,9 @@ def test_merged_adapter_equals_adapter_beside(tiny):
     tokens = jnp.asarray([[[7, 8, 9]]])
     beside = policy.hidden_states(TINY, tiny, prompts, tokens, LORA)
     merged = {"params": lora.merge(tiny["params"], tiny["lora"], LORA)}
-    np.testing.assert_allclose(policy.hidden_states(TINY, merged, prompts, tokens), beside, atol=1e-4)
+    np.testing.assert_allclose(
+        policy.hidden_states(TINY, merged, prompts, tokens), beside, atol=1e-4
+    )
     without = policy.hidden_states(TINY, {"params": tiny["params"]}, prompts, tokens)
     assert np.abs(without - beside).max() > 1e-2
 

@@ -38,7 +38,7 @@ def _answers(method, decoding, ranks):
 
 def _test_set(languages=("en",)):
     generator = np.random.default_rng(0)
-    draw = lambda top: generator.integers(1, top, size=QUERIES)  # noqa: E731
+    draw = lambda top: generator.integers(1, top, size=QUERIES)
     answers = [
         _answers("GRPO", "greedy", draw(12)),
         _answers("GRPO", "sampled", draw(15)),

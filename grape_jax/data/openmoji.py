@@ -78,7 +78,9 @@ def _emoji_data() -> dict[str, dict]:
     try:
         import emoji
     except ImportError as error:
-        raise UserError("the package emoji is not installed: run `pip install -e .[demo]`.") from error
+        raise UserError(
+            "the package emoji is not installed: run `pip install -e .[demo]`."
+        ) from error
     return emoji.EMOJI_DATA
 
 

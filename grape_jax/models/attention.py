@@ -52,6 +52,6 @@ def attend_completions(
 
 
 def _group_heads(q: jax.Array, groups: int) -> jax.Array:
-    """Splits H query heads into G groups of R and scales them: `[..., H, d]` to `[..., G, R, d]`."""
+    """Splits H query heads into G groups of R, and scales: `[..., H, d]` to `[..., G, R, d]`."""
     *lead, H, d = q.shape
     return q.reshape(*lead, groups, H // groups, d) * d**-0.5

@@ -54,8 +54,9 @@ class RmsNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-                           (x.shape[-1],))
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],)
+        )
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
         return (normed * scale).astype(x.dtype)
@@ -107,24 +108,29 @@ def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None):
     embed_key, layer_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width))
     one_layer = lambda k: Layer(config, lora).init(
-        {"params": k, "lora": jax.random.fold_in(k, 1)}, x, jnp.zeros((1, 1), jnp.int32),
+        {"params": k, "lora": jax.random.fold_in(k, 1)},
+        x,
+        jnp.zeros((1, 1), jnp.int32),
         lambda q, k, v: (q, None),
     )
     stacked = jax.vmap(one_layer)(jax.random.split(layer_key, config.layers))
     stacked = jax.tree.map(
         lambda leaf: leaf.add_axis(0, {nn.PARTITION_NAME: "layers"}),
-        stacked, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+        stacked,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
     table = nn.initializers.normal(0.02)
     params = {
         "embedding": nn.LogicallyPartitioned(
-            table(embed_key, (config.vocab_size, config.width)), ("vocab", "embed")),
+            table(embed_key, (config.vocab_size, config.width)), ("vocab", "embed")
+        ),
         "layers": stacked["params"],
         "final_norm": nn.LogicallyPartitioned(jnp.ones((config.width,)), ("norm",)),
     }
     if not config.tied_embeddings:
         params["head"] = nn.LogicallyPartitioned(
-            table(head_key, (config.vocab_size, config.width)), ("vocab", "embed"))
+            table(head_key, (config.vocab_size, config.width)), ("vocab", "embed")
+        )
     return {"params": params} | ({"lora": stacked["lora"]} if lora else {})
 
 
@@ -146,8 +152,15 @@ def prefill(config: PolicyConfig, variables, prompts: Prompts, lora: LoraConfig 
     return _final_norm(config, variables, x[:, -1]), k, v
 
 
-def decode(config: PolicyConfig, variables, cache: Cache, prompt_mask_BxS, tokens_BxK, t,
-           lora: LoraConfig | None = None):
+def decode(
+    config: PolicyConfig,
+    variables,
+    cache: Cache,
+    prompt_mask_BxS,
+    tokens_BxK,
+    t,
+    lora: LoraConfig | None = None,
+):
     """Feeds completion token `t` (0-based) of every row.
 
     Returns:
@@ -173,15 +186,20 @@ def decode(config: PolicyConfig, variables, cache: Cache, prompt_mask_BxS, token
     x = embed(variables, tokens_BxK)
     lengths_B = jnp.sum(prompt_mask_BxS, axis=-1)
     positions = jnp.broadcast_to(lengths_B[:, None] + t, tokens_BxK.shape)
-    layers = (cache.prompt_k_YxBxSxGxd, cache.prompt_v_YxBxSxGxd,
-              cache.own_k_YxBxKxTxGxd, cache.own_v_YxBxKxTxGxd)
+    layers = (
+        cache.prompt_k_YxBxSxGxd,
+        cache.prompt_v_YxBxSxGxd,
+        cache.own_k_YxBxKxTxGxd,
+        cache.own_v_YxBxKxTxGxd,
+    )
     x, (own_k, own_v) = _through_layers(config, lora, variables, x, positions, attend_with, layers)
     cache = cache.replace(own_k_YxBxKxTxGxd=own_k, own_v_YxBxKxTxGxd=own_v)
     return _final_norm(config, variables, x), cache
 
 
-def hidden_states(config: PolicyConfig, variables, prompts: Prompts, tokens_BxKxT,
-                  lora: LoraConfig | None = None) -> jax.Array:
+def hidden_states(
+    config: PolicyConfig, variables, prompts: Prompts, tokens_BxKxT, lora: LoraConfig | None = None
+) -> jax.Array:
     """The states that predict each completion token, every prompt computed once for its group.
 
     Returns:
@@ -244,4 +262,6 @@ def _through_layers(config, lora, variables, x, positions, attend_with, per_laye
 
 
 def _final_norm(config, variables, x):
-    return RmsNorm(config.norm_eps).apply({"params": {"scale": variables["params"]["final_norm"]}}, x)
+    return RmsNorm(config.norm_eps).apply(
+        {"params": {"scale": variables["params"]["final_norm"]}}, x
+    )

@@ -58,7 +58,9 @@ def _open(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except Exception as error:
-        raise UserError(f"{path} is not a readable GGUF file ({error}): download it again.") from error
+        raise UserError(
+            f"{path} is not a readable GGUF file ({error}): download it again."
+        ) from error
 
 
 def _field(reader: GGUFReader, name: str, default=None):

