@@ -65,6 +65,10 @@ def of_parameters(mesh: Mesh, boxed) -> object:
     def sharding(spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
         axes = nn.logical_to_mesh_axes(spec, RULES)
         fitting = [a if _divides(mesh, a, n) else None for a, n in zip(axes, shape, strict=False)]
+        # The form in which a compiled step gives an array back: the same array in another form
+        # would compile the step again.
+        while fitting and fitting[-1] is None:
+            fitting.pop()
         return NamedSharding(mesh, PartitionSpec(*fitting))
 
     return jax.tree.map(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -93,5 +97,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def _divides(mesh: Mesh, axes, size: int) -> bool:
+    """Whether an array axis is really split over these mesh axes, into equal parts."""
     names = (axes,) if isinstance(axes, str) else axes or ()
-    return size % math.prod(mesh.shape[name] for name in names) == 0
+    parts = math.prod(mesh.shape[name] for name in names)
+    return parts > 1 and size % parts == 0
