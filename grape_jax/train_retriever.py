@@ -125,7 +125,10 @@ def load_pictures(config: ConfigDict, npm: Path, concepts: list[Concept], cache:
     print("drawing the gallery", flush=True)
     gallery = icons.render_all([p.svg.read_text() for p in openmoji.gallery()], size)
     pictures = Pictures(np.stack(pixels), np.asarray(concept_ids, np.int32), gallery)
-    np.savez(cache, pixels=pictures.pixels_MxHxWx3, concept=pictures.concept_M, gallery=gallery)
+    # Written aside and moved, so that a killed run leaves no half file.
+    aside = cache.with_suffix(".partial.npz")
+    np.savez(aside, pixels=pictures.pixels_MxHxWx3, concept=pictures.concept_M, gallery=gallery)
+    aside.replace(cache)
     return pictures
 
 
@@ -338,14 +341,16 @@ def _clip_config(config: ConfigDict, vocab: int) -> ClipConfig:
 
 
 def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    lengths = [steps for steps in (config.phase1_steps, config.phase2_steps) if steps]
+
     def schedule(peak: float) -> optax.Schedule:
         phases = [
             optax.warmup_cosine_decay_schedule(
                 0.0, peak, min(config.warmup, steps - 1), steps, 0.02 * peak
             )
-            for steps in (config.phase1_steps, config.phase2_steps)
+            for steps in lengths
         ]
-        return optax.join_schedules(phases, [config.phase1_steps])
+        return optax.join_schedules(phases, lengths[:1] if len(lengths) > 1 else [])
 
     def kind(params: Params) -> Params:
         def of_leaf(path: tuple, leaf: jax.Array) -> str:
@@ -384,7 +389,7 @@ def _init(
 ) -> State:
     clip_key, proxy_key = jax.random.split(jax.random.key(config.seed))
     params = {
-        "clip": clip.init(clip_config, clip_key),
+        "clip": jax.jit(clip.init, static_argnums=0)(clip_config, clip_key),
         "proxies": jax.random.normal(proxy_key, (count, clip_config.projection))
         / math.sqrt(clip_config.projection),
     }

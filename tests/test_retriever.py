@@ -1,0 +1,186 @@
+"""The shipped retriever end to end, the bank's cache, and two steps of its training."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grape_jax import retriever, train_retriever
+from grape_jax.data import icons, openmoji
+from grape_jax.data.icons import Concept
+from grape_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return retriever.load()
+
+
+@pytest.fixture(scope="module")
+def gallery_bank(shipped):
+    pictures = openmoji.gallery()
+    drawn = icons.render_all([p.svg.read_text() for p in pictures], icons.RENDER_SIZE)
+    return pictures, retriever.embed_images(shipped, [Image.fromarray(x) for x in drawn])
+
+
+def test_recall_of_english_names_is_as_recorded(shipped, gallery_bank):
+    """The number in the model card, made again: render, preprocess, embed, rank."""
+    pictures, bank_NxE = gallery_bank
+    recorded = json.loads((retriever.SHIPPED / "recall.json").read_text())["final"]["names"]
+    scores_QxN = retriever.embed_texts(shipped, [p.name for p in pictures]) @ bank_NxE.T
+    rank_Q = 1 + (scores_QxN > np.diag(scores_QxN)[:, None]).sum(axis=1)
+    for k in (1, 5, 10):
+        assert 100 * np.mean(rank_Q <= k) == pytest.approx(recorded[f"R@{k}"], abs=0.5)
+    assert recorded["R@10"] >= 80
+
+
+def test_embeddings_have_unit_length_and_any_count(shipped):
+    texts = [f"text {i}" for i in range(retriever.BATCH + 1)]
+    text_NxE = retriever.embed_texts(shipped, texts)
+    assert text_NxE.shape == (len(texts), shipped.config.projection)
+    assert text_NxE.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(text_NxE, axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(retriever.embed_texts(shipped, texts[-1:])[0], text_NxE[-1])
+    assert retriever.embed_texts(shipped, []).shape == (0, shipped.config.projection)
+    assert retriever.embed_images(shipped, []).shape == (0, shipped.config.projection)
+
+
+def test_overlong_text_is_cut_before_its_end_token(shipped):
+    long_text = "a red rocket " * 40
+    tokens_NxL, mask_NxL = retriever.tokenize(shipped, [long_text, "rocket", ""])
+    end = shipped.config.end_token
+    assert tokens_NxL.shape == (3, shipped.config.context) and tokens_NxL.dtype == np.int32
+    assert mask_NxL[0].all() and tokens_NxL[0, -1] == end and end not in tokens_NxL[0, :-1]
+    assert tokens_NxL[1][mask_NxL[1]][-1] == end and mask_NxL[1].sum() == 3
+    assert mask_NxL[2].sum() == 2
+    short, _ = retriever.tokenize(shipped, [long_text], length=5)
+    np.testing.assert_array_equal(short[0, :4], tokens_NxL[0, :4])
+    assert short[0, 4] == end
+    with pytest.raises(UserError, match="text length"):
+        retriever.tokenize(shipped, ["rocket"], length=shipped.config.context + 1)
+
+
+def test_transformers_tokenizer_and_processor_agree(shipped):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(retriever.SHIPPED)
+    texts = ["Party  popper", "a red rocket " * 40]
+    output = theirs(texts, padding="max_length", truncation=True, max_length=shipped.config.context)
+    tokens_NxL, mask_NxL = retriever.tokenize(shipped, texts)
+    np.testing.assert_array_equal(output["input_ids"], tokens_NxL)
+    np.testing.assert_array_equal(output["attention_mask"], mask_NxL)
+
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(retriever.SHIPPED)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 128, 3), np.uint8))
+    want = np.asarray(processor(picture)["pixel_values"][0]).transpose(1, 2, 0)
+    np.testing.assert_allclose(retriever.preprocess(shipped.preprocess, picture), want, atol=1e-5)
+
+
+def test_bank_is_read_from_its_cache(shipped, tmp_path):
+    pictures = some_pictures()
+    first = retriever.corpus_bank(shipped, pictures, tmp_path)
+    (file,) = tmp_path.glob("*.npy")
+    written = file.stat().st_mtime_ns
+    np.testing.assert_array_equal(retriever.corpus_bank(shipped, pictures, tmp_path), first)
+    assert file.stat().st_mtime_ns == written
+    # Another order is another bank.
+    swapped = retriever.corpus_bank(shipped, pictures[::-1], tmp_path)
+    np.testing.assert_allclose(swapped, first[::-1], atol=1e-6)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros"])
+def test_damaged_cache_is_computed_anew_with_a_warning(shipped, tmp_path, damage):
+    pictures = some_pictures()
+    first = retriever.corpus_bank(shipped, pictures, tmp_path)
+    (file,) = tmp_path.glob("*.npy")
+    if damage == "zeros":
+        np.save(file, np.zeros_like(first))
+    else:
+        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:200])
+    with pytest.warns(UserWarning, match="is damaged"):
+        again = retriever.corpus_bank(shipped, pictures, tmp_path)
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(np.load(file), first)
+
+
+def test_pictures_may_be_files(shipped, tmp_path):
+    picture = some_pictures()[0]
+    picture.save(tmp_path / "picture.png")
+    np.testing.assert_array_equal(
+        retriever.embed_images(shipped, [tmp_path / "picture.png"]),
+        retriever.embed_images(shipped, [picture]),
+    )
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        retriever.embed_images(shipped, [tmp_path / "broken.png"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_damaged_files_are_named(tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(retriever.SHIPPED, copy)
+    (copy / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        retriever.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        retriever.load(copy)
+
+
+def test_shipped_files_are_small():
+    assert sum(file.stat().st_size for file in retriever.SHIPPED.iterdir()) <= 16e6
+
+
+def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch):
+    """The whole recipe on two concepts and one style: stopped, resumed, saved, loadable."""
+    concepts = [
+        Concept("1F680", "🚀", "rocket", "rocket", ("launch", "space")),
+        Concept("1F389", "🎉", "party popper", "party popper", ("tada",)),
+    ]
+    monkeypatch.setattr(icons, "concepts", lambda npm: concepts)
+    rng = np.random.default_rng(0)
+    pictures = train_retriever.Pictures(
+        rng.integers(0, 256, (4, 16, 16, 3), np.uint8),
+        np.asarray([0, 0, 1, 1], np.int32),
+        rng.integers(0, 256, (2, 16, 16, 3), np.uint8),
+    )
+    monkeypatch.setattr(train_retriever, "load_pictures", lambda *_: pictures)
+    config_file = Path(__file__).parents[1] / "configs" / "retriever.py"
+    spec = importlib.util.spec_from_file_location("retriever_config", config_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.batch, config.phase1_steps, config.phase2_steps = 2, 2, 2
+    config.warmup, config.save_every = 1, 3
+    config.optimizer, config.short_text = "adamw", config.model.context  # compiles faster
+    config.model.update(
+        image_size=16, patch=8, vision_width=32, vision_layers=1, text_width=32, text_layers=1,
+        head_dim=16, projection=16, vocab=300,
+    )  # fmt: skip
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_retriever.train(config, tmp_path, whole)
+    stops = iter([False, True, True])
+    monkeypatch.setattr(train_retriever, "_stop_on_interrupt", lambda: lambda: next(stops))
+    train_retriever.train(config, tmp_path, parts)
+    assert not (parts / "recall.json").exists()
+    monkeypatch.setattr(train_retriever, "_stop_on_interrupt", lambda: lambda: False)
+    train_retriever.train(config, tmp_path, parts)
+
+    one, two = retriever.load(whole), retriever.load(parts)
+    assert one.fingerprint == two.fingerprint
+    recall = json.loads((whole / "recall.json").read_text())
+    assert set(recall) == {"phase 1", "final"}
+    config.seed = 1
+    with pytest.raises(UserError, match="another config"):
+        train_retriever.train(config, tmp_path, whole)
+
+
+def some_pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(5)]
