@@ -33,18 +33,18 @@ def get_config() -> ConfigDict:
     config.retriever.text_length = 16  # retriever tokens of a rewrite; longer ones are cut
 
     config.prompt = ConfigDict()
-    config.prompt.system = ""
-    config.prompt.user = ConfigDict()  # the user's turn of each shift
-    config.prompt.user.noisy = "Fix the typing errors: {query}"
-    config.prompt.user.long = "Which word or name has this meaning? {query}"
-    config.prompt.user.languages = "Translate to English: {query}"
+    config.prompt.system = ConfigDict()  # the system turn of each shift
+    config.prompt.system.noisy = "Correct the spelling."
+    config.prompt.system.long = "Name the thing in a few words."
+    config.prompt.system.languages = "Translate to English."
+    config.prompt.user = "{query}"  # the user's turn
     config.prompt.answer_start = ""  # what the assistant's turn starts with
     config.prompt.max_tokens = 64  # longer prompts are refused
     config.prompt.format = "line"  # "line", or "answer" for <answer>tags</answer>
 
     config.rollout = ConfigDict()
     config.rollout.temperature = 1.0
-    config.rollout.max_tokens = 12  # of a completion, end token included
+    config.rollout.max_tokens = 12  # of a completion, end token included; a longer one is malformed
 
     config.warm_up = ConfigDict()  # supervised steps on the reference texts
     config.warm_up.steps = 20
@@ -75,7 +75,8 @@ def get_config() -> ConfigDict:
     config.evaluation.every = 25  # steps between looks at the validation split; 0: never
     config.evaluation.validation_limit = 128  # queries of each shift
     config.evaluation.test_limit = 0  # 0: all
-    config.evaluation.seen_limit = 256
+    config.evaluation.seen_limit = 256  # of seen concepts in unseen wording
+    config.evaluation.max_tokens = 16  # of a rewrite; room for an untrained policy's manners
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 10

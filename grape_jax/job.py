@@ -73,10 +73,11 @@ class Job:
         """Where training starts."""
         return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
 
-    def sampling(self, group_size: int, temperature: float) -> SamplingConfig:
+    def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
+        """How to sample; T is `max_tokens`."""
         return SamplingConfig(
             group_size=group_size,
-            max_tokens=self.config.rollout.max_tokens,
+            max_tokens=max_tokens,
             temperature=temperature,
             stop_ids=(self.tokenizer.eos_token_id,),
             pad_id=self.tokenizer.pad_token_id,
@@ -166,8 +167,8 @@ def place_policy(mesh: Mesh, config: policy.PolicyConfig, params) -> dict:
 def _prompt_config(config: ConfigDict, shift: str) -> PromptConfig:
     prompt = config.prompt
     return PromptConfig(
-        system=prompt.system,
-        user=prompt.user[shift],
+        system=prompt.system[shift],
+        user=prompt.user,
         answer_start=prompt.answer_start,
         max_tokens=prompt.max_tokens,
         format=prompt.format,

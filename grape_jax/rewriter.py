@@ -82,7 +82,7 @@ def rewrite(
         chunk = slice(start, start + BATCH)
         prompts, real = _full_batch(encode(job, queries[chunk], shifts[chunk]))
         key = jax.random.fold_in(jax.random.key(seed), start)
-        sampling = job.sampling(group_size=1, temperature=temperature)
+        sampling = job.sampling(1, temperature, job.config.evaluation.max_tokens)
         rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
         tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
         answers = read_answers(job, tokens[:real], mask[:real])
@@ -102,11 +102,10 @@ def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
 
 def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, bool]]]:
     """Text and well-formedness of each completion (numpy arrays in)."""
-    stop_ids = job.sampling(1, 0.0).stop_ids
 
     def read(tokens, mask) -> tuple[str, bool]:
         kept = tokens[mask]
-        ended = bool(len(kept)) and int(kept[-1]) in stop_ids
+        ended = bool(len(kept)) and int(kept[-1]) == job.tokenizer.eos_token_id
         completion = job.tokenizer.decode(kept[:-1] if ended else kept)
         return text.read_answer(completion, ended, job.config.prompt.format)
 

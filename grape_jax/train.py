@@ -180,7 +180,8 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     prompts, targets = sharding.batch(run.mesh, (host_prompts, targets))
     key = jax.random.fold_in(jax.random.key(config.seed), step)
 
-    sampling = run.sampling(config.grpo.group_size, config.rollout.temperature)
+    temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
+    sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
     variables = merged_variables(run, state.trained)
     rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
     answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out

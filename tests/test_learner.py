@@ -79,7 +79,7 @@ def step(found, world, made, state):
 
 
 def naive_loss(params, reference, world, rewards_BxK):
-    """Every completion as a row of its own behind a copy of its prompt, whole logits, plain sums."""
+    """Each completion a row of its own behind its prompt, whole logits, plain sums."""
     prompts, rollout, *_ = world
     adv = (rewards_BxK - rewards_BxK.mean(1, keepdims=True)) / (
         rewards_BxK.std(1, ddof=1, keepdims=True) + 1e-4
@@ -195,5 +195,3 @@ def test_warm_up_learns_and_nothing_compiles_twice(found, world):
     for _ in range(3):
         state, _ = step(found, world, made, state)
     assert learner.grpo_step._cache_size() == 1
-
-
