@@ -1,6 +1,7 @@
 """State, data positions and config, saved and restored together."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,17 +17,10 @@ FREE_KEYS = ("evaluation.", "checkpoint.", "log.", "data_dir")
 def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
     """The run's checkpoints, written in the background, the newest `keep` of them kept.
 
-    Raises:
-      UserError: the workdir cannot be written.
+    A context manager: leaving it waits for what is still being written.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    try:
-        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
-    except OSError as error:
-        raise UserError(
-            f"the workdir {workdir} cannot be written ({error.strerror}): choose another one."
-        ) from error
+    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, positions: dict) -> None:
@@ -56,16 +50,14 @@ def restore(manager: ocp.CheckpointManager, like) -> tuple[object, dict] | None:
     return restored.state, restored.positions
 
 
-def keep_config(workdir: Path, config) -> None:
-    """Writes the resolved config beside the run; refuses to go on with another one.
+def refuse_other_config(workdir: Path, config) -> None:
+    """Holds a workdir to one config, and to being writable.
 
     Raises:
       UserError: the workdir holds a run of a different config, or cannot be written.
     """
-    path = workdir / CONFIG_FILE
-    resolved = json.loads(config.to_json_best_effort())
-    if path.exists():
-        old, new = _flat(json.loads(path.read_text())), _flat(resolved)
+    if (workdir / CONFIG_FILE).exists():
+        old, new = _flat(read_config(workdir)), _flat(_resolved(config))
         differs = [
             f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
@@ -78,11 +70,19 @@ def keep_config(workdir: Path, config) -> None:
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise UserError(
             f"the workdir {workdir} cannot be written ({error.strerror}): choose another one."
         ) from error
+
+
+def keep_config(workdir: Path, config) -> None:
+    """Writes the resolved config beside the run, once everything that it names was found."""
+    aside = workdir / f"{CONFIG_FILE}.partial"
+    aside.write_text(json.dumps(_resolved(config), indent=2, ensure_ascii=False) + "\n")
+    aside.replace(workdir / CONFIG_FILE)
 
 
 def read_config(workdir: Path) -> dict:
@@ -95,6 +95,10 @@ def read_config(workdir: Path) -> dict:
     if not path.exists():
         raise UserError(f"there is no run in {workdir}: give the --workdir of a training run.")
     return json.loads(path.read_text())
+
+
+def _resolved(config) -> dict:
+    return json.loads(config.to_json_best_effort())
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -36,8 +36,8 @@ class Rewriter:
         """
         workdir = Path(workdir)
         loaded = job.build(ConfigDict(checkpoint.read_config(workdir)))
-        manager = checkpoint.open_manager(workdir, keep=loaded.config.checkpoint.keep)
-        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
+        with checkpoint.open_manager(workdir, loaded.config.checkpoint.keep) as manager:
+            restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
         if restored is None:
             raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
         state: TrainState = restored[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from orbax.checkpoint import CheckpointManager
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -68,10 +69,11 @@ def train(config, workdir: Path) -> None:
       Interrupted: stopped on request; everything is saved.
     """
     job.check(config)
-    checkpoint.keep_config(workdir, config)
+    checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
     run = job.build(config)
+    checkpoint.keep_config(workdir, config)
     print(
         f"{len(run.bank_NxE)} pictures, policy of {run.policy.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s), "
@@ -80,17 +82,17 @@ def train(config, workdir: Path) -> None:
     )
     with StopSignal() as stop:
         evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
-        state = learn(run, workdir, stop)
+        with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
+            state = learn(run, workdir, manager, stop)
         evaluate_policy(run, workdir, merged_variables(run, state.trained), "GRPO", stop)
     evaluation.write_report(run, workdir)
 
 
-def learn(run: Job, workdir: Path, stop: StopSignal) -> TrainState:
+def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal) -> TrainState:
     """The loop: warm-up steps, then GRPO steps; resumes from the newest checkpoint."""
     config = run.config
     last = config.warm_up.steps + config.grpo.steps
     batches = data_iterators(run)
-    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     state = run.fresh_state("warm_up")
     restored = checkpoint.restore(manager, state)
     if restored is not None:
@@ -138,11 +140,8 @@ def learn(run: Job, workdir: Path, stop: StopSignal) -> TrainState:
         bar.update()
         if done % config.checkpoint.every == 0 or done == last or stop.asked:
             save(done)
-        if stop.asked:
-            manager.wait_until_finished()
-            raise Interrupted
+        stop.raise_if_asked()
     bar.close()
-    manager.wait_until_finished()
     log.close()
     return state
 
@@ -279,8 +278,9 @@ class Log:
 
 def _drop_lines(path: Path, dropped) -> None:
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if not dropped(json.loads(line))]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        # The last line of a killed run may be half a line: it has no end.
+        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        path.write_text("".join(line for line in whole if not dropped(json.loads(line))))
 
 
 def main() -> None:
