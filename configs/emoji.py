@@ -1,11 +1,25 @@
-"""The quickstart."""
+"""The quickstart: English names of pictures, mistyped.
+
+    python -m grape_jax.train --config=configs/emoji.py --workdir=runs/emoji
+"""
 
 from configs import default
 
 
 def get_config():
     config = default.get_config()
+    config.shifts = ("noisy",)
+    # The longest prompt has 35 tokens; of the names one in a hundred has more than 7.
     config.prompt.max_tokens = 36
     config.rollout.max_tokens = 8
+    # Cooler than the model's own distribution: at 1.0 three samples of four were beyond use, and
+    # GRPO at 5e-4 went down instead of up.
+    config.rollout.temperature = 0.7
+    config.warm_up.steps = 24
+    config.warm_up.learning_rate = 2e-3
+    config.grpo.steps = 70
+    config.grpo.learning_rate = 2e-4
+    config.grpo.kl_weight = 0.005
+    config.evaluation.every = 35
     config.evaluation.seen_limit = 128
     return config
