@@ -1,6 +1,8 @@
 """The quickstart: English names of pictures, mistyped.
 
     python -m grape_jax.train --config=configs/emoji.py --workdir=runs/emoji
+
+What it reaches, how long it takes and on which machine: README.md.
 """
 
 from configs import default
