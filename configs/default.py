@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.every = 25  # steps between looks at the validation split; 0: never
     config.evaluation.validation_limit = 128  # queries of each shift
+    config.evaluation.batch_size = 64  # queries rewritten at one time
     config.evaluation.test_limit = 0  # 0: all
     config.evaluation.seen_limit = 256  # of seen concepts in unseen wording
     config.evaluation.max_tokens = 16  # of a rewrite; room for an untrained policy's manners

@@ -11,7 +11,15 @@ from grape_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 # What may change between the runs of one workdir without making it another run.
-FREE_KEYS = ("evaluation.", "checkpoint.", "log.", "data_dir")
+# The answers on disk depend on the test sets and the token budget: those may not.
+FREE_KEYS = (
+    "evaluation.every",
+    "evaluation.validation_limit",
+    "checkpoint.",
+    "log.",
+    "data_dir",
+    "wordnet_dir",
+)
 
 
 def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:

@@ -6,7 +6,6 @@ python -m grape_jax.evaluate --workdir=runs/emoji
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from grape_jax import checkpoint, command_line, evaluation, job
 from grape_jax.errors import UserError, exit_with_sentence
@@ -18,7 +17,7 @@ def main() -> None:
     if flags.FLAGS.workdir is None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     workdir = Path(flags.FLAGS.workdir)
-    run = job.build(ConfigDict(checkpoint.read_config(workdir)))
+    run = job.build_again(checkpoint.read_config(workdir))
     evaluation.write_report(run, workdir)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from grape_jax import report, retriever
+from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.report import Answers, TestSet
 from grape_jax.rewriter import nearest, ranks_of, rewrite
@@ -86,7 +87,7 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
     return found
 
 
-def validate(job: Job, variables: dict, after_batch=lambda done: None) -> dict[str, float]:
+def validate(job: Job, variables: dict) -> dict[str, float]:
     """Greedy Recall@10 and median rank on the validation queries of all shifts."""
     shifts = job.config.shifts
     limit = job.config.evaluation.validation_limit
@@ -99,7 +100,6 @@ def validate(job: Job, variables: dict, after_batch=lambda done: None) -> dict[s
         [q.text for _, q in queries],
         [s for s, _ in queries],
         0.0,
-        after_batch=after_batch,
     )
     emb_QxE = retriever.embed_texts(job.retriever, texts)
     ranks = ranks_of(job, emb_QxE, [q.target for _, q in queries])
@@ -111,7 +111,10 @@ def validate(job: Job, variables: dict, after_batch=lambda done: None) -> dict[s
 
 def write_report(run: Job, workdir: Path) -> None:
     """Tables, curves and pictures from what the run left on disk."""
-    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no training step yet: go on with the run first.")
+    log = [json.loads(line) for line in path.read_text().splitlines()]
     seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
     about = {
         "seed": run.config.seed,

@@ -34,8 +34,7 @@ class Job:
     lora: LoraConfig | None
     tokenizer: object
     prompts: dict[str, PromptConfig]  # one for each shift
-    retriever: Retriever
-    retriever_params: dict  # placed on the mesh
+    retriever: Retriever  # its parameters placed on the mesh
     corpus: emoji.Corpus
     bank_NxE: np.ndarray
     corpus_NxE: jax.Array  # the bank, sharded by rows
@@ -101,8 +100,11 @@ def build(config: ConfigDict) -> Job:
     corpus = emoji.load_corpus(Path(config.data_dir))
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
     bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")
+    found = dataclasses.replace(
+        found, params=jax.device_put(found.params, sharding.replicated(mesh))
+    )
     lora = config.lora
-    return Job(
+    run = Job(
         config=config,
         mesh=mesh,
         policy=policy_config,
@@ -111,11 +113,18 @@ def build(config: ConfigDict) -> Job:
         tokenizer=tokenizer,
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=found,
-        retriever_params=jax.device_put(found.params, sharding.replicated(mesh)),
         corpus=corpus,
         bank_NxE=bank_NxE,
         corpus_NxE=ranking.shard_corpus(mesh, bank_NxE),
     )
+    _check_sizes(run)
+    return run
+
+
+def build_again(stored: dict) -> Job:
+    """`build` from a run's stored config, on whatever devices are here."""
+    mesh = {"data": 1, "fsdp": 1, "tensor": len(jax.devices())}
+    return build(ConfigDict(stored | {"mesh": mesh}))
 
 
 def check(config: ConfigDict) -> None:
@@ -134,10 +143,53 @@ def check(config: ConfigDict) -> None:
     one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
     for target in config.lora.targets:
         one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
+    for key in ("checkpoint.every", "checkpoint.keep", "log.sample_every", "policy.logprob_chunk"):
+        if config[key.split(".")[0]][key.split(".")[1]] < 1:
+            raise UserError(f"{key} must be 1 or more.")
+    if config.warm_up.steps < 0 or config.grpo.steps < 0:
+        raise UserError("warm_up.steps and grpo.steps must be 0 or more.")
+    if config.lora.rank < 0 or (config.lora.rank and not config.lora.targets):
+        raise UserError("lora.rank must be 0 or more, and lora.targets not empty where it is.")
+    if "{query}" not in config.prompt.user:
+        raise UserError("prompt.user must contain {query}, where the query goes.")
+    if config.prompt.format == "answer" and config.prompt.answer_start:
+        raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
     if config.grpo.group_size < 2:
         raise UserError("grpo.group_size must be 2 or more: a group of one has no advantage.")
     if config.rollout.temperature <= 0:
         raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
+
+
+def _check_sizes(run: Job) -> None:
+    """Refuses sizes that do not fit the data, the retriever or the mesh."""
+    config = run.config
+    for shift, prompt in run.prompts.items():
+        texts = [query.text for split in SPLITS for query in run.queries(shift, split)]
+        longest = text.longest_prompt(run.tokenizer, prompt, texts)
+        if longest > config.prompt.max_tokens:
+            raise UserError(
+                f"the longest prompt of the shift {shift} has {longest} tokens, more than "
+                f"prompt.max_tokens={config.prompt.max_tokens}: raise it to {longest}."
+            )
+    total = config.prompt.max_tokens + max(config.rollout.max_tokens, config.evaluation.max_tokens)
+    if total > run.policy.max_length:
+        raise UserError(
+            f"prompt.max_tokens and the rewrite's max_tokens make {total} tokens, more than the "
+            f"policy's context of {run.policy.max_length}: lower them."
+        )
+    context = run.retriever.config.context
+    if not 2 <= config.retriever.text_length <= context:
+        raise UserError(f"retriever.text_length must be 2 to {context}, the retriever's context.")
+    parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    sizes = {"warm_up.batch_size": config.warm_up.batch_size}
+    sizes |= {"grpo.batch_size": config.grpo.batch_size}
+    sizes |= {"evaluation.batch_size": config.evaluation.batch_size}
+    for key, size in sizes.items():
+        if size < 1 or size % parts:
+            raise UserError(
+                f"{key}={size} does not divide over data x fsdp = {parts} devices: make it a "
+                "multiple of that."
+            )
 
 
 def policy_path(path: str) -> Path:

@@ -31,7 +31,7 @@ class TrainState:
 class OptimizerConfig:
     learning_rate: float
     steps: int  # length of the schedule
-    ramp_steps: int  # linear from 0
+    ramp_steps: int  # linear, from one notch above 0
     final_fraction: float  # of the learning rate, reached linearly at `steps`
     weight_decay: float
     max_grad_norm: float
@@ -205,7 +205,9 @@ def grpo_step(
             "sampler_gap": jnp.max(jnp.abs(logprobs - rollout.logprobs_BxKxT) * mask),
         }
         if reference is not None:
-            terms["kl"] = mean(grpo.kl_to_reference(logprobs, reference))
+            # Nothing trains the padding, so its ratio may overflow: it is taken out first.
+            kept = lambda x: jnp.where(mask, x, 0.0)
+            terms["kl"] = mean(grpo.kl_to_reference(kept(logprobs), kept(reference)))
             loss += config.kl_weight * terms["kl"]
         return loss, terms
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from grape_jax import checkpoint, job, retriever, sharding, text
 from grape_jax.errors import UserError
@@ -16,8 +15,6 @@ from grape_jax.models import lora
 from grape_jax.ranking import target_ranks
 from grape_jax.rollout import sample
 from grape_jax.types import Prompts
-
-BATCH = 64  # prompts of one call; the last one is filled up, so that nothing compiles twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Rewriter:
           UserError: there is no run, or nothing is trained yet.
         """
         workdir = Path(workdir)
-        loaded = job.build(ConfigDict(checkpoint.read_config(workdir)))
+        loaded = job.build_again(checkpoint.read_config(workdir))
         with checkpoint.open_manager(workdir, loaded.config.checkpoint.keep) as manager:
             restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
         if restored is None:
@@ -48,7 +45,14 @@ class Rewriter:
 
         Args:
           shift: which of the run's prompts to use; None is its first.
+
+        Raises:
+          UserError: the run has no such shift; a query is empty or too long.
         """
+        if shift is not None and shift not in self.job.prompts:
+            raise UserError(
+                f"this run has no shift {shift!r}: choose one of {', '.join(self.job.prompts)}."
+            )
         shifts = [shift or self.job.config.shifts[0]] * len(queries)
         return rewrite(self.job, self.variables, list(queries), shifts, temperature=0.0)
 
@@ -78,9 +82,10 @@ def rewrite(
 ) -> list[str]:
     """One rewrite of each query, greedy at temperature 0. `after_batch` hears how many are done."""
     rewrites = []
-    for start in range(0, len(queries), BATCH):
-        chunk = slice(start, start + BATCH)
-        prompts, real = _full_batch(encode(job, queries[chunk], shifts[chunk]))
+    batch = job.config.evaluation.batch_size
+    for start in range(0, len(queries), batch):
+        chunk = slice(start, start + batch)
+        prompts, real = _full_batch(encode(job, queries[chunk], shifts[chunk]), batch)
         key = jax.random.fold_in(jax.random.key(seed), start)
         sampling = job.sampling(1, temperature, job.config.evaluation.max_tokens)
         rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
@@ -130,8 +135,12 @@ def nearest(job: Job, emb_QxE: np.ndarray, top: int) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, top), np.int64)
 
 
-def _full_batch(prompts: Prompts) -> tuple[Prompts, int]:
-    """Repeats the last prompt up to a whole batch; also the number of real ones."""
+def _full_batch(prompts: Prompts, batch: int) -> tuple[Prompts, int]:
+    """Repeats the last prompt up to a whole batch, so that nothing compiles twice.
+
+    Returns:
+      The filled prompts, and how many of them are real.
+    """
     real = len(prompts.tokens_BxS)
-    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], BATCH - real, axis=0)])
+    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], batch - real, axis=0)])
     return jax.tree.map(fill, prompts), real

@@ -29,7 +29,7 @@ def sample(
 
     Args:
       variables: `{"params": ...}`, adapters merged in.
-      key: one key; row (b, k) at token t draws from it, b, k and t alone.
+      key: one key; the draws depend on it and on B, K and the position alone, not on devices.
     """
     B, K, T = prompts.tokens_BxS.shape[0], sampling.group_size, sampling.max_tokens
     last_BxD, prompt_k, prompt_v = policy.prefill(config, variables, prompts)
@@ -98,7 +98,8 @@ def _invert_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
     target = uniform * mass.sum(-1)
     block, before = _first_above(mass, target)
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    index, _ = _first_above(inside, target - before)
+    # Rounding may leave a little less than nothing, which would choose an entry without mass.
+    index, _ = _first_above(inside, jnp.maximum(target - before, 0))
     return block * CDF_BLOCK + index
 
 

@@ -91,11 +91,6 @@ def batch(mesh: Mesh, tree):
     return jax.device_put(tree, sharding)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Holds an activation to logical axes; without a mesh in context it does nothing."""
-    return nn.with_logical_constraint(x, names, rules=RULES)
-
-
 def _divides(mesh: Mesh, axes, size: int) -> bool:
     """Whether an array axis is really split over these mesh axes, into equal parts."""
     names = (axes,) if isinstance(axes, str) else axes or ()

@@ -51,7 +51,7 @@ def longest_prompt(tokenizer, config: PromptConfig, queries: Sequence[str]) -> i
 def _prompt_ids(tokenizer, config: PromptConfig, query: str) -> list[int]:
     if not query.strip():
         raise UserError("a query is empty: remove it, or give it a text.")
-    turns = [{"role": "user", "content": config.user.format(query=query)}]
+    turns = [{"role": "user", "content": config.user.replace("{query}", query)}]
     if config.system:
         turns.insert(0, {"role": "system", "content": config.system})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -69,6 +69,8 @@ def train(config, workdir: Path) -> None:
       Interrupted: stopped on request; everything is saved.
     """
     job.check(config)
+    # So that the run can be used from any folder.
+    config.data_dir = str(Path(config.data_dir).resolve())
     checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
@@ -84,7 +86,8 @@ def train(config, workdir: Path) -> None:
         evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
         with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
             state = learn(run, workdir, manager, stop)
-        evaluate_policy(run, workdir, merged_variables(run, state.trained), "GRPO", stop)
+        method = "GRPO" if config.grpo.steps else "warm-up"
+        evaluate_policy(run, workdir, merged_variables(run, state.trained), method, stop)
     evaluation.write_report(run, workdir)
 
 
@@ -109,12 +112,13 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         checkpoint.save(manager, step, state, positions)
 
     for step in range(first, last):
-        began = time.perf_counter()
         if step == config.warm_up.steps:
-            # The warm-up alone is judged before anything changes it.
-            save(step)
-            evaluate_policy(run, workdir, merged_variables(run, state.trained), "warm-up", stop)
+            if step:
+                # The warm-up alone is judged before anything changes it.
+                save(step)
+                evaluate_policy(run, workdir, merged_variables(run, state.trained), "warm-up", stop)
             state = begin_grpo(run.learner("grpo"), state)
+        began = time.perf_counter()
         if step < config.warm_up.steps:
             phase = "warm-up"
             state, metrics = warm_up(run, state, next(batches["warm_up"]))
@@ -128,7 +132,8 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         if skipped >= MAX_SKIPPED:
             raise UserError(
                 f"{skipped} steps in a row had no finite loss; the last good checkpoint is step "
-                f"{manager.latest_step()}: lower {phase.replace('-', '_')}.learning_rate."
+                f"{manager.latest_step()}: lower {phase.replace('-', '_')}.learning_rate and begin "
+                "in another --workdir."
             )
         done = step + 1
         metrics["seconds"] = time.perf_counter() - began
@@ -188,7 +193,7 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
         run.learner("grpo"),
         state,
         run.base,
-        run.retriever_params,
+        run.retriever.params,
         run.corpus_NxE,
         prompts,
         targets,
@@ -258,17 +263,17 @@ class Log:
         self.workdir = workdir
         _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
         _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
 
     def write(self, step: int, phase: str, metrics: dict) -> None:
         line = {"step": step, "phase": phase} | metrics
-        with (self.workdir / "metrics.jsonl").open("a") as file:
+        with (self.workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in metrics.items():
             self.events.add_scalar(f"{phase}/{name}", value, step)
 
     def keep_rewrites(self, step: int, table: list[dict]) -> None:
-        with (self.workdir / "rewrites.jsonl").open("a") as file:
+        with (self.workdir / "rewrites.jsonl").open("a", encoding="utf-8") as file:
             for row in table:
                 file.write(json.dumps({"step": step + 1} | row, ensure_ascii=False) + "\n")
 
@@ -279,8 +284,10 @@ class Log:
 def _drop_lines(path: Path, dropped) -> None:
     if path.exists():
         # The last line of a killed run may be half a line: it has no end.
-        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        path.write_text("".join(line for line in whole if not dropped(json.loads(line))))
+        whole = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+        aside = path.with_suffix(".partial")
+        aside.write_bytes(b"".join(line for line in whole if not dropped(json.loads(line))))
+        aside.replace(path)
 
 
 def main() -> None:

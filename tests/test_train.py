@@ -159,6 +159,15 @@ def wait_for(workdir, moment):
 def test_another_config_is_refused_in_the_same_workdir(paths, undisturbed):
     done = refused(paths, command(paths, "one", "--config.grpo.group_size=4"))
     assert "grpo.group_size was 8 and is now 4" in done
+    done = refused(paths, command(paths, "one", "--config.evaluation.test_limit=16"))
+    assert "evaluation.test_limit was 32 and is now 16" in done
+
+
+def test_a_mistake_does_not_claim_the_workdir(paths):
+    assert "nowhere.gguf" in refused(
+        paths, command(paths, "claimed", "--config.policy.path=nowhere.gguf")
+    )
+    assert not (paths / "claimed" / "config.json").exists()
 
 
 def refused(paths, argv):
@@ -181,6 +190,11 @@ def refused(paths, argv):
         ("--config.policy.path=nowhere.gguf", "there is no GGUF file at nowhere.gguf"),
         ("--config.mesh.data=3", "do not fit 1 devices"),
         ("--config.grpo.group_size=1", "2 or more"),
+        ("--config.checkpoint.every=0", "checkpoint.every must be 1 or more"),
+        ("--config.prompt.user=Fix it", "{query}"),
+        ("--config.lora.targets=()", "lora.targets"),
+        ("--config.prompt.max_tokens=30", "raise it to 35"),
+        ("--config.retriever.text_length=100", "2 to 24"),
     ],
 )
 def test_mistakes_are_one_sentence(paths, override, sentence):
@@ -224,7 +238,9 @@ def test_a_trained_run_can_be_used(paths, undisturbed):
     assert json.loads((paths / "one" / "report.json").read_text()) == before
 
 
-def test_using_what_is_not_there_is_one_sentence(paths):
+def test_using_what_is_not_there_is_one_sentence(paths, undisturbed):
     argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={paths / 'none'}"]
     assert "there is no run" in refused(paths, [*argv, "red aple"])
     assert "no query is given" in refused(paths, argv)
+    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={paths / 'one'}"]
+    assert "choose one of noisy" in refused(paths, [*argv, "red aple", "--shift=long"])

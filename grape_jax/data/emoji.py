@@ -136,12 +136,14 @@ def prepare(
       UserError: an unknown shift, WordNet or a package is missing.
     """
     _refuse_unknown("shift", shifts, SHIFTS)
-    folder = str(wordnet.find(wordnet_dir)) if "long" in shifts else None
+    folder = str(wordnet_dir) if wordnet_dir else None
     for name in ("corpus", *shifts):
         with _quiet_tfds():
             builder = Emoji(config=name, data_dir=str(data_dir), wordnet_dir=folder)
         if builder.info.splits:
             continue
+        if name == "long":
+            wordnet.find(wordnet_dir)
         if progress:
             print(f"emoji: building {name} in {builder.data_path}", flush=True)
         with _quiet_tfds():

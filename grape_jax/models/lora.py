@@ -1,13 +1,12 @@
 """Low-rank adapters (Hu et al. 2021): y = x W + (alpha / rank) (x A) B, with W frozen.
 
 The adapter is a collection of its own, "lora", beside "params"; leaving it out gives the base
-model, which is the reference policy.
+model.
 """
 
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 
@@ -59,8 +58,3 @@ def merge(params, adapter, config: LoraConfig):
         for name, layer in params["layers"].items()
     }
     return params | {"layers": layers}
-
-
-def count(tree) -> int:
-    """Number of values in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""The decoder language model: Llama, SmolLM, Qwen2 and Qwen3 as one module and a few numbers.
+"""The decoder language model of the Llama family, SmolLM included.
 
 Three ways through the same layers, all over the shared-prompt attention:
 
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from grape_jax.models import attention
 from grape_jax.models.lora import Linear, LoraConfig
-from grape_jax.sharding import constrain
 from grape_jax.types import Prompts
 
 
@@ -87,7 +86,7 @@ class Layer(nn.Module):
         gate = nn.silu(linear(c.mlp_width, ("embed", "mlp"), "gate")(h))
         up = linear(c.mlp_width, ("embed", "mlp"), "up")(h)
         x_BxNxD += linear(c.width, ("mlp", "embed"), "down")(gate * up)
-        return constrain(x_BxNxD, "batch", None, None), kept
+        return x_BxNxD, kept
 
 
 def rotate(x_BxNxHxd: jax.Array, positions_BxN: jax.Array, theta: float) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Llama-family policies from GGUF files, tokenizer and chat template included, without torch."""
+"""SmolLM policies from GGUF files, tokenizer and chat template included, without torch."""
 
 from pathlib import Path
 
@@ -23,6 +23,7 @@ LAYER_NAMES = {
     "ffn_up": ("up", "kernel"),
     "ffn_down": ("down", "kernel"),
 }
+ROLES = ("bos", "eos", "padding", "unknown")
 CONTROL_TOKEN = 3  # gguf's token type of tokens such as <|im_end|>
 
 
@@ -142,12 +143,13 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    named = lambda role: tokens[_field(reader, f"tokenizer.ggml.{role}_token_id")]
+    ids = {r: _field(reader, f"tokenizer.ggml.{r}_token_id") for r in ROLES}
+    named = lambda role: None if ids[role] is None else tokens[ids[role]]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=named("bos"),
         eos_token=named("eos"),
-        pad_token=named("padding"),
+        pad_token=named("padding") or named("eos"),
         unk_token=named("unknown"),
         chat_template=_field(reader, "tokenizer.chat_template"),
     )
