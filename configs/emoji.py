@@ -2,7 +2,8 @@
 
     python -m grape_jax.train --config=configs/emoji.py --workdir=runs/emoji
 
-What it reaches, how long it takes and on which machine: README.md.
+Greedy Recall@10 on unseen concepts, seed 0: raw query 13.9, untrained 8.9, warm-up 28.1, GRPO 30.6;
+15.5 minutes on 2 CPU cores. README.md has the table with its intervals.
 """
 
 from configs import default
