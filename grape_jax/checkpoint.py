@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from grape_jax import files
 from grape_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -88,9 +89,8 @@ def refuse_other_config(workdir: Path, config) -> None:
 
 def keep_config(workdir: Path, config) -> None:
     """Writes the resolved config beside the run, once everything that it names was found."""
-    aside = workdir / f"{CONFIG_FILE}.partial"
-    aside.write_text(json.dumps(_resolved(config), indent=2, ensure_ascii=False) + "\n")
-    aside.replace(workdir / CONFIG_FILE)
+    resolved = json.dumps(_resolved(config), indent=2, ensure_ascii=False)
+    files.replace(workdir / CONFIG_FILE, f"{resolved}\n")
 
 
 def read_config(workdir: Path) -> dict:

@@ -1,14 +1,13 @@
 """Answers of every method on the test sets, kept on disk as soon as they are known."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from grape_jax import report, retriever
+from grape_jax import files, report, retriever
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.report import Answers, TestSet
@@ -47,10 +46,11 @@ def policy_answers(
     workdir: Path,
     variables: dict,
     method: str,
-    after_batch: Callable[[int], None] = lambda done: None,
+    sets: Sequence[tuple[str, str, list]],
+    after_batch: Callable[[int], None],
 ) -> None:
-    """Greedy and sampled rewrites of one policy on every test set; what is on disk is kept."""
-    for shift, split, queries in test_sets(job):
+    """Greedy and sampled rewrites of one policy on `test_sets`; what is on disk is kept."""
+    for shift, split, queries in sets:
         for decoding, temperature in (("greedy", 0.0), ("sampled", job.config.rollout.temperature)):
             path = _path(workdir, shift, split, method, decoding)
             if path.exists():
@@ -135,9 +135,8 @@ def _path(workdir: Path, shift: str, split: str, method: str, decoding: str) -> 
 
 def _write(path: Path, ids: list[str], texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(dict(zip(ids, texts, strict=True)), ensure_ascii=False, indent=1))
-    os.replace(aside, path)
+    by_id = dict(zip(ids, texts, strict=True))
+    files.replace(path, json.dumps(by_id, ensure_ascii=False, indent=1))
 
 
 def _read(path: Path, ids: list[str]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from absl import flags
 
 from grape_jax import command_line
+from grape_jax.contact_sheet import Row, contact_sheet
 from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.report import Row, contact_sheet
 from grape_jax.rewriter import Rewriter
 
 

@@ -12,7 +12,7 @@ from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.learner import TrainState
 from grape_jax.models import lora
-from grape_jax.ranking import target_ranks
+from grape_jax.ranking import QUERY_TILE, target_ranks
 from grape_jax.rollout import sample
 from grape_jax.types import Prompts
 
@@ -122,11 +122,21 @@ def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, boo
 
 def ranks_of(job: Job, emb_QxE: np.ndarray, targets: Sequence[int]) -> np.ndarray:
     """Rank of one right picture for each text: int `[Q]`, by the kernel that training uses."""
-    targets_Qx1 = np.asarray(targets, np.int32)[:, None]
-    ranks = target_ranks(
-        emb_QxE, job.corpus_NxE, targets_Qx1, mesh=job.mesh, size=len(job.bank_NxE)
-    )
-    return np.asarray(ranks.rank_QxP[:, 0])
+    # Whole tiles, one at a time: another number of texts compiles nothing.
+    missing = -len(emb_QxE) % QUERY_TILE
+    emb_QxE = np.pad(emb_QxE, ((0, missing), (0, 0)))
+    targets_Qx1 = np.pad(np.asarray(targets, np.int32), (0, missing), constant_values=-1)[:, None]
+    ranks = [
+        target_ranks(
+            emb_QxE[start : start + QUERY_TILE],
+            job.corpus_NxE,
+            targets_Qx1[start : start + QUERY_TILE],
+            mesh=job.mesh,
+            size=len(job.bank_NxE),
+        ).rank_QxP
+        for start in range(0, len(emb_QxE), QUERY_TILE)
+    ]
+    return np.concatenate(jax.device_get(ranks))[: len(targets), 0]
 
 
 def nearest(job: Job, emb_QxE: np.ndarray, top: int) -> np.ndarray:

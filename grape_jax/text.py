@@ -64,7 +64,7 @@ def _prompt_ids(tokenizer, config: PromptConfig, query: str) -> list[int]:
     return ids
 
 
-def encode_references(tokenizer, texts: Sequence[str], config: PromptConfig, max_tokens: int):
+def encode_references(tokenizer, texts: Sequence[str], output_format: str, max_tokens: int):
     """What the policy should have written for each reference text.
 
     Returns:
@@ -74,7 +74,7 @@ def encode_references(tokenizer, texts: Sequence[str], config: PromptConfig, max
     tokens = np.full((len(texts), 1, max_tokens), tokenizer.pad_token_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, text in enumerate(texts):
-        answer = f"<answer>{text}</answer>" if config.format == "answer" else text
+        answer = f"<answer>{text}</answer>" if output_format == "answer" else text
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         ids = [*ids, tokenizer.eos_token_id][:max_tokens]
         tokens[row, 0, : len(ids)] = ids

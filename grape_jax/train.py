@@ -19,7 +19,7 @@ from orbax.checkpoint import CheckpointManager
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from grape_jax import checkpoint, command_line, evaluation, job, retriever, sharding, text
+from grape_jax import checkpoint, command_line, evaluation, files, job, retriever, sharding, text
 from grape_jax.data import pipeline
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
@@ -167,7 +167,7 @@ def warm_up(run: Job, state: TrainState, batch) -> tuple[TrainState, dict]:
     tokens, mask = text.encode_references(
         run.tokenizer,
         [q.reference.lower() for q in queries],
-        run.prompts[shifts[0]],
+        run.config.prompt.format,
         run.config.rollout.max_tokens,
     )
     prompts, tokens, mask = sharding.batch(run.mesh, (prompts, tokens, mask))
@@ -235,14 +235,15 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
 
 def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopSignal) -> None:
     """Rewrites the test queries with one policy, with progress; nothing is done twice."""
-    sizes = [len(queries) for _, _, queries in evaluation.test_sets(run)]
-    with tqdm(total=2 * sum(sizes), desc=f"test, {method}", unit="rewrite", leave=False) as bar:
+    sets = evaluation.test_sets(run)
+    total = 2 * sum(len(queries) for _, _, queries in sets)
+    with tqdm(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 
         def after_batch(done: int) -> None:
             bar.update(done)
             stop.raise_if_asked()
 
-        evaluation.policy_answers(run, workdir, variables, method, after_batch)
+        evaluation.policy_answers(run, workdir, variables, method, sets, after_batch)
 
 
 def sample_line(table: list[dict]) -> str:
@@ -285,9 +286,7 @@ def _drop_lines(path: Path, dropped) -> None:
     if path.exists():
         # The last line of a killed run may be half a line: it has no end.
         whole = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
-        aside = path.with_suffix(".partial")
-        aside.write_bytes(b"".join(line for line in whole if not dropped(json.loads(line))))
-        aside.replace(path)
+        files.replace(path, b"".join(line for line in whole if not dropped(json.loads(line))))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grape_jax import metrics, report
+from grape_jax import contact_sheet, metrics, report
 
 QUERIES = 40
 CORPUS = 50
@@ -192,47 +192,50 @@ def test_contact_sheet_frames_the_right_picture_in_green(tmp_path):
     sheets = []
     for right in (None, 0, 4):
         path = tmp_path / f"{right}.png"
-        report.contact_sheet([("a query", "a rewrite", pictures, right, "rank 1")], path)
+        contact_sheet.contact_sheet([("a query", "a rewrite", pictures, right, "rank 1")], path)
         sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
         green = (sheet == (0x1A, 0x8F, 0x3C)).all(axis=-1)
         sheets.append(np.flatnonzero(green.any(axis=0)))
     nowhere, first, last = sheets
     assert len(nowhere) == 0
-    assert first.min() == report.MARGIN and np.ptp(first) == report.THUMB - 1
-    assert last.max() == report.MARGIN + report.STRIP - 1 and np.ptp(last) == report.THUMB - 1
+    assert first.min() == contact_sheet.MARGIN and np.ptp(first) == contact_sheet.THUMB - 1
+    assert (
+        last.max() == contact_sheet.MARGIN + contact_sheet.STRIP - 1
+        and np.ptp(last) == contact_sheet.THUMB - 1
+    )
 
 
 def test_queries_that_are_worded_alike_stay_apart():
-    row = report.Row("the same words", "a rewrite", [], None, "")
-    assert [len(group) for group in report._groups([row] * 4, columns=2)] == [2, 2]
-    assert [len(group) for group in report._groups([row] * 4, columns=1)] == [4]
+    row = contact_sheet.Row("the same words", "a rewrite", [], None, "")
+    assert [len(group) for group in contact_sheet._groups([row] * 4, columns=2)] == [2, 2]
+    assert [len(group) for group in contact_sheet._groups([row] * 4, columns=1)] == [4]
 
 
 def test_contact_sheet_takes_an_empty_rewrite_and_fewer_pictures(tmp_path):
-    report.contact_sheet([("", "", [_picture(1)], None, "")], tmp_path / "one.png")
-    assert Image.open(tmp_path / "one.png").width > report.STRIP
+    contact_sheet.contact_sheet([("", "", [_picture(1)], None, "")], tmp_path / "one.png")
+    assert Image.open(tmp_path / "one.png").width > contact_sheet.STRIP
 
 
 @pytest.mark.parametrize(
     "text", ["猫の顔", "고양이", "وجه قطة", "лицо кота", "a 🐱 face", "\x00\ud800"]
 )
 def test_any_script_is_drawn_without_boxes_or_warnings(text, recwarn):
-    font, drawn = report._drawable(text, bold=False)
+    font, drawn = contact_sheet._drawable(text, bold=False)
     needed = {c for c in drawn if c.isprintable() and not c.isspace()}
-    assert needed <= report._characters(font)
-    report._Text(text, 14, 300, lines=1)
+    assert needed <= contact_sheet._characters(font)
+    contact_sheet._Text(text, 14, 300, lines=1)
     assert not recwarn.list
 
 
 def test_a_script_without_a_font_is_named(monkeypatch):
-    monkeypatch.setattr(report, "_system_fonts", lambda: ())
-    _, drawn = report._drawable("a 고양이 cat", bold=False)
+    monkeypatch.setattr(contact_sheet, "_system_fonts", lambda: ())
+    _, drawn = contact_sheet._drawable("a 고양이 cat", bold=False)
     assert drawn == "a [no hangul font] cat"
 
 
 def test_long_text_is_shortened_to_its_width():
-    text = report._Text("word " * 200, 14, 300, lines=2)
+    text = contact_sheet._Text("word " * 200, 14, 300, lines=2)
     assert len(text.lines) == 2 and text.lines[1].endswith("…")
     assert all(text.font.getlength(line) <= 300 for line in text.lines)
-    unbroken = report._Text("x" * 500, 14, 300, lines=3)
+    unbroken = contact_sheet._Text("x" * 500, 14, 300, lines=3)
     assert len(unbroken.lines) == 3

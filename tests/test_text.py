@@ -1,7 +1,5 @@
 """Reading answers, writing prompts and references."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -67,10 +65,9 @@ def test_bad_queries_are_refused(tokenizer):
 
 
 def test_references_end_with_the_end_token(tokenizer):
-    tokens, mask = text.encode_references(tokenizer, ["red apple", "apple " * 30], PROMPT, 8)
+    tokens, mask = text.encode_references(tokenizer, ["red apple", "apple " * 30], "line", 8)
     assert tokenizer.decode(tokens[0, 0][mask[0, 0]]) == "red apple<|im_end|>"
     assert mask[1, 0].all() and tokens[1, 0, -1] != tokenizer.eos_token_id
-    tagged = dataclasses.replace(PROMPT, format="answer")
-    tokens, mask = text.encode_references(tokenizer, ["red"], tagged, 12)
+    tokens, mask = text.encode_references(tokenizer, ["red"], "answer", 12)
     answer = tokenizer.decode(tokens[0, 0][mask[0, 0]][:-1])
     assert text.read_answer(answer, True, "answer") == ("red", True)
