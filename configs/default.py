@@ -46,7 +46,10 @@ def get_config() -> ConfigDict:
     config.rollout.temperature = 1.0
     config.rollout.max_tokens = 12  # of a completion, end token included; a longer one is malformed
 
-    config.warm_up = ConfigDict()  # supervised steps on the reference texts
+    config.warm_up = ConfigDict()  # supervised steps before GRPO
+    # "references": the training queries' reference texts; "own_best": of grpo.group_size rewrites
+    # by the untrained policy the one that ranks best, where it ranks better than the query.
+    config.warm_up.towards = "references"
     config.warm_up.steps = 20
     config.warm_up.batch_size = 32
     config.warm_up.learning_rate = 1e-3

@@ -139,6 +139,7 @@ def check(config: ConfigDict) -> None:
     if not config.shifts:
         raise UserError(f"shifts is empty: choose from {', '.join(emoji.SHIFTS)}.")
     one_of("prompt.format", config.prompt.format, text.FORMATS)
+    one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
     one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
     one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
     for target in config.lora.targets:

@@ -24,7 +24,7 @@ from grape_jax.data import pipeline
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
-from grape_jax.rewriter import encode, merged_variables, read_answers
+from grape_jax.rewriter import encode, merged_variables, ranks_of, read_answers
 from grape_jax.rollout import sample
 from grape_jax.types import Rewrites
 
@@ -121,7 +121,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         began = time.perf_counter()
         if step < config.warm_up.steps:
             phase = "warm-up"
-            state, metrics = warm_up(run, state, next(batches["warm_up"]))
+            state, metrics = warm_up(run, state, next(batches["warm_up"]), step)
         else:
             phase = "grpo"
             state, metrics, table = explore(run, state, next(batches["grpo"]), step)
@@ -160,19 +160,51 @@ def data_iterators(run: Job) -> dict:
     }
 
 
-def warm_up(run: Job, state: TrainState, batch) -> tuple[TrainState, dict]:
-    """One supervised step towards the reference texts."""
+def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict]:
+    """One supervised step, towards the reference texts or towards rewrites that did well."""
     shifts, queries = zip(*batch, strict=True)
-    prompts = encode(run, [q.text for q in queries], shifts)
+    host_prompts = encode(run, [q.text for q in queries], shifts)
+    prompts = sharding.batch(run.mesh, host_prompts)
+    if run.config.warm_up.towards == "references":
+        goals = [q.reference.lower() for q in queries]
+    else:
+        goals = best_of_own(run, prompts, queries, step)
     tokens, mask = text.encode_references(
-        run.tokenizer,
-        [q.reference.lower() for q in queries],
-        run.config.prompt.format,
-        run.config.rollout.max_tokens,
+        run.tokenizer, goals, run.config.prompt.format, run.config.rollout.max_tokens
     )
-    prompts, tokens, mask = sharding.batch(run.mesh, (prompts, tokens, mask))
+    mask &= np.asarray([bool(goal) for goal in goals])[:, None, None]
+    tokens, mask = sharding.batch(run.mesh, (tokens, mask))
     state, metrics = warm_up_step(run.learner("warm_up"), state, run.base, prompts, tokens, mask)
-    return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    return state, metrics | {"pairs": float(mask.any(axis=(1, 2)).sum())}
+
+
+def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
+    """The rewrite of the untrained policy, of K, that finds each query's picture best.
+
+    Self-distillation (ConvSearch-R1's warm-up): it needs the right pictures and no reference text.
+
+    Returns:
+      Texts; "" where none of the K ranks the picture better than the query itself does.
+    """
+    config = run.config
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    # The budget of evaluation: an untrained policy hardly ends within a trained one's.
+    sampling = run.sampling(
+        config.grpo.group_size, config.rollout.temperature, config.evaluation.max_tokens
+    )
+    rollout = sample(run.policy, sampling, {"params": run.base}, prompts, key)
+    answers = read_answers(run, *jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT)))
+    # The query stands first: a rewrite that only ties with it teaches nothing.
+    candidates = [
+        [query.text, *(words for words, _ in group)]
+        for query, group in zip(queries, answers, strict=True)
+    ]
+    texts = [words for row in candidates for words in row]
+    targets = np.repeat([query.target for query in queries], config.grpo.group_size + 1)
+    ranks = ranks_of(run, retriever.embed_texts(run.retriever, texts), targets)
+    best = ranks.reshape(len(queries), -1).argmin(axis=1)
+    return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
 
 
 def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict, list[dict]]:

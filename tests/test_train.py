@@ -13,6 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_policy
 
+from grape_jax import command_line, job, retriever, train
+from grape_jax.rewriter import encode, ranks_of
+
 STEPS = 3, 5  # warm-up, GRPO
 
 
@@ -109,6 +112,29 @@ def test_a_run_leaves_everything_behind(paths, undisturbed):
     assert report["test_sets"][0]["shift"] == "noisy"
 
 
+def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undisturbed):
+    config = command_line.load("configs/emoji.py")
+    config.data_dir, config.policy.path = str(paths / "data"), str(paths / "tiny.gguf")
+    config.prompt.max_tokens, config.rollout.temperature = 48, 1.0
+    loaded = job.build(config)
+    queries = loaded.queries("noisy", "train", 64)
+    prompts = encode(loaded, [query.text for query in queries], ["noisy"] * len(queries))
+    best = train.best_of_own(loaded, prompts, queries, step=0)
+    assert best == train.best_of_own(loaded, prompts, queries, step=0)
+    assert best != train.best_of_own(loaded, prompts, queries, step=1)
+    taught = [i for i, words in enumerate(best) if words]
+    assert 0 < len(taught) < len(queries)
+
+    def ranks(texts):
+        emb_QxE = retriever.embed_texts(loaded.retriever, texts)
+        return ranks_of(loaded, emb_QxE, [queries[i].target for i in taught])
+
+    assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
+    run(paths, "own", "--config.warm_up.towards=own_best", "--config.grpo.steps=1")
+    pairs = [line["pairs"] for line in lines(paths, "own", "metrics.jsonl")[: STEPS[0]]]
+    assert all(0 <= n <= 8 for n in pairs) and any(pairs)
+
+
 def test_eight_devices_give_the_same_numbers(paths, undisturbed):
     """Over five steps; later on the last bits, summed in another order, may flip a token."""
     run(paths, "eight", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
@@ -186,6 +212,7 @@ def refused(paths, argv):
         ("--config.grpo.group_sise=4", "grpo.group_size"),
         ("--config.grpo.group_size=many", "group_size"),
         ("--config.shifts=('upside_down',)", "noisy"),
+        ("--config.warm_up.towards=heaven", "references, own_best"),
         ("--config.grpo.reward_shape=cubic", "linear, log, reciprocal"),
         ("--config.policy.path=nowhere.gguf", "there is no GGUF file at nowhere.gguf"),
         ("--config.mesh.data=3", "do not fit 1 devices"),

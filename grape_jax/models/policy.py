@@ -252,8 +252,10 @@ def _through_layers(config, lora, variables, x, positions, attend_with, per_laye
         layer_variables, layer = inputs
         return Layer(config, lora).apply(layer_variables, x, positions, attend_with(layer))
 
-    if config.remat:
-        one_layer = jax.checkpoint(one_layer)
+    # Without remat, what the projections computed is kept and the rest computed again: writing all
+    # of it to memory would take longer.
+    kept = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
     stacked = {"params": variables["params"]["layers"]}
     if lora is not None:
         stacked["lora"] = variables["lora"]
