@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import job
+from grape_jax import job, load_policy
 from grape_jax.errors import UserError
 from grape_jax.models import lora, policy
 from grape_jax.types import Prompts
-from grape_jax.weights import gguf
 
 TINY = policy.PolicyConfig(
     vocab_size=97, width=32, mlp_width=48, layers=3, heads=6, kv_heads=2, head_dim=8,
@@ -57,7 +56,8 @@ def test_smollm2_equals_transformers():
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config, params, tokenizer = gguf.load(path)
+    ours = load_policy(path)
+    config, variables, tokenizer = ours.config, {"params": ours.params}, ours.tokenizer
     turns = [{"role": "user", "content": "Schreib 42 Wörter über einen 🦊, bitte!  Two  spaces."}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     assert (
@@ -65,14 +65,13 @@ def test_smollm2_equals_transformers():
     )
 
     tokens = jnp.asarray(ids)[None, None]
-    variables = {"params": jax.device_put(params)}
     first = prompts_of([ids[:1]], 4)
     hidden = policy.hidden_states(config, variables, first, tokens[:, :, 1:])
-    ours = np.asarray(policy.logits(variables, hidden))[0, 0]
+    got = np.asarray(policy.logits(variables, hidden))[0, 0]
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0, :-1].numpy()
-    assert (ours.argmax(-1) == expected.argmax(-1)).all()
-    assert np.abs(ours - expected).max() <= 1e-3 * np.ptp(expected)
+    assert (got.argmax(-1) == expected.argmax(-1)).all()
+    assert np.abs(got - expected).max() <= 1e-3 * np.ptp(expected)
 
 
 def test_completions_share_their_prompt_exactly(tiny):
@@ -134,11 +133,11 @@ def test_recomputing_activations_changes_no_gradient(tiny):
 
 
 def test_damaged_gguf_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="no GGUF file"):
-        gguf.load(tmp_path / "none.gguf")
+    with pytest.raises(UserError, match="no model"):
+        load_policy(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("this is no model")
     with pytest.raises(UserError, match="download it again"):
-        gguf.load(tmp_path / "text.gguf")
+        load_policy(tmp_path / "text.gguf")
     (tmp_path / "half.gguf").write_bytes(job.policy_path("").read_bytes()[:3_000_000])
     with pytest.raises(UserError, match="download it again"):
-        gguf.load(tmp_path / "half.gguf")
+        load_policy(tmp_path / "half.gguf")

@@ -22,11 +22,12 @@ class LoraConfig:
 
 
 class Linear(nn.Module):
-    """A projection without bias that declares its logical axes, adapted when `lora` names it."""
+    """A projection that declares its logical axes, adapted when `lora` names it."""
 
     features: int
     axes: tuple[str, str]
     lora: LoraConfig | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -34,6 +35,9 @@ class Linear(nn.Module):
         declare = nn.with_logical_partitioning
         kernel = self.param("kernel", declare(nn.initializers.lecun_normal(), self.axes), shape)
         y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            zeros = declare(nn.initializers.zeros, self.axes[1:])
+            y += self.param("bias", zeros, (self.features,)).astype(x.dtype)
         if self.lora is None or self.name not in self.lora.targets:
             return y
         # B starts at zero, so that training starts from the base model itself.
@@ -51,7 +55,7 @@ def merge(params, adapter, config: LoraConfig):
 
     def merged(layer, low_rank):
         delta = jnp.einsum("ydr,yrf->ydf", low_rank["a"], low_rank["b"]) * config.scale
-        return {"kernel": layer["kernel"] + delta.astype(layer["kernel"].dtype)}
+        return layer | {"kernel": layer["kernel"] + delta.astype(layer["kernel"].dtype)}
 
     layers = {
         name: merged(layer, adapter[name]) if name in adapter else layer
