@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -60,3 +62,19 @@ def logits(model: PreTrainedModel, tokens, mask=None):
     mask = None if mask is None else torch.tensor(mask).long()
     with torch.no_grad():
         return model(torch.tensor(tokens), attention_mask=mask).logits.float().numpy()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, `<s>` 0, `</s>` 1 and a chat template: 258 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template="{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    )
