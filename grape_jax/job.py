@@ -94,7 +94,7 @@ def build(config: ConfigDict) -> Job:
     )
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
-    _check_chat(config, base.tokenizer)
+    check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
     corpus = emoji.load_corpus(Path(config.data_dir))
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
@@ -159,7 +159,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
 
 
-def _check_chat(config: ConfigDict, tokenizer) -> None:
+def check_chat(config: ConfigDict, tokenizer) -> None:
     """Refuses a policy that cannot be prompted or cannot end."""
     missing = "tokenizer"
     if tokenizer is not None:

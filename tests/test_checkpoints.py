@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import tiny_decoders
 
-from grape_jax import export, load_policy, pretrained, sharding
+from grape_jax import export, job, load_policy, pretrained, sharding
 from grape_jax.errors import UserError
 from grape_jax.models import lora, policy
 from grape_jax.rollout import SamplingConfig, sample
@@ -196,6 +196,22 @@ def test_a_wrong_name_dtype_or_token_is_one_sentence(checkpoint, tmp_path, monke
         load_policy("owner/name")
     monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: str(checkpoint))
     assert load_policy("owner/name").config == ours.config
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"chat_template": None}, "no chat template"), ({"eos_token": None}, "no end token")],
+)
+def test_a_policy_that_cannot_be_prompted_is_refused(checkpoint, change, words):
+    config = SimpleNamespace(policy=SimpleNamespace(path="somewhere"))
+    tokenizer = tiny_decoders.tokenizer()
+    job.check_chat(config, tokenizer)
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    with pytest.raises(UserError, match=f"policy.path='somewhere' has {words}"):
+        job.check_chat(config, tokenizer)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        job.check_chat(config, None)
 
 
 EXPORTED = {
