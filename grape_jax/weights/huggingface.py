@@ -98,7 +98,8 @@ def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizer
         # parts of it from that class's own habits.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{path} is damaged ({error}): download or export it again.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}): download or export it again.") from error
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise UserError(
@@ -265,7 +266,7 @@ def _check(
 def _check_tensor(path: Path, name: str, stored, wanted: tuple[int, ...], source: Path) -> None:
     shape = tuple(stored.get_shape())
     if shape != wanted:
-        field = " (vocab_size)" if name in (OUTSIDE["embedding",], OUTSIDE["head",]) else ""
+        field = " (vocab_size)" if name in (OUTSIDE[("embedding",)], OUTSIDE[("head",)]) else ""
         raise UserError(
             f"{path}: {name} has shape {shape}, {source} says {wanted}{field}: the two are not of "
             "one checkpoint."

@@ -14,7 +14,8 @@ from grape_jax.models.rope import RopeScaling
 CONFIG_FILE = "config.json"
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # Fields that some file writes and that would change the computation, with the values at which they
-# do not; absent, null and false are such values for each of them.
+# do not; absent, null and false are such values for each of them. Dropout is no such field: sampler
+# and learner must agree on the probability of a token, so neither ever drops anything.
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1,),
