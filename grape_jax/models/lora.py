@@ -22,11 +22,12 @@ class LoraConfig:
 
 
 class Linear(nn.Module):
-    """A projection without bias that declares its logical axes, adapted when `lora` names it."""
+    """A projection that declares its logical axes, adapted when `lora` names it."""
 
     features: int
     axes: tuple[str, str]
     lora: LoraConfig | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -36,6 +37,9 @@ class Linear(nn.Module):
         # As one matrix: XLA on CPUs takes twice as long for the backward pass of a stack of them.
         lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            zeros = declare(nn.initializers.zeros, self.axes[1:])
+            y += self.param("bias", zeros, (self.features,)).astype(x.dtype)
         if self.lora is None or self.name not in self.lora.targets:
             return y.reshape(*lead, -1)
         # B starts at zero, so that training starts from the base model itself.
@@ -54,7 +58,7 @@ def merge(params, adapter, config: LoraConfig):
 
     def merged(layer, low_rank):
         delta = jnp.einsum("ydr,yrf->ydf", low_rank["a"], low_rank["b"]) * config.scale
-        return {"kernel": layer["kernel"] + delta.astype(layer["kernel"].dtype)}
+        return layer | {"kernel": layer["kernel"] + delta.astype(layer["kernel"].dtype)}
 
     layers = {
         name: merged(layer, adapter[name]) if name in adapter else layer

@@ -1,10 +1,12 @@
-"""The decoder language model of the Llama family, SmolLM included.
+"""The decoder language model: Llama (SmolLM2 included), Qwen2 and Qwen3, by configuration alone.
 
 Three ways through the same layers, all over the shared-prompt attention:
 
 - `prefill`: prompts `[B, S]`, returns their keys and values;
 - `decode`: one new token for each of `[B, K]` completions;
 - `hidden_states`: prompts and whole completions `[B, K, T]` together, for training.
+
+`prompt_states` is `prefill` that keeps every position's state.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 
 from grape_jax.models import attention
 from grape_jax.models.lora import Linear, LoraConfig
+from grape_jax.models.rope import RopeScaling, rotate
 from grape_jax.types import Prompts
 
 
@@ -35,6 +38,12 @@ class PolicyConfig:
     norm_eps: float
     tied_embeddings: bool
     max_length: int  # prompt and completion together
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys normed for each head, before their rotation
+    windows: tuple[int, ...] | None = None  # tokens that each layer sees, 0: all; None: all, always
     remat: bool = False  # recompute a layer's activations in the backward pass
 
 
@@ -70,33 +79,31 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BxNxD, positions_BxN, attend: Callable):
         c = self.config
-        linear = lambda features, axes, name: Linear(features, axes, self.lora, name=name)
+
+        def linear(name: str, features: int, axes: tuple[str, str], bias: bool) -> Linear:
+            return Linear(features, axes, self.lora, bias, name=name)
 
         h = RmsNorm(c.norm_eps, name="attention_norm")(x_BxNxD)
-        q = linear(c.heads * c.head_dim, ("embed", "heads"), "q")(h)
-        k = linear(c.kv_heads * c.head_dim, ("embed", "heads"), "k")(h)
-        v = linear(c.kv_heads * c.head_dim, ("embed", "heads"), "v")(h)
+        q = linear("q", c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
+        k = linear("k", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
+        v = linear("v", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
         q, k, v = split(q), split(k), split(v)
-        q, k = (rotate(y, positions_BxN, c.rope_theta) for y in (q, k))
+        if c.qk_norm:
+            q = RmsNorm(c.norm_eps, name="q_norm")(q)
+            k = RmsNorm(c.norm_eps, name="k_norm")(k)
+        q, k = (
+            rotate(y, positions_BxN, c.rope_theta, c.rope_scaling, c.max_length) for y in (q, k)
+        )
         mixed, kept = attend(q, k, v)
-        x_BxNxD += linear(c.width, ("heads", "embed"), "o")(mixed.reshape(*x_BxNxD.shape[:2], -1))
+        mixed = mixed.reshape(*x_BxNxD.shape[:2], -1)
+        x_BxNxD += linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed)
 
         h = RmsNorm(c.norm_eps, name="mlp_norm")(x_BxNxD)
-        gate = nn.silu(linear(c.mlp_width, ("embed", "mlp"), "gate")(h))
-        up = linear(c.mlp_width, ("embed", "mlp"), "up")(h)
-        x_BxNxD += linear(c.width, ("mlp", "embed"), "down")(gate * up)
+        gate = nn.silu(linear("gate", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h))
+        up = linear("up", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h)
+        x_BxNxD += linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gate * up)
         return x_BxNxD, kept
-
-
-def rotate(x_BxNxHxd: jax.Array, positions_BxN: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves convention (Su et al. 2021, as in Llama's HF layout)."""
-    half = x_BxNxHxd.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BxN[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles).astype(x_BxNxHxd.dtype), jnp.sin(angles).astype(x_BxNxHxd.dtype)
-    a, b = x_BxNxHxd[..., :half], x_BxNxHxd[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None):
@@ -140,15 +147,16 @@ def prefill(config: PolicyConfig, variables, prompts: Prompts, lora: LoraConfig 
       last_BxD: hidden state of each prompt's last token, normed, ready for `logits`.
       k, v: keys and values, `[Y, B, S, G, d]`.
     """
-    mask = prompts.mask_BxS
-
-    def attend(q, k, v):
-        return attention.attend_prompt(q, k, v, mask), (k, v)
-
-    x = embed(variables, prompts.tokens_BxS)
-    positions = prompt_positions(mask)
-    x, (k, v) = _through_layers(config, lora, variables, x, positions, lambda _: attend)
+    x, (k, v) = _read_prompts(config, variables, prompts, lora)
     return _final_norm(config, variables, x[:, -1]), k, v
+
+
+def prompt_states(
+    config: PolicyConfig, variables, prompts: Prompts, lora: LoraConfig | None = None
+) -> jax.Array:
+    """Normed states of every prompt token, `[B, S, D]`; padding may stand on either side."""
+    x, _ = _read_prompts(config, variables, prompts, lora)
+    return _final_norm(config, variables, x)
 
 
 def decode(
@@ -169,14 +177,22 @@ def decode(
     T = cache.own_k_YxBxKxTxGxd.shape[3]
     seen_1xT = jnp.arange(T)[None] <= t
 
-    def attend_with(layer):
+    def attend_with(layer, window):
         prompt_k, prompt_v, own_k, own_v = layer
 
         def attend(q, k, v):
             new_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], t, axis=2)
             new_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], t, axis=2)
             mixed = attention.attend_completions(
-                q[:, :, None], prompt_k, prompt_v, prompt_mask_BxS, new_k, new_v, seen_1xT
+                q[:, :, None],
+                prompt_k,
+                prompt_v,
+                prompt_mask_BxS,
+                new_k,
+                new_v,
+                seen_1xT,
+                window,
+                first=t,
             )
             return mixed[:, :, 0], (new_k, new_v)
 
@@ -211,19 +227,23 @@ def hidden_states(
     own_past_TxT = jnp.tril(jnp.ones((T, T), bool))
     group = lambda y: y[:, S:].reshape(B, K, T, *y.shape[2:])
 
-    def attend(q, k, v):
-        from_prompt = attention.attend_prompt(q[:, :S], k[:, :S], v[:, :S], mask)
-        from_own = attention.attend_completions(
-            group(q), k[:, :S], v[:, :S], mask, group(k), group(v), own_past_TxT
-        )
-        return jnp.concatenate([from_prompt, from_own.reshape(B, K * T, *q.shape[2:])], 1), None
+    def attend_with(_, window):
+        def attend(q, k, v):
+            from_prompt = attention.attend_prompt(q[:, :S], k[:, :S], v[:, :S], mask, window)
+            from_own = attention.attend_completions(
+                group(q), k[:, :S], v[:, :S], mask, group(k), group(v), own_past_TxT, window
+            )
+            joined = [from_prompt, from_own.reshape(B, K * T, *q.shape[2:])]
+            return jnp.concatenate(joined, axis=1), None
+
+        return attend
 
     tokens_BxN = jnp.concatenate([prompts.tokens_BxS, tokens_BxKxT.reshape(B, K * T)], axis=1)
     lengths_B = jnp.sum(mask, axis=-1)
     own_positions = jnp.broadcast_to(jnp.tile(jnp.arange(T), K), (B, K * T)) + lengths_B[:, None]
     positions_BxN = jnp.concatenate([prompt_positions(mask), own_positions], axis=1)
     x = embed(variables, tokens_BxN)
-    x, _ = _through_layers(config, lora, variables, x, positions_BxN, lambda _: attend)
+    x, _ = _through_layers(config, lora, variables, x, positions_BxN, attend_with)
     last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
     states = jnp.concatenate([last_prompt, group(x)[:, :, :-1]], axis=2)
     return _final_norm(config, variables, states)
@@ -245,12 +265,27 @@ def prompt_positions(mask_BxS: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask_BxS, axis=-1) - 1, 0)
 
 
+def _read_prompts(config, variables, prompts: Prompts, lora):
+    """Raw states `[B, S, D]`, and keys and values of every layer."""
+    mask = prompts.mask_BxS
+
+    def attend_with(_, window):
+        return lambda q, k, v: (attention.attend_prompt(q, k, v, mask, window), (k, v))
+
+    x = embed(variables, prompts.tokens_BxS)
+    return _through_layers(config, lora, variables, x, prompt_positions(mask), attend_with)
+
+
 def _through_layers(config, lora, variables, x, positions, attend_with, per_layer=None):
-    """Scans x through the stacked layers; `attend_with(per_layer[i])` is layer i's attention."""
+    """Scans x through the stacked layers; `attend_with(per_layer[i], windows[i])` is i's attention.
+
+    `windows` is None where no layer has one, and a layer without one among others sees as far as
+    an int32 counts.
+    """
 
     def one_layer(x, inputs):
-        layer_variables, layer = inputs
-        return Layer(config, lora).apply(layer_variables, x, positions, attend_with(layer))
+        layer_variables, layer, window = inputs
+        return Layer(config, lora).apply(layer_variables, x, positions, attend_with(layer, window))
 
     # Without remat, what the projections computed is kept and the rest computed again: writing all
     # of it to memory would take longer.
@@ -259,7 +294,8 @@ def _through_layers(config, lora, variables, x, positions, attend_with, per_laye
     stacked = {"params": variables["params"]["layers"]}
     if lora is not None:
         stacked["lora"] = variables["lora"]
-    return jax.lax.scan(one_layer, x, (stacked, per_layer))
+    windows = config.windows and jnp.asarray([w or 2**31 - 1 for w in config.windows], jnp.int32)
+    return jax.lax.scan(one_layer, x, (stacked, per_layer, windows))
 
 
 def _final_norm(config, variables, x):

@@ -1,47 +1,89 @@
-"""SmolLM policies from GGUF files, tokenizer and chat template included, without torch."""
+"""Llama, Qwen2 and Qwen3 policies from GGUF files, tokenizer and chat template included."""
 
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from jax.sharding import Mesh
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from grape_jax.errors import UserError
+from grape_jax.models import rope
 from grape_jax.models.policy import PolicyConfig
+from grape_jax.models.rope import RopeScaling
+from grape_jax.weights import policy_config
+from grape_jax.weights.placing import Index, LeafPath, place
 
-# GGUF's name of a layer's tensor -> ours.
-LAYER_NAMES = {
-    "attn_norm": ("attention_norm", "scale"),
-    "attn_q": ("q", "kernel"),
-    "attn_k": ("k", "kernel"),
-    "attn_v": ("v", "kernel"),
-    "attn_output": ("o", "kernel"),
-    "ffn_norm": ("mlp_norm", "scale"),
-    "ffn_gate": ("gate", "kernel"),
-    "ffn_up": ("up", "kernel"),
-    "ffn_down": ("down", "kernel"),
+FAMILIES = ("llama", "qwen2", "qwen3")
+# Our module of a layer -> GGUF's.
+MODULES = {
+    "attention_norm": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
+OUTSIDE = {
+    "embedding": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "head": "output.weight",
+}
+LLAMA3_FACTORS = "rope_freqs.weight"
+LLAMA3_ORIGINAL_LENGTH = 8192
+# Fields, without their family, that change the computation in a way that is not supported.
+REFUSED = (
+    "expert_count",
+    "attention.sliding_window",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+)
+TOKENS = "tokenizer.ggml.tokens"
 ROLES = ("bos", "eos", "padding", "unknown")
-CONTROL_TOKEN = 3  # gguf's token type of tokens such as <|im_end|>
+# gguf's types of tokens that are never split: such as <|im_end|>, and such as <tool_call>.
+CONTROL_TOKEN, USER_TOKEN = 3, 4
+# How Qwen2 and Llama 3 cut a text into words; they differ in the digits that a word may have.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def load(path: str | Path):
-    """Reads one file.
+def load(path: str | Path, mesh: Mesh, dtype: np.dtype):
+    """Reads one file onto a mesh; a tensor is dequantised when its shard is placed.
 
     Returns:
       config: PolicyConfig.
-      params: tree of float32 numpy arrays, layers stacked on the first axis.
+      params: tree of jax arrays of `dtype`, placed where their logical axes say.
       tokenizer: PreTrainedTokenizerFast with the file's chat template.
 
     Raises:
-      UserError: the file is missing, damaged, or of another architecture.
+      UserError: the file is missing, damaged, or of a kind that is not supported.
     """
     reader = _open(Path(path))
     try:
-        config = _config(reader, path)
-        return config, _params(reader, config), _tokenizer(reader)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        config = _config(reader, path, tensors)
+        read = lambda leaf, layer, index: _read(reader, config, tensors, leaf, layer, index)
+        return config, place(config, mesh, dtype, read), _tokenizer(reader, path)
     except UserError:
         raise
     except Exception as error:
@@ -50,7 +92,7 @@ def load(path: str | Path):
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer alone."""
-    return _tokenizer(_open(Path(path)))
+    return _tokenizer(_open(Path(path)), path)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -69,82 +111,148 @@ def _field(reader: GGUFReader, name: str, default=None):
     return default if field is None else field.contents()
 
 
-def _config(reader: GGUFReader, path) -> PolicyConfig:
+def _config(reader: GGUFReader, path, tensors: dict) -> PolicyConfig:
     family = _field(reader, "general.architecture")
-    if family != "llama":
+    if family not in FAMILIES:
         raise UserError(
-            f"{path} holds a model of architecture {family!r}; GGUF files of 'llama' are supported."
+            f"{path}: general.architecture is {family!r}; GGUF files of {', '.join(FAMILIES)} are "
+            "supported."
         )
-    get = lambda name, default=None: _field(reader, f"llama.{name}", default)
+    get = lambda name, default=None: _field(reader, f"{family}.{name}", default)
+    for name in REFUSED:
+        if get(name):
+            raise UserError(f"{path}: {family}.{name}={get(name)} is not supported.")
     heads, width = get("attention.head_count"), get("embedding_length")
-    names = {tensor.name for tensor in reader.tensors}
+    head_dim = get("attention.key_length", width // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(
+            f"{path}: {family}.rope.dimension_count={get('rope.dimension_count')} of a head of "
+            f"{head_dim} is not supported."
+        )
+    vocab_size, tokens = tensors["token_embd.weight"].shape[1], _field(reader, TOKENS)
+    if len(tokens) > vocab_size:
+        raise UserError(
+            f"{path}: {TOKENS} has {len(tokens)} tokens, token_embd.weight {vocab_size} rows: "
+            "download it again."
+        )
+    theta = float(get("rope.freq_base", 10_000.0))
     return PolicyConfig(
-        vocab_size=len(_field(reader, "tokenizer.ggml.tokens")),
+        vocab_size=int(vocab_size),
         width=width,
         mlp_width=get("feed_forward_length"),
         layers=get("block_count"),
         heads=heads,
         kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("rope.dimension_count", width // heads),
-        rope_theta=float(get("rope.freq_base", 10_000.0)),
+        head_dim=head_dim,
+        rope_theta=theta,
         norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-        tied_embeddings="output.weight" not in names,
+        tied_embeddings="output.weight" not in tensors,
         max_length=get("context_length"),
+        rope_scaling=_rope_scaling(path, get, tensors, head_dim, theta),
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
     )
 
 
-def _params(reader: GGUFReader, config: PolicyConfig):
-    tensors = {t.name: t for t in reader.tensors}
-
-    def read(name: str) -> np.ndarray:
-        if name not in tensors:
-            raise UserError(f"the GGUF file has no tensor {name!r}: it is incomplete.")
-        tensor = tensors[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        return dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
-
-    def layer_tensor(theirs: str, index: int) -> np.ndarray:
-        weight = read(f"blk.{index}.{theirs}.weight")
-        if theirs in ("attn_q", "attn_k"):
-            weight = _unpermute(weight, config.head_dim)
-        return weight.T if weight.ndim == 2 else weight
-
-    layers = {}
-    for theirs, (module, leaf) in LAYER_NAMES.items():
-        stacked = np.stack([layer_tensor(theirs, i) for i in range(config.layers)])
-        layers[module] = {leaf: stacked}
-    params = {
-        "embedding": read("token_embd.weight"),
-        "layers": layers,
-        "final_norm": read("output_norm.weight"),
-    }
-    return params if config.tied_embeddings else params | {"head": read("output.weight")}
+def _rope_scaling(path, get, tensors: dict, head_dim: int, theta: float) -> RopeScaling | None:
+    kind = get("rope.scaling.type", "none")
+    original = get("rope.scaling.original_context_length")
+    if LLAMA3_FACTORS in tensors:
+        factors = np.asarray(tensors[LLAMA3_FACTORS].data, np.float32)
+        return _llama3(path, factors, original or LLAMA3_ORIGINAL_LENGTH, head_dim, theta)
+    factor = float(get("rope.scaling.factor", get("rope.scale_linear", 1.0)))
+    if kind == "linear" or (kind == "none" and factor != 1):
+        return RopeScaling("linear", factor)
+    if kind == "yarn":
+        return RopeScaling(
+            kind,
+            factor,
+            original or get("context_length"),
+            beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
+            attention_factor=policy_config.yarn_attention_factor({}, factor),
+        )
+    if kind != "none":
+        raise UserError(f"{path}: rope.scaling.type={kind!r} is not supported.")
+    return None
 
 
-def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
+def _llama3(
+    path, factors: np.ndarray, original: int, head_dim: int, theta: float
+) -> RopeScaling | None:
+    """The scaling of Llama 3.1, of which GGUF keeps only what each frequency is divided by."""
+    scaling = RopeScaling("llama3", float(factors.max()), original)
+    plain = rope.scaled_frequencies(head_dim, theta, None)
+    expected = plain / rope.scaled_frequencies(head_dim, theta, scaling)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise UserError(f"{path}: {LLAMA3_FACTORS} is not that of Llama 3, and is not supported.")
+    return scaling
+
+
+def _read(
+    reader: GGUFReader,
+    config: PolicyConfig,
+    tensors: dict,
+    leaf: LeafPath,
+    layer: int,
+    index: Index,
+) -> np.ndarray:
+    """A block of one tensor in this package's layout, float32."""
+    kind = "bias" if leaf[-1] == "bias" else "weight"
+    name = OUTSIDE.get(leaf[0]) or f"blk.{layer}.{MODULES[leaf[1]]}.{kind}"
+    if name not in tensors:
+        raise UserError(f"the GGUF file has no tensor {name!r}: it is incomplete.")
+    tensor = tensors[name]
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    value = dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
+    if leaf[:2] in (("layers", "q"), ("layers", "k")) and _permuted(reader):
+        value = _unpermute(value, config.head_dim)
+    return (value.T if leaf[-1] == "kernel" else value)[index]
+
+
+def _permuted(reader: GGUFReader) -> bool:
+    return _field(reader, "general.architecture") == "llama"
+
+
+def _unpermute(value: np.ndarray, head_dim: int) -> np.ndarray:
     """Undoes the interleaving of rotary halves that the GGUF conversion applies to q and k."""
-    heads = weight.shape[0] // head_dim
-    pairs = weight.reshape(heads, head_dim // 2, 2, weight.shape[1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+    heads = value.shape[0] // head_dim
+    pairs = value.reshape(heads, head_dim // 2, 2, *value.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(value.shape)
 
 
-def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with digits split one by one (the SmolLM pre-tokenizer)."""
-    tokens = _field(reader, "tokenizer.ggml.tokens")
+def _tokenizer(reader: GGUFReader, path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, cut into words the way the file's `tokenizer.ggml.pre` names."""
+    kind, model = _field(reader, "tokenizer.ggml.pre"), _field(reader, "tokenizer.ggml.model")
+    if model != "gpt2":
+        raise UserError(f"{path}: tokenizer.ggml.model={model!r} is not supported, only 'gpt2'.")
+    tokens = _field(reader, TOKENS)
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    types = _field(reader, "tokenizer.ggml.token_type")
-    kind = _field(reader, "tokenizer.ggml.pre")
-    if kind != "smollm":
-        raise UserError(f"GGUF tokenizers of kind {kind!r} are not supported, only 'smollm'.")
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a word that is a token as it is, whatever its merges would make of it.
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
+    tokenizer.pre_tokenizer = _words(path, kind)
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    types = _field(reader, "tokenizer.ggml.token_type")
+    of_type = lambda wanted: [
+        AddedToken(token, special=wanted == CONTROL_TOKEN, normalized=False)
+        for token, its in zip(tokens, types, strict=True)
+        if its == wanted
+    ]
+    tokenizer.add_special_tokens(of_type(CONTROL_TOKEN))
+    tokenizer.add_tokens(of_type(USER_TOKEN))
     ids = {r: _field(reader, f"tokenizer.ggml.{r}_token_id") for r in ROLES}
     named = lambda role: None if ids[role] is None else tokens[ids[role]]
+    if named("bos") and _field(reader, "tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{named('bos')} $A",
+            pair=f"{named('bos')} $A {named('bos')} $B",
+            special_tokens=[(named("bos"), ids["bos"])],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=named("bos"),
@@ -152,4 +260,20 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
         pad_token=named("padding") or named("eos"),
         unk_token=named("unknown"),
         chat_template=_field(reader, "tokenizer.chat_template"),
+    )
+
+
+def _words(path, kind: str):
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if kind == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
+    if kind == "gpt-2":
+        return pre_tokenizers.ByteLevel(False)
+    if kind in ("qwen2", "llama-bpe"):
+        pattern = Regex(WORDS.replace("DIGITS", "{1,3}" if kind == "llama-bpe" else ""))
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), bytes_of_words])
+    raise UserError(
+        f"{path}: tokenizer.ggml.pre={kind!r} is not supported; smollm, qwen2, llama-bpe and gpt-2 "
+        "are."
     )

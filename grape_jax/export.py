@@ -1,0 +1,59 @@
+"""Writes a run's trained policy for other programs.
+
+    python -m grape_jax.export --workdir=runs/emoji --out=policy
+    python -m grape_jax.export --workdir=runs/emoji --out=adapter --adapter
+
+The first is a Hugging Face directory, the adapter merged in; the second a PEFT adapter directory,
+with its base beside it where the run's base is no Hugging Face directory.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from grape_jax import command_line
+from grape_jax.errors import UserError, exit_with_sentence
+from grape_jax.job import Job
+from grape_jax.rewriter import merged_variables, restore
+from grape_jax.weights import huggingface
+
+
+def main() -> None:
+    flags.DEFINE_string("workdir", None, "The run.")
+    flags.DEFINE_string("out", None, "The directory to write.")
+    flags.DEFINE_bool("adapter", False, "Write the adapter alone, for PEFT.")
+    command_line.parse()
+    if flags.FLAGS.workdir is None or flags.FLAGS.out is None:
+        raise UserError("give both --workdir=RUN and --out=DIR.")
+    export(Path(flags.FLAGS.workdir), Path(flags.FLAGS.out), flags.FLAGS.adapter)
+
+
+def export(workdir: Path, out: Path, adapter: bool) -> None:
+    """Writes the newest checkpoint's policy.
+
+    Raises:
+      UserError: there is no run or no adapter, or the directory cannot be written.
+    """
+    run, state = restore(workdir)
+    if not adapter:
+        variables = merged_variables(run, state.trained)
+        huggingface.save(out, run.policy, variables["params"], run.tokenizer)
+    elif run.lora is None:
+        raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
+    else:
+        huggingface.save_adapter(out, state.trained, run.lora, _base(run, out))
+    print(f"written: {out}")
+
+
+def _base(run: Job, out: Path) -> str:
+    """What peft loads below the adapter."""
+    path = run.config.policy.path
+    if path and not Path(path).is_file():
+        return str(Path(path).resolve()) if Path(path).exists() else path
+    base = out / "base"
+    huggingface.save(base, run.policy, run.base, run.tokenizer)
+    return str(base.resolve())
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

@@ -1,0 +1,106 @@
+"""A language model as a user holds it: weights of other projects, loaded and ready to score."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import snapshot_download
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from grape_jax import sharding
+from grape_jax.errors import UserError
+from grape_jax.models import policy
+from grape_jax.models.policy import PolicyConfig
+from grape_jax.types import Prompts
+from grape_jax.weights import gguf, huggingface
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    config: PolicyConfig
+    params: dict  # placed on a mesh
+    tokenizer: PreTrainedTokenizerFast | None  # None where the model's directory has none
+
+    def logits(self, token_ids, mask=None) -> jax.Array:
+        """Scores of the token that follows each position.
+
+        Args:
+          token_ids: int `[B, S]`.
+          mask: bool `[B, S]`, False on padding, which may stand on either side; None: all real.
+
+        Returns:
+          float32 `[B, S, V]`; what stands at padding means nothing.
+
+        Raises:
+          UserError: the shapes do not fit, or an id is outside the vocabulary.
+        """
+        tokens = np.asarray(token_ids)
+        mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+        if tokens.ndim != 2 or mask.shape != tokens.shape:
+            raise UserError(
+                f"token_ids {tokens.shape} and mask {mask.shape} must both be [B, S]: pad the rows "
+                "to one length."
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UserError(
+                f"token_ids go from {tokens.min()} to {tokens.max()}, the vocabulary from 0 to "
+                f"{self.config.vocab_size - 1}: use this policy's own tokenizer."
+            )
+        return _logits(self.config, self.params, Prompts(tokens.astype(np.int32), mask))
+
+
+def load_policy(
+    path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> Policy:
+    """Loads a Llama, Qwen2 or Qwen3 model.
+
+    Args:
+      path_or_hub_id: a Hugging Face directory or a GGUF file, for which the network is never
+        asked; otherwise the id of a model on the hub.
+      dtype: "float32" or "bfloat16", what the weights are held and computed in.
+      mesh: over which devices; None is the first device alone.
+
+    Raises:
+      UserError: there is no such model, its files are damaged, or it needs what is not supported.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    if mesh is None:
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    path = _find(path_or_hub_id)
+    load = huggingface.load if path.is_dir() else gguf.load
+    return Policy(*load(path, mesh, DTYPES[dtype]))
+
+
+def _find(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(str(path_or_hub_id)) or path.suffix == ".gguf":
+        raise UserError(
+            f"there is no model at {path}: give a Hugging Face directory, a GGUF file, or a hub id "
+            "such as owner/name."
+        )
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"there is no directory {path}, and the hub gives no model of that name ({reason}): "
+            "give a directory, or a hub id while the machine is online."
+        ) from error
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: PolicyConfig, params, prompts: Prompts) -> jax.Array:
+    variables = {"params": params}
+    return policy.logits(variables, policy.prompt_states(config, variables, prompts))

@@ -1,0 +1,341 @@
+"""Hugging Face directories of decoders to parameters on a mesh, and back.
+
+They hold `config.json`, one or several `*.safetensors`, `tokenizer.json` and the chat template.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from grape_jax import files
+from grape_jax.errors import UserError
+from grape_jax.models.lora import LoraConfig
+from grape_jax.models.policy import PolicyConfig
+from grape_jax.weights import policy_config
+from grape_jax.weights.placing import Index, LeafPath, leaf_shapes, place
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILE = "tokenizer.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_FILE_BYTES = 4 * 2**30
+
+# Our module of a layer -> theirs.
+MODULES = {
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+OUTSIDE = {
+    ("embedding",): "model.embed_tokens.weight",
+    ("final_norm",): "model.norm.weight",
+    ("head",): "lm_head.weight",
+}
+
+
+def load(directory: str | Path, mesh: Mesh, dtype: np.dtype):
+    """Reads a checkpoint onto a mesh.
+
+    Returns:
+      config: PolicyConfig.
+      params: tree of jax arrays of `dtype`, placed where their logical axes say.
+      tokenizer: PreTrainedTokenizerFast, or None where the directory has none.
+
+    Raises:
+      UserError: a file is missing, damaged or pickled, or the files do not fit each other.
+    """
+    directory = Path(directory)
+    config = policy_config.read(directory)
+    tokenizer = load_tokenizer(directory, config)
+    shapes = leaf_shapes(config)
+    where = _locate(directory)
+    _check(directory, config, where, shapes)
+
+    def read(path: LeafPath, layer: int, index: Index) -> np.ndarray:
+        # Files hold a kernel transposed.
+        name, turned = _file_name(path, layer), path[-1] == "kernel"
+        # Opened for each read: what stays mapped would stay in memory.
+        with _open(where[name]) as file:
+            block = file.get_slice(name)[index[::-1] if turned else index]
+        return block.T if turned else block
+
+    return config, place(config, mesh, dtype, read), tokenizer
+
+
+def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer with its chat template; None where the directory has none.
+
+    Raises:
+      UserError: it is damaged, of a kind that is not read, or knows more tokens than the model.
+    """
+    path = directory / TOKENIZER_FILE
+    if not path.exists():
+        if any((directory / other).exists() for other in ("tokenizer.model", "vocab.json")):
+            raise UserError(
+                f"{path} is missing: write it with transformers, "
+                f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained("
+                f"{str(directory)!r})."
+            )
+        return None
+    try:
+        # tokenizer.json says everything; the class that tokenizer_config.json names would rebuild
+        # parts of it from that class's own habits.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}): download or export it again.") from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{path} has token ids up to {largest}, but vocab_size is {config.vocab_size} in "
+            f"{directory / policy_config.CONFIG_FILE}: the two are not of one model."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save(
+    directory: str | Path,
+    config: PolicyConfig,
+    params,
+    tokenizer: PreTrainedTokenizerFast | None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes a directory that transformers reads, in the dtype of the parameters.
+
+    One file of weights is held on the host at a time.
+
+    Raises:
+      UserError: there are weights in the directory already.
+    """
+    directory = _without_weights(directory)
+    dtype = np.dtype(params["embedding"].dtype)
+    weight_map = _save_tensors(directory, _tensors(params), max_file_bytes)
+    theirs = policy_config.to_theirs(config).to_dict()
+    theirs |= {"architectures": [policy_config.architecture(config)], "dtype": dtype.name}
+    if tokenizer is not None:
+        special = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        theirs |= special
+        _write_json(directory / "generation_config.json", special)
+        tokenizer.save_pretrained(directory)
+    _write_json(directory / policy_config.CONFIG_FILE, theirs)
+    if weight_map is not None:
+        _write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+
+
+def save_adapter(directory: str | Path, adapter, lora: LoraConfig, base: str) -> None:
+    """Writes a directory that peft reads; `base` is the model that it lies over.
+
+    Raises:
+      UserError: there are weights in the directory already.
+    """
+    directory = _without_weights(directory)
+    tensors = {}
+    for module, low_rank in adapter.items():
+        for leaf in ("a", "b"):
+            for layer, matrix in enumerate(np.asarray(low_rank[leaf], np.float32)):
+                name = f"base_model.model.model.layers.{layer}.{MODULES[module]}"
+                tensors[f"{name}.lora_{leaf.upper()}.weight"] = np.ascontiguousarray(matrix.T)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": [MODULES[target].split(".")[-1] for target in lora.targets],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    safetensors.numpy.save_file(
+        tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    _write_json(directory / "adapter_config.json", settings)
+
+
+def _without_weights(directory: str | Path) -> Path:
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}): choose another directory."
+        ) from error
+    if any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} holds weights already: choose another directory.")
+    return directory
+
+
+def _file_name(path: LeafPath, layer: int) -> str:
+    if path in OUTSIDE:
+        return OUTSIDE[path]
+    leaf = "bias" if path[-1] == "bias" else "weight"
+    return f"model.layers.{layer}.{MODULES[path[1]]}.{leaf}"
+
+
+def _locate(directory: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    index = directory / INDEX_FILE
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{index} has no readable weight_map: download or export it again."
+            ) from error
+        for name in names:
+            if not (directory / name).exists():
+                raise UserError(
+                    f"{directory / name} is missing, though weight_map in {index} names it: "
+                    "download it again."
+                )
+        paths = [directory / name for name in names]
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickled = sorted(path for pattern in PICKLED for path in directory.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{pickled[0]} is pickled, which could run any program, and is not read: convert "
+                f"it with transformers, AutoModelForCausalLM.from_pretrained({str(directory)!r})"
+                ".save_pretrained(DIR)."
+            )
+        raise UserError(f"{directory / WEIGHTS_FILE} is missing: download or export it again.")
+    where = {}
+    for path in paths:
+        with _open(path) as file:
+            where |= dict.fromkeys(file.keys(), path)
+    return where
+
+
+def _open(path: Path):
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged or cut short ({error}): download or export it again."
+        ) from error
+
+
+def _check(
+    directory: Path, config: PolicyConfig, where: dict[str, Path], shapes: dict[LeafPath, tuple]
+) -> None:
+    """Refuses tensors that are missing, left over, or of another shape than config.json says."""
+    source = directory / policy_config.CONFIG_FILE
+    wanted = {name: shape for name, shape, _ in _file_tensors(config, shapes)}
+    for name in sorted(wanted.keys() - where.keys()):
+        raise UserError(
+            f"{directory} has no tensor {name}, which {source} asks for: download or export it "
+            "again."
+        )
+    # A tied head is the embedding written twice, and old files hold the rotary frequencies.
+    for name in sorted(where.keys() - wanted.keys() - {"lm_head.weight"}):
+        if not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(
+                f"{where[name]} holds {name}, which a model as {source} describes it does not "
+                "have: the two are not of one checkpoint."
+            )
+    for path in sorted(set(where.values())):
+        with _open(path) as file:
+            for name in sorted(wanted.keys() & set(file.keys())):
+                _check_tensor(path, name, file.get_slice(name), wanted[name], source)
+
+
+def _check_tensor(path: Path, name: str, stored, wanted: tuple[int, ...], source: Path) -> None:
+    shape = tuple(stored.get_shape())
+    if shape != wanted:
+        field = " (vocab_size)" if name in (OUTSIDE[("embedding",)], OUTSIDE[("head",)]) else ""
+        raise UserError(
+            f"{path}: {name} has shape {shape}, {source} says {wanted}{field}: the two are not of "
+            "one checkpoint."
+        )
+    if stored.get_dtype() not in FLOATS:
+        raise UserError(
+            f"{path}: {name} is stored as {stored.get_dtype()}; only {', '.join(FLOATS)} are read."
+        )
+
+
+def _file_tensors(
+    config: PolicyConfig, shapes: dict[LeafPath, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, ...], LeafPath]]:
+    """Name, shape in the file, and leaf, of every tensor of a checkpoint."""
+    for path, shape in shapes.items():
+        if path in OUTSIDE:
+            yield OUTSIDE[path], shape, path
+            continue
+        for layer in range(config.layers):
+            yield _file_name(path, layer), shape[:0:-1], path
+
+
+def _tensors(params) -> Iterator[tuple[str, jax.Array, bool]]:
+    """Name, array, and whether it is written transposed, in the order of the layers."""
+    for path, name in OUTSIDE.items():
+        if path[0] in params:
+            yield name, params[path[0]], False
+    layers = params["layers"]
+    for layer in range(len(layers["attention_norm"]["scale"])):
+        for module, leaves in layers.items():
+            for leaf, array in leaves.items():
+                yield _file_name(("layers", module, leaf), layer), array[layer], leaf == "kernel"
+
+
+def _save_tensors(
+    directory: Path, tensors: Iterator[tuple[str, jax.Array, bool]], max_file_bytes: int
+) -> dict[str, str] | None:
+    """Writes files of at most `max_file_bytes` (or one tensor); returns the index's weight_map.
+
+    One file needs no index, and gives None.
+    """
+    files_written: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        safetensors.numpy.save_file(
+            held, directory / f"part-{len(files_written)}", metadata={"format": "pt"}
+        )
+        files_written.append(list(held))
+        held.clear()
+
+    for name, array, transposed in tensors:
+        value = np.asarray(array)
+        value = np.ascontiguousarray(value.T if transposed else value)
+        if held and sum(v.nbytes for v in held.values()) + value.nbytes > max_file_bytes:
+            flush()
+        held[name] = value
+    flush()
+    count = len(files_written)
+    if count == 1:
+        (directory / "part-0").rename(directory / WEIGHTS_FILE)
+        return None
+    weight_map = {}
+    for number, names in enumerate(files_written):
+        file_name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        (directory / f"part-{number}").rename(directory / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    return weight_map
+
+
+def _write_json(path: Path, data: dict) -> None:
+    files.replace(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,67 @@
+"""Parameters from files to their devices, shard by shard."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, Sharding
+
+from grape_jax import sharding
+from grape_jax.models import policy
+from grape_jax.models.policy import PolicyConfig
+
+LeafPath = tuple[str, ...]  # in the parameters
+Index = tuple[slice, ...]
+# (leaf, layer, block of the leaf without its layer axis) -> that block. Leaves outside the layers
+# are asked for with layer 0.
+ReadBlock = Callable[[LeafPath, int, Index], np.ndarray]
+
+
+def place(config: PolicyConfig, mesh: Mesh, dtype: np.dtype, read: ReadBlock):
+    """The parameters of a policy on a mesh.
+
+    Each distinct shard is read once and put where it belongs: the host holds one shard beside what
+    the devices hold, and no device holds an unsharded copy.
+    """
+    boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
+    shapes = leaf_shapes(config)
+
+    def one_leaf(path, where: Sharding) -> jax.Array:
+        path = tuple(key.key for key in path)
+        return _place_leaf(path, shapes[path], where, np.dtype(dtype), read)
+
+    return jax.tree_util.tree_map_with_path(one_leaf, sharding.of_parameters(mesh, boxed))
+
+
+def leaf_shapes(config: PolicyConfig) -> dict[LeafPath, tuple[int, ...]]:
+    """The shape of every leaf of the parameters; those below "layers" have a layer axis first."""
+    tree = nn.unbox(jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"])
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def _place_leaf(
+    path: LeafPath, shape: tuple[int, ...], where: Sharding, dtype: np.dtype, read: ReadBlock
+) -> jax.Array:
+    devices_of: dict[tuple[tuple[int, int], ...], list] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in devices_of.items():
+        block = _read_block(path, tuple(slice(*ends) for ends in bounds), dtype, read)
+        shards += [jax.device_put(block, device) for device in devices]
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, where, shards)
+
+
+def _read_block(path: LeafPath, index: Index, dtype: np.dtype, read: ReadBlock) -> np.ndarray:
+    block = np.empty([s.stop - s.start for s in index], dtype)
+    if path[0] != "layers":
+        block[...] = read(path, 0, index)
+        return block
+    layers, *inner = index
+    for row, layer in enumerate(range(layers.start, layers.stop)):
+        block[row] = read(path, layer, tuple(inner))
+    return block
