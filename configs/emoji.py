@@ -18,11 +18,13 @@ def get_config():
     # Cooler than the model's own distribution, and a gentle rate: at temperature 1.0 and 5e-4 a
     # trial on the validation split went down instead of up.
     config.rollout.temperature = 0.7
-    config.warm_up.steps = 24
-    config.warm_up.learning_rate = 2e-3
-    config.grpo.steps = 70
-    config.grpo.learning_rate = 2e-4
-    config.grpo.kl_weight = 0.005
-    config.evaluation.every = 35
+    # A first lesson in manners, no more: GRPO is to learn the rest from the pictures alone.
+    config.warm_up.steps = 2
+    config.warm_up.ramp_steps = 1
+    config.warm_up.final_fraction = 1.0
+    config.grpo.steps = 100
+    config.grpo.learning_rate = 1.5e-4
+    config.grpo.kl_weight = 0.002
+    config.evaluation.every = 25
     config.evaluation.seen_limit = 128
     return config

@@ -1,6 +1,7 @@
 """The policy against transformers, and its three ways through the layers against each other."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -40,11 +41,14 @@ def prompts_of(rows, length):
     return Prompts(jnp.asarray(tokens), jnp.asarray(mask))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def prompt_logits(lora_config, variables, prompts):
+    return policy.logits(variables, policy.prompt_states(TINY, variables, prompts, lora_config))
+
+
 def full_logits(variables, tokens, lora_config=None):
     """One plain row through the prompt path, every position's logits."""
-    rows = [prompts_of([tokens[: n + 1]], n + 1) for n in range(len(tokens))]
-    last = [policy.prefill(TINY, variables, row, lora_config)[0][0] for row in rows]
-    return np.asarray(policy.logits(variables, jnp.stack(last)))
+    return np.asarray(prompt_logits(lora_config, variables, prompts_of([tokens], len(tokens))))[0]
 
 
 PARAGRAPH = (

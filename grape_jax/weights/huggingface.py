@@ -128,8 +128,7 @@ def save(
     directory = _without_weights(directory)
     dtype = np.dtype(params["embedding"].dtype)
     weight_map = _save_tensors(directory, _tensors(params), max_file_bytes)
-    theirs = policy_config.to_theirs(config).to_dict()
-    theirs |= {"architectures": [policy_config.architecture(config)], "dtype": dtype.name}
+    theirs = policy_config.to_theirs(config) | {"dtype": dtype.name}
     if tokenizer is not None:
         special = {
             "bos_token_id": tokenizer.bos_token_id,

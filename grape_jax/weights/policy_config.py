@@ -1,10 +1,11 @@
-"""A decoder's config.json to `PolicyConfig` and back, read through transformers' own classes."""
+"""A decoder's config.json to `PolicyConfig` and back.
+
+Read here and not through transformers' config classes, which import torch where it is installed.
+"""
 
 import json
 import math
 from pathlib import Path
-
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from grape_jax.errors import UserError
 from grape_jax.models import rope
@@ -12,7 +13,13 @@ from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
 
 CONFIG_FILE = "config.json"
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Where a file does not say, transformers takes these.
+DEFAULT_THETA, DEFAULT_EPS, QWEN3_HEAD_DIM, QWEN_WINDOW_LAYERS = 10_000.0, 1e-6, 128, 28
 # Fields that some file writes and that would change the computation, with the values at which they
 # do not; absent, null and false are such values for each of them. Dropout is no such field: sampler
 # and learner must agree on the probability of a token, so neither ever drops anything.
@@ -49,9 +56,9 @@ def read(directory: Path) -> PolicyConfig:
     path = directory / CONFIG_FILE
     data = _read_json(path)
     kind = data.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in ARCHITECTURES:
         raise UserError(
-            f"{path}: model_type is {kind!r}; policies of {', '.join(FAMILIES)} are supported."
+            f"{path}: model_type is {kind!r}; policies of {', '.join(ARCHITECTURES)} are supported."
         )
     neutral = NEUTRAL | (dict.fromkeys(NOT_IN_LLAMA, ()) if kind == "llama" else {})
     for field, values in neutral.items():
@@ -59,17 +66,12 @@ def read(directory: Path) -> PolicyConfig:
         if value is not None and value is not False and value not in values:
             raise UserError(f"{path}: {field}={value!r} is not supported for {kind}.")
     _check_rope(path, data)
-    try:
-        theirs = FAMILIES[kind].from_dict(data)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a valid {kind} config: {reason}.") from error
-    return _from_theirs(path, theirs)
+    return _from_theirs(path, kind, data)
 
 
-def to_theirs(config: PolicyConfig) -> PretrainedConfig:
-    """The transformers config of the family that computes this."""
-    common = {
+def to_theirs(config: PolicyConfig) -> dict:
+    """The config.json of the family that computes this."""
+    theirs = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -77,6 +79,7 @@ def to_theirs(config: PolicyConfig) -> PretrainedConfig:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
+        "hidden_act": "silu",
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
@@ -85,17 +88,16 @@ def to_theirs(config: PolicyConfig) -> PretrainedConfig:
     if config.windows:
         kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
         window = max(config.windows)
-        common |= {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+        theirs |= {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
     if config.qk_norm:
-        return Qwen3Config(**common, attention_bias=config.qkv_bias)
-    if config.qkv_bias and not config.output_bias:
-        return Qwen2Config(**common)
-    return LlamaConfig(**common, attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
-
-
-def architecture(config: PolicyConfig) -> str:
-    """The transformers class of this model."""
-    return type(to_theirs(config)).__name__.replace("Config", "ForCausalLM")
+        family = "qwen3"
+        theirs |= {"attention_bias": config.qkv_bias}
+    elif config.qkv_bias and not config.output_bias:
+        family = "qwen2"
+    else:
+        family = "llama"
+        theirs |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return {"model_type": family, "architectures": [ARCHITECTURES[family]]} | theirs
 
 
 def _read_json(path: Path) -> dict:
@@ -127,41 +129,62 @@ def _check_rope(path: Path, data: dict) -> None:
             raise UserError(f"{path}: {field} has a partial_rotary_factor, which is not supported.")
 
 
-def _from_theirs(path: Path, theirs: PretrainedConfig) -> PolicyConfig:
-    kind, heads, layers = theirs.model_type, theirs.num_attention_heads, theirs.num_hidden_layers
-    all_biases = kind != "qwen2" and theirs.attention_bias
-    if heads % theirs.num_key_value_heads:
+def _from_theirs(path: Path, kind: str, data: dict) -> PolicyConfig:
+    size = lambda field: _size(path, data, field)
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    kv_heads = heads if data.get("num_key_value_heads") is None else size("num_key_value_heads")
+    if heads % kv_heads:
         raise UserError(f"{path}: num_key_value_heads does not divide num_attention_heads={heads}.")
+    if data.get("head_dim") is not None:
+        head_dim = size("head_dim")
+    else:
+        head_dim = QWEN3_HEAD_DIM if kind == "qwen3" else width // heads
+    max_length = size("max_position_embeddings")
+    # Older files spell rope_scaling beside rope_theta what newer ones keep in rope_parameters.
+    rotary = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    theta = rotary.get("rope_theta") or data.get("rope_theta") or DEFAULT_THETA
+    all_biases = kind != "qwen2" and bool(data.get("attention_bias"))
     return PolicyConfig(
-        vocab_size=theirs.vocab_size,
-        width=theirs.hidden_size,
-        mlp_width=theirs.intermediate_size,
-        layers=layers,
+        vocab_size=size("vocab_size"),
+        width=width,
+        mlp_width=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=theirs.num_key_value_heads,
-        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-        rope_theta=float(theirs.rope_parameters["rope_theta"]),
-        norm_eps=theirs.rms_norm_eps,
-        tied_embeddings=theirs.tie_word_embeddings,
-        max_length=theirs.max_position_embeddings,
-        rope_scaling=_rope_scaling(theirs.rope_parameters, theirs.max_position_embeddings),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=float(theta),
+        norm_eps=float(data.get("rms_norm_eps", DEFAULT_EPS)),
+        tied_embeddings=bool(data.get("tie_word_embeddings")),
+        max_length=max_length,
+        rope_scaling=_rope_scaling(path, data, rotary, max_length),
         qkv_bias=kind == "qwen2" or all_biases,
         output_bias=all_biases,
-        mlp_bias=kind == "llama" and theirs.mlp_bias,
+        mlp_bias=kind == "llama" and bool(data.get("mlp_bias")),
         qk_norm=kind == "qwen3",
-        windows=None if kind == "llama" else _windows(path, theirs),
+        windows=None if kind == "llama" else _windows(path, data, size("num_hidden_layers")),
     )
 
 
-def _windows(path: Path, theirs: PretrainedConfig) -> tuple[int, ...] | None:
-    kinds, window = theirs.layer_types, theirs.sliding_window
-    if len(kinds) != theirs.num_hidden_layers or set(kinds) - {
-        "full_attention",
-        "sliding_attention",
-    }:
+def _size(path: Path, data: dict, field: str) -> int:
+    value = data.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(
+            f"{path}: {field} is {value!r}, and must be a whole number of 1 or more: download or "
+            "export it again."
+        )
+    return value
+
+
+def _windows(path: Path, data: dict, layers: int) -> tuple[int, ...] | None:
+    window = data.get("sliding_window") if data.get("use_sliding_window") else None
+    kinds = data.get("layer_types")
+    if kinds is None:
+        first = layers if window is None else data.get("max_window_layers", QWEN_WINDOW_LAYERS)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(
             f"{path}: layer_types must say full_attention or sliding_attention for each of "
-            f"num_hidden_layers={theirs.num_hidden_layers} layers."
+            f"num_hidden_layers={layers} layers."
         )
     if "sliding_attention" not in kinds:
         return None
@@ -170,30 +193,45 @@ def _windows(path: Path, theirs: PretrainedConfig) -> tuple[int, ...] | None:
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rope_scaling(parameters: dict, max_length: int) -> RopeScaling | None:
-    kind = parameters["rope_type"]
+def _rope_scaling(path: Path, data: dict, rotary: dict, max_length: int) -> RopeScaling | None:
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind == "default":
         return None
+    original = data.get(
+        "original_max_position_embeddings",
+        rotary.get("original_max_position_embeddings", max_length),
+    )
+    if kind == "yarn" and not rotary.get("factor"):
+        rotary = rotary | {"factor": max_length / original}
+
+    def number(field: str) -> float:
+        value = rotary.get(field)
+        if not isinstance(value, int | float):
+            raise UserError(
+                f"{path}: {field} of its rotary scaling is {value!r}, and must be a number for "
+                f"rope_type {kind!r}."
+            )
+        return float(value)
+
+    factor = number("factor")
     if kind in ("linear", "dynamic"):
-        return RopeScaling(kind, float(parameters["factor"]))
-    original = parameters["original_max_position_embeddings"]
+        return RopeScaling(kind, factor)
     if kind == "llama3":
         return RopeScaling(
             kind,
-            float(parameters["factor"]),
+            factor,
             original,
-            low_frequency=float(parameters["low_freq_factor"]),
-            high_frequency=float(parameters["high_freq_factor"]),
+            low_frequency=number("low_freq_factor"),
+            high_frequency=number("high_freq_factor"),
         )
-    factor = float(parameters.get("factor") or max_length / original)
     return RopeScaling(
         kind,
         factor,
         original,
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        truncate=parameters.get("truncate", True),
-        attention_factor=yarn_attention_factor(parameters, factor),
+        beta_fast=float(rotary.get("beta_fast") or 32),
+        beta_slow=float(rotary.get("beta_slow") or 1),
+        truncate=rotary.get("truncate", True),
+        attention_factor=yarn_attention_factor(rotary, factor),
     )
 
 
