@@ -177,9 +177,11 @@ def _check_sizes(run: Job) -> None:
             f"prompt.max_tokens and the rewrite's max_tokens make {total} tokens, more than the "
             f"policy's context of {run.policy.max_length}: lower them."
         )
-    context = run.retriever.config.context
-    if not 2 <= config.retriever.text_length <= context:
-        raise UserError(f"retriever.text_length must be 2 to {context}, the retriever's context.")
+    lengths = retriever.text_lengths(run.retriever)
+    if config.retriever.text_length not in lengths:
+        raise UserError(
+            f"retriever.text_length must be {retriever.said(lengths)}, what the retriever reads."
+        )
     parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     sizes = {"warm_up.batch_size": config.warm_up.batch_size}
     sizes |= {"grpo.batch_size": config.grpo.batch_size}
