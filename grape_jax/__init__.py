@@ -5,6 +5,7 @@ import os
 # transformers announces at its import that torch is missing; nothing here needs torch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from grape_jax.retriever import load as load_retriever
 from grape_jax.rewriter import Rewriter
 
-__all__ = ["Rewriter"]
+__all__ = ["Rewriter", "load_retriever"]
