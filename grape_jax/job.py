@@ -97,6 +97,11 @@ def build(config: ConfigDict) -> Job:
     policy_config, params, tokenizer = gguf.load(policy_path(config.policy.path))
     policy_config = dataclasses.replace(policy_config, remat=config.policy.remat)
     found = retriever.load(config.retriever.path or None)
+    if found.preprocess is None:
+        raise UserError(
+            f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
+            "pictures: name a CLIP or SigLIP."
+        )
     corpus = emoji.load_corpus(Path(config.data_dir))
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
     bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")

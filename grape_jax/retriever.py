@@ -26,8 +26,10 @@ from grape_jax.weights import clip, hub, open_clip, sentence, siglip, tensors, t
 SHIPPED = Path(__file__).parent / "assets" / "retriever"
 # What is fetched from the hub: no pickled weights.
 HUB_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors", "open_clip_model.safetensors"]
-# One shape for every call, so that nothing compiles twice and no number depends on the batch.
+# Few shapes for all calls, so that little is compiled; a text's depends on that text alone, so that
+# no number depends on the batch.
 BATCH = 128
+SHORTEST = 16  # token positions; longer texts get twice as many, up to the context
 
 
 @dataclasses.dataclass
@@ -56,11 +58,15 @@ class Retriever:
 
         A text that is longer than the context is cut before its end token, and counted.
         """
-        rows = []
-        for chunk in _chunks(texts):
-            padded = _pad(*tokenize(self, chunk))
-            rows.append(np.asarray(_embed_texts(self.config, self.params, *padded))[: len(chunk)])
-        return _join(rows, self.config.projection)
+        emb_NxE = np.zeros((len(texts), self.config.projection), np.float32)
+        tokens_NxL, mask_NxL = tokenize(self, texts)
+        padded_N = _padded_lengths(self, mask_NxL.sum(axis=1))
+        for length in np.unique(padded_N):
+            for rows in _chunks(np.flatnonzero(padded_N == length)):
+                padded = _pad(tokens_NxL[rows, :length], mask_NxL[rows, :length])
+                embedded = _embed_texts(self.config, self.params, *padded)
+                emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
+        return emb_NxE
 
     def embed_images(self, images: Sequence[Image.Image | str | Path]) -> np.ndarray:
         """Pictures, or the files they are in, into the shared space: float32 [n, E], unit length.
@@ -70,12 +76,12 @@ class Retriever:
         """
         if self.preprocess is None:
             raise UserError("this retriever is a sentence encoder: its corpus must be text.")
-        rows = []
-        for chunk in _chunks(images):
-            pixels = [preprocessing.preprocess(self.preprocess, _open(image)) for image in chunk]
-            padded = _pad(np.stack(pixels))
-            rows.append(np.asarray(_embed_images(self.config, self.params, *padded))[: len(chunk)])
-        return _join(rows, self.config.projection)
+        emb_NxE = np.zeros((len(images), self.config.projection), np.float32)
+        for rows in _chunks(np.arange(len(images))):
+            pixels = [preprocessing.preprocess(self.preprocess, _open(images[i])) for i in rows]
+            embedded = _embed_images(self.config, self.params, *_pad(np.stack(pixels)))
+            emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
+        return emb_NxE
 
 
 def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Retriever:
@@ -253,6 +259,8 @@ def _check_vocabulary(
             f"{path}: vocab_size={config.vocab} is below the {len(texts)} tokens of the tokenizer "
             "beside it: the two are not of one checkpoint."
         )
+    if texts.padding_side != "right" and not isinstance(config, SiglipConfig):
+        raise UserError(f"{path}: its tokenizer's padding_side must be 'right'.")
     last = texts("")["input_ids"][-1:]
     if end_token not in (None, LEGACY_END_TOKEN) and last != [end_token]:
         raise UserError(
@@ -271,7 +279,15 @@ def _embed_images(config: RetrieverConfig, params: Params, pixels_NxHxWx3) -> ja
     return towers.embed_images(config, params, pixels_NxHxWx3)
 
 
-def _chunks(rows: Sequence) -> list[Sequence]:
+def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
+    """The positions that texts of so many tokens are computed with: a short one costs less."""
+    lengths = [max(SHORTEST, text_lengths(retriever).start)]
+    while lengths[-1] < retriever.context:
+        lengths.append(2 * lengths[-1])
+    return np.minimum(lengths, retriever.context)[np.searchsorted(lengths, used_N)]
+
+
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
 
 
@@ -281,15 +297,13 @@ def _pad(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in arrays]
 
 
-def _join(rows: list[np.ndarray], width: int) -> np.ndarray:
-    return np.concatenate([np.zeros((0, width), np.float32), *rows])
-
-
 def _open(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     try:
-        return Image.open(image)
+        opened = Image.open(image)
+        opened.load()
+        return opened
     except (OSError, ValueError) as error:
         raise UserError(f"{image} cannot be read as a picture: {error}.") from error
 
