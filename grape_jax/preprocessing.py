@@ -51,8 +51,8 @@ def normalise(how: Preprocess, pixels_uint8: np.ndarray) -> np.ndarray:
     return (pixels_uint8.astype(np.float32) / np.float32(255) - mean) / std
 
 
-def read(directory: str | Path, image_size: int) -> tuple[Preprocess, Path]:
-    """Reads what transformers' CLIP or SigLIP image processor is told, and where it is written.
+def read(directory: str | Path, image_size: int) -> Preprocess:
+    """Reads what transformers' CLIP or SigLIP image processor is told.
 
     Raises:
       UserError: the file is missing, damaged, does not give `image_size`, or asks for what is not
@@ -78,7 +78,7 @@ def read(directory: str | Path, image_size: int) -> tuple[Preprocess, Path]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): download or export it again.") from error
     _check(how, image_size, path)
-    return how, path
+    return how
 
 
 def read_open_clip(directory: str | Path, image_size: int) -> Preprocess:

@@ -112,11 +112,6 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
             "SiglipModel (siglip, SigLIP 2 at a fixed resolution too), a BERT sentence encoder "
             "(bert), or an open_clip directory."
         )
-    found = [config_file, *tensors.weight_files(directory / clip.WEIGHTS_FILE)]
-    how = None
-    if kind != "bert":
-        how, written = preprocessing.read(directory, config.image_size)
-        found.append(written)
     texts = tokenizer.read(directory)
     end = config.end_token if kind == "clip" else None
     _check_vocabulary(config, texts, config_file, end)
@@ -126,8 +121,8 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
         tokenizer=texts,
         clean=lambda text: text,
         context=_context(config, texts, directory),
-        preprocess=how,
-        fingerprint=_fingerprint(dtype, found + tokenizer.files(directory)),
+        preprocess=None if kind == "bert" else preprocessing.read(directory, config.image_size),
+        fingerprint=_fingerprint(dtype, directory / clip.WEIGHTS_FILE),
         cut_texts=CutTexts(),
     )
 
@@ -227,7 +222,6 @@ def _load_open_clip(directory: Path, dtype: str) -> Retriever:
     config_file = directory / open_clip.CONFIG_FILE
     texts = tokenizer.read_open_clip(directory)
     _check_vocabulary(config, texts, config_file, config.end_token)
-    found = [config_file, *tensors.weight_files(directory / open_clip.WEIGHTS_FILE)]
     return Retriever(
         config=config,
         params=params,
@@ -235,7 +229,7 @@ def _load_open_clip(directory: Path, dtype: str) -> Retriever:
         clean=tokenizer.clean_open_clip,
         context=config.context,
         preprocess=preprocessing.read_open_clip(directory, config.image_size),
-        fingerprint=_fingerprint(dtype, found + tokenizer.files(directory)),
+        fingerprint=_fingerprint(dtype, directory / open_clip.WEIGHTS_FILE),
         cut_texts=CutTexts(),
     )
 
@@ -334,9 +328,11 @@ def _read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return bank_NxE
 
 
-def _fingerprint(dtype: str, paths: Sequence[Path]) -> str:
+def _fingerprint(dtype: str, weights: Path) -> str:
+    """Of the weights and of every small file beside them: configs and tokenizers."""
+    small = (p for kind in ("*.json", "*.txt", "*.model") for p in weights.parent.glob(kind))
     sums = []
-    for path in paths:
+    for path in [*tensors.weight_files(weights), *sorted(small)]:
         with path.open("rb") as file:
             sums.append(hashlib.file_digest(file, "sha256").digest())
     return _hash([dtype.encode(), *sums])
