@@ -22,6 +22,7 @@ TEST = [
 # Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
 PARITY = [
     "accelerate>=1.15,<2",
+    "open_clip_torch>=3.3,<4",
     "peft>=0.21,<0.22",
     "torch==2.13.0",
 ]
@@ -38,6 +39,7 @@ setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",
         "flax>=0.12,<0.13",
+        "ftfy>=6.1,<7",
         "gguf>=0.17,<1",
         "grain>=0.2.15,<0.3",
         "huggingface_hub>=1,<3",
@@ -46,11 +48,14 @@ setup(
         "jinja2>=3.1,<4",
         "matplotlib>=3.10,<4",
         "ml_collections>=1.1,<2",
+        "ml_dtypes>=0.5,<1",
         "numpy>=2,<3",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
+        "protobuf>=5",  # like sentencepiece, for SigLIP's tokenizer
         "safetensors>=0.6,<1",
+        "sentencepiece>=0.2,<1",
         "tensorboardX>=2.6.4,<3",
         "tensorflow-datasets>=4.9.10,<5",
         "tokenizers>=0.22,<1",

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
 
     config.retriever = ConfigDict()
-    config.retriever.path = ""  # a CLIP directory; "": the one in this package
+    config.retriever.path = ""  # CLIP or SigLIP: a directory or hub id; "": the one shipped here
     config.retriever.text_length = 16  # retriever tokens of a rewrite; longer ones are cut
 
     config.prompt = ConfigDict()

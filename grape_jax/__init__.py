@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from grape_jax.pretrained import load_policy
+from grape_jax.retriever import load as load_retriever
 from grape_jax.rewriter import Rewriter
 
-__all__ = ["Rewriter", "load_policy"]
+__all__ = ["Rewriter", "load_policy", "load_retriever"]

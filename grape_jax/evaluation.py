@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grape_jax import files, report, retriever
+from grape_jax import files, report
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.report import Answers, TestSet
@@ -36,7 +36,7 @@ def answer(
     job: Job, queries: Sequence, method: str, decoding: str, texts: Sequence[str]
 ) -> Answers:
     """Searches with these texts."""
-    emb_QxE = retriever.embed_texts(job.retriever, list(texts))
+    emb_QxE = job.retriever.embed_texts(list(texts))
     ranks = ranks_of(job, emb_QxE, [query.target for query in queries])
     return Answers(method, decoding, tuple(texts), ranks, nearest(job, emb_QxE, TOP))
 
@@ -101,7 +101,7 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
         [s for s, _ in queries],
         0.0,
     )
-    emb_QxE = retriever.embed_texts(job.retriever, texts)
+    emb_QxE = job.retriever.embed_texts(texts)
     ranks = ranks_of(job, emb_QxE, [q.target for _, q in queries])
     return {
         "validation_recall_at_10": float(np.mean(ranks <= 10)),

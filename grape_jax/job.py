@@ -96,6 +96,11 @@ def build(config: ConfigDict) -> Job:
     base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
     check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
+    if found.preprocess is None:
+        raise UserError(
+            f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
+            "pictures: name a CLIP or SigLIP."
+        )
     corpus = emoji.load_corpus(Path(config.data_dir))
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
     bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")
@@ -189,9 +194,11 @@ def _check_sizes(run: Job) -> None:
             f"prompt.max_tokens and the rewrite's max_tokens make {total} tokens, more than the "
             f"policy's context of {run.policy.max_length}: lower them."
         )
-    context = run.retriever.config.context
-    if not 2 <= config.retriever.text_length <= context:
-        raise UserError(f"retriever.text_length must be 2 to {context}, the retriever's context.")
+    lengths = retriever.text_lengths(run.retriever)
+    if config.retriever.text_length not in lengths:
+        raise UserError(
+            f"retriever.text_length must be {retriever.said(lengths)}, what the retriever reads."
+        )
     parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     sizes = {"warm_up.batch_size": config.warm_up.batch_size}
     sizes |= {"grpo.batch_size": config.grpo.batch_size}

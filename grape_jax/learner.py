@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from grape_jax import grpo, rewards, sharding
-from grape_jax.models import clip, policy
+from grape_jax.models import policy, towers
 from grape_jax.models.lora import LoraConfig
 from grape_jax.ranking import target_ranks
 from grape_jax.types import Prompts, Rewrites, Rollout
@@ -56,7 +56,7 @@ class Learner:
     lora: LoraConfig | None
     optimizer: OptimizerConfig
     grpo: GrpoConfig
-    retriever: clip.ClipConfig
+    retriever: towers.RetrieverConfig
     corpus_size: int
     mesh: Mesh
     logprob_chunk: int  # completion positions whose vocabulary scores exist at one time
@@ -232,7 +232,7 @@ def grpo_step(
 def rank_rewrites(learner, retriever_params, corpus_NxE, rewrites: Rewrites, targets_BxP):
     """Best rank of each rewrite's targets over the whole corpus: int32 `[B, K]`."""
     B, K, L = rewrites.tokens_BxKxL.shape
-    emb_QxE = clip.embed_texts(
+    emb_QxE = towers.embed_texts(
         learner.retriever,
         retriever_params,
         rewrites.tokens_BxKxL.reshape(B * K, L),

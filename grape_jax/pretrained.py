@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
@@ -17,10 +15,9 @@ from grape_jax.errors import UserError
 from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.types import Prompts
-from grape_jax.weights import gguf, huggingface
+from grape_jax.weights import gguf, hub, huggingface
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
@@ -76,28 +73,11 @@ def load_policy(
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    path = _find(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
+    if not path.is_file():
+        path = hub.directory(path_or_hub_id, HUB_FILES)
     load = huggingface.load if path.is_dir() else gguf.load
     return Policy(*load(path, mesh, DTYPES[dtype]))
-
-
-def _find(path_or_hub_id: str | Path) -> Path:
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
-        return path
-    if not HUB_ID.fullmatch(str(path_or_hub_id)) or path.suffix == ".gguf":
-        raise UserError(
-            f"there is no model at {path}: give a Hugging Face directory, a GGUF file, or a hub id "
-            "such as owner/name."
-        )
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=HUB_FILES))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"there is no directory {path}, and the hub gives no model of that name ({reason}): "
-            "give a directory, or a hub id while the machine is online."
-        ) from error
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,66 +3,127 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
+from grape_jax import preprocessing
 from grape_jax.errors import UserError
-from grape_jax.models import clip
-from grape_jax.models.clip import ClipConfig, Params
-from grape_jax.weights import clip as clip_weights
+from grape_jax.models import towers
+from grape_jax.models.clip import LEGACY_END_TOKEN
+from grape_jax.models.encoder import Params
+from grape_jax.models.sentence import SentenceConfig
+from grape_jax.models.siglip import SiglipConfig
+from grape_jax.models.towers import RetrieverConfig
+from grape_jax.preprocessing import Preprocess
+from grape_jax.weights import clip, hub, open_clip, sentence, siglip, tensors, tokenizer
 
 SHIPPED = Path(__file__).parent / "assets" / "retriever"
-TOKENIZER_FILE = "tokenizer.json"
-PREPROCESSOR_FILE = "preprocessor_config.json"
-# One shape for every call, so that nothing compiles twice and no number depends on the batch.
+# What is fetched from the hub: no pickled weights.
+HUB_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors", "open_clip_model.safetensors"]
+# Few shapes for all calls, so that little is compiled; a text's depends on that text alone, so that
+# no number depends on the batch.
 BATCH = 128
+SHORTEST = 16  # token positions; longer texts get twice as many, up to the context
 
 
-@dataclasses.dataclass(frozen=True)
-class Preprocess:
-    """How a picture becomes pixels, as preprocessor_config.json says."""
+@dataclasses.dataclass
+class CutTexts:
+    """How many of the texts that were read did not fit; the first time is reported."""
 
-    resize: int | tuple[int, int]  # shortest edge, or height and width
-    crop: tuple[int, int]  # height, width
-    resample: int  # of PIL
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    read: int = 0
+    cut: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Retriever:
-    """A CLIP with what it needs to read text and pictures."""
+    """A frozen encoder with what it needs to read text and pictures. From `load`."""
 
-    config: ClipConfig
+    config: RetrieverConfig
     params: Params
-    tokenizer: Tokenizer
-    preprocess: Preprocess
-    fingerprint: str  # of weights, config and preprocessing, hexadecimal
+    tokenizer: PreTrainedTokenizerBase
+    clean: Callable[[str], str]  # what happens to a text before the tokenizer
+    context: int  # token positions of the longest text
+    preprocess: Preprocess | None  # None: it reads text only
+    fingerprint: str  # of everything that an embedding depends on, hexadecimal
+    cut_texts: CutTexts
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts into the shared space: float32 [n, E] of unit length.
+
+        A text that is longer than the context is cut before its end token, and counted.
+        """
+        emb_NxE = np.zeros((len(texts), self.config.projection), np.float32)
+        tokens_NxL, mask_NxL = tokenize(self, texts)
+        padded_N = _padded_lengths(self, mask_NxL.sum(axis=1))
+        for length in np.unique(padded_N):
+            for rows in _chunks(np.flatnonzero(padded_N == length)):
+                padded = _pad(tokens_NxL[rows, :length], mask_NxL[rows, :length])
+                embedded = _embed_texts(self.config, self.params, *padded)
+                emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
+        return emb_NxE
+
+    def embed_images(self, images: Sequence[Image.Image | str | Path]) -> np.ndarray:
+        """Pictures, or the files they are in, into the shared space: float32 [n, E], unit length.
+
+        Raises:
+          UserError: a file is missing or not a picture; the retriever reads text only.
+        """
+        if self.preprocess is None:
+            raise UserError("this retriever is a sentence encoder: its corpus must be text.")
+        emb_NxE = np.zeros((len(images), self.config.projection), np.float32)
+        for rows in _chunks(np.arange(len(images))):
+            pixels = [preprocessing.preprocess(self.preprocess, _open(images[i])) for i in rows]
+            embedded = _embed_images(self.config, self.params, *_pad(np.stack(pixels)))
+            emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
+        return emb_NxE
 
 
-def load(path: str | Path | None = None) -> Retriever:
-    """Loads a transformers CLIP directory; None: the one shipped with this package.
+def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Retriever:
+    """Loads a retriever: CLIP, SigLIP or a BERT sentence encoder; None: the one shipped here.
+
+    Args:
+      path_or_hub_id: a directory as transformers or open_clip writes it, which never touches the
+        network, or the id of a repository of the Hugging Face hub, which is downloaded.
+      dtype: "float32" or "bfloat16", of the weights and the arithmetic; embeddings are float32.
 
     Raises:
-      UserError: a file is missing or damaged.
+      UserError: a file is missing, damaged, or asks for what is not supported.
     """
-    directory = SHIPPED if path is None else Path(path)
-    config, params = clip_weights.load(directory)
-    files = (clip_weights.CONFIG_FILE, clip_weights.WEIGHTS_FILE, PREPROCESSOR_FILE)
-    preprocess = _read_preprocess(directory / PREPROCESSOR_FILE)
+    directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, HUB_FILES)
+    if _is_open_clip(directory):
+        return _load_open_clip(directory, dtype)
+    config_file = directory / clip.CONFIG_FILE
+    kind = tensors.read_json(config_file).get("model_type")
+    if kind == "clip":
+        config, params = clip.load(directory, dtype)
+    elif kind == "siglip":
+        config, params = siglip.load(directory, dtype)
+    elif kind == "bert":
+        config, params = sentence.load(directory, dtype)
+    else:
+        raise UserError(
+            f"{config_file}: model_type={kind!r} is not supported: give a CLIPModel (clip), a "
+            "SiglipModel (siglip, SigLIP 2 at a fixed resolution too), a BERT sentence encoder "
+            "(bert), or an open_clip directory."
+        )
+    texts = tokenizer.read(directory)
+    end = config.end_token if kind == "clip" else None
+    _check_vocabulary(config, texts, config_file, end)
     return Retriever(
         config=config,
         params=params,
-        tokenizer=read_tokenizer(directory / TOKENIZER_FILE),
-        preprocess=preprocess,
-        fingerprint=_hash((directory / name).read_bytes() for name in files),
+        tokenizer=texts,
+        clean=lambda text: text,
+        context=_context(config, texts, directory),
+        preprocess=None if kind == "bert" else preprocessing.read(directory, config.image_size),
+        fingerprint=_fingerprint(dtype, directory / clip.WEIGHTS_FILE),
+        cut_texts=CutTexts(),
     )
 
 
@@ -72,74 +133,74 @@ def tokenize(
     """Token ids of texts, overlong ones cut before their end token, as transformers cuts them.
 
     Args:
-      length: L, at most the context of the model, which is what None stands for.
+      length: L, one of `text_lengths`; None: the context of the model.
 
     Returns:
-      tokens int32 [N, L], padded with the end token as CLIP does, and mask bool [N, L].
+      tokens int32 [N, L], padded as the tokenizer pads, and mask bool [N, L].
     """
-    config = retriever.config
-    length = config.context if length is None else length
-    if not 2 <= length <= config.context:
+    fitting = text_lengths(retriever)
+    length = retriever.context if length is None else length
+    if length not in fitting:
         raise UserError(
-            f"a text length of {length} does not fit the retriever: give 2 to {config.context}."
+            f"a text length of {length} does not fit the retriever: give {said(fitting)}."
         )
-    return encode(retriever.tokenizer, config.end_token, texts, length)
-
-
-def encode(
-    tokenizer: Tokenizer, end_token: int, texts: Sequence[str], length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`tokenize` for a tokenizer that is not part of a retriever yet."""
-    tokens_NxL = np.full((len(texts), length), end_token, np.int32)
-    mask_NxL = np.zeros((len(texts), length), bool)
-    for row, encoding in enumerate(tokenizer.encode_batch(list(texts))):
-        ids = encoding.ids
-        if len(ids) > length:
-            ids = [*ids[: length - 1], end_token]
-        tokens_NxL[row, : len(ids)] = ids
-        mask_NxL[row, : len(ids)] = True
+    texts = [retriever.clean(text) for text in texts]
+    tokens_NxL, mask_NxL, cut = encode(retriever.tokenizer, texts, length)
+    counted = retriever.cut_texts
+    if cut and not counted.cut:
+        warnings.warn(
+            f"a text is longer than the {length} tokens that the retriever reads and was cut; "
+            "from here on such texts are only counted.",
+            stacklevel=2,
+        )
+    counted.read += len(texts)
+    counted.cut += cut
     return tokens_NxL, mask_NxL
 
 
-def embed_texts(retriever: Retriever, texts: Sequence[str]) -> np.ndarray:
-    """Texts into the shared space: float32 [N, E] of unit length."""
-    tokens_NxL, mask_NxL = tokenize(retriever, texts)
-    rows = [
-        np.asarray(_embed_texts(retriever.config, retriever.params, *_pad(tokens, mask)))
-        for tokens, mask in zip(_chunks(tokens_NxL), _chunks(mask_NxL), strict=True)
-    ]
-    return _join(rows, len(texts), retriever.config.projection)
+def text_lengths(retriever: Retriever) -> range:
+    """The token lengths that a text can be given."""
+    return range(towers.shortest_text(retriever.config), retriever.context + 1)
 
 
-def embed_images(retriever: Retriever, images: Sequence[Image.Image | str | Path]) -> np.ndarray:
-    """Pictures, or the files they are in, into the shared space: float32 [N, E] of unit length.
+def said(lengths: range) -> str:
+    """A range of lengths in words."""
+    return f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
 
-    Raises:
-      UserError: a file is missing or not a picture.
-    """
-    rows = []
-    for chunk in _chunks(images):
-        pixels = np.stack([preprocess(retriever.preprocess, _open(image)) for image in chunk])
-        rows.append(np.asarray(_embed_images(retriever.config, retriever.params, *_pad(pixels))))
-    return _join(rows, len(images), retriever.config.projection)
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """`tokenize` for a tokenizer alone; also how many texts were cut."""
+    if not texts:
+        return np.zeros((0, length), np.int32), np.zeros((0, length), bool), 0
+    fixed = {"padding": "max_length", "truncation": True, "max_length": length}
+    padded = tokenizer(list(texts), **fixed, return_attention_mask=True, return_tensors="np")
+    whole = tokenizer(list(texts), verbose=False)["input_ids"]
+    cut = sum(len(ids) > length for ids in whole)
+    return padded["input_ids"].astype(np.int32), padded["attention_mask"].astype(bool), cut
 
 
 def corpus_bank(
-    retriever: Retriever, images: Sequence[Image.Image | str | Path], cache_dir: str | Path
+    retriever: Retriever, items: Sequence[Image.Image | str | Path], cache_dir: str | Path
 ) -> np.ndarray:
-    """`embed_images` of a corpus, computed once and then read from `cache_dir`.
+    """The embeddings of a corpus, computed once and then read from `cache_dir`.
 
-    The file is named by the content of the weights and of every picture, so a changed picture or
-    checkpoint is computed anew. A damaged file is computed anew with a warning.
+    The file is named by the content of the checkpoint and of every item, so what changes is
+    computed anew. A damaged file is computed anew with a warning.
+
+    Args:
+      items: pictures or their files; texts where the retriever reads text only.
     """
-    content = _hash(_content(image) for image in images)
+    texts_only = retriever.preprocess is None
+    content = _hash(item.encode() if texts_only else _content(item) for item in items)
     path = Path(cache_dir) / f"bank-{_hash([retriever.fingerprint.encode(), content.encode()])}.npy"
     if path.exists():
         try:
-            return _read_bank(path, (len(images), retriever.config.projection))
+            return _read_bank(path, (len(items), retriever.config.projection))
         except (ValueError, OSError, EOFError) as error:
             warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=2)
-    bank_NxE = embed_images(retriever, images)
+    bank_NxE = retriever.embed_texts(items) if texts_only else retriever.embed_images(items)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and moved, so that a killed run leaves no half file.
     aside = path.with_suffix(".partial.npy")
@@ -148,57 +209,79 @@ def corpus_bank(
     return bank_NxE
 
 
-def preprocess(how: Preprocess, image: Image.Image) -> np.ndarray:
-    """What CLIP's PIL image processor of transformers does: float32 [H, W, 3]."""
-    image = image.convert("RGB")
-    if isinstance(how.resize, int):
-        width, height = image.size
-        short, long = min(width, height), max(width, height)
-        longer = int(how.resize * long / short)
-        size = (how.resize, longer) if width <= height else (longer, how.resize)
-    else:
-        size = (how.resize[1], how.resize[0])
-    image = image.resize(size, Image.Resampling(how.resample))
-    height, width = how.crop
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    return normalise(how, np.asarray(image))
+def _is_open_clip(directory: Path) -> bool:
+    """Whether only open_clip's files are there; where transformers' are too, they are read."""
+    has = lambda name: (directory / name).exists()
+    return has(open_clip.CONFIG_FILE) and not (
+        has(clip.WEIGHTS_FILE) or has(f"{clip.WEIGHTS_FILE}.index.json")
+    )
 
 
-def normalise(how: Preprocess, pixels_uint8: np.ndarray) -> np.ndarray:
-    """Bytes [..., 3] to float32 with the mean and deviation of the checkpoint."""
-    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
-    return (pixels_uint8.astype(np.float32) / np.float32(255) - mean) / std
+def _load_open_clip(directory: Path, dtype: str) -> Retriever:
+    config, params = open_clip.load(directory, dtype)
+    config_file = directory / open_clip.CONFIG_FILE
+    texts = tokenizer.read_open_clip(directory)
+    _check_vocabulary(config, texts, config_file, config.end_token)
+    return Retriever(
+        config=config,
+        params=params,
+        tokenizer=texts,
+        clean=tokenizer.clean_open_clip,
+        context=config.context,
+        preprocess=preprocessing.read_open_clip(directory, config.image_size),
+        fingerprint=_fingerprint(dtype, directory / open_clip.WEIGHTS_FILE),
+        cut_texts=CutTexts(),
+    )
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads tokenizer.json, without its own cutting and padding.
+def _context(config: RetrieverConfig, texts: PreTrainedTokenizerBase, directory: Path) -> int:
+    """How many tokens are read of a text, where model, tokenizer and recipe may each say less."""
+    if isinstance(config, SiglipConfig):
+        return config.context
+    lengths = [config.context, texts.model_max_length]
+    if isinstance(config, SentenceConfig):
+        lengths.append(sentence.longest_text(directory) or config.context)
+    return min(lengths)
 
-    Raises:
-      UserError: the file is missing or damaged.
-    """
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing: save the checkpoint with its fast tokenizer.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{path} is damaged ({error}): download or export it again.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+
+def _check_vocabulary(
+    config: RetrieverConfig, texts: PreTrainedTokenizerBase, path: Path, end_token: int | None
+) -> None:
+    """Refuses a tokenizer that is not the model's."""
+    if len(texts) > config.vocab:
+        raise UserError(
+            f"{path}: vocab_size={config.vocab} is below the {len(texts)} tokens of the tokenizer "
+            "beside it: the two are not of one checkpoint."
+        )
+    if texts.padding_side != "right" and not isinstance(config, SiglipConfig):
+        raise UserError(f"{path}: its tokenizer's padding_side must be 'right'.")
+    last = texts("")["input_ids"][-1:]
+    if end_token not in (None, LEGACY_END_TOKEN) and last != [end_token]:
+        raise UserError(
+            f"{path}: eos_token_id={end_token} is not {last}, with which the tokenizer beside it "
+            "ends a text: the two are not of one checkpoint."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed_texts(config: ClipConfig, params: Params, tokens_NxL, mask_NxL) -> jax.Array:
-    return clip.embed_texts(config, params, tokens_NxL, mask_NxL)
+def _embed_texts(config: RetrieverConfig, params: Params, tokens_NxL, mask_NxL) -> jax.Array:
+    return towers.embed_texts(config, params, tokens_NxL, mask_NxL)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed_images(config: ClipConfig, params: Params, pixels_NxHxWx3) -> jax.Array:
-    return clip.embed_images(config, params, pixels_NxHxWx3)
+def _embed_images(config: RetrieverConfig, params: Params, pixels_NxHxWx3) -> jax.Array:
+    return towers.embed_images(config, params, pixels_NxHxWx3)
 
 
-def _chunks(rows: Sequence) -> list[Sequence]:
+def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
+    """The positions that texts of so many tokens are computed with: a short one costs less."""
+    lengths = [max(SHORTEST, text_lengths(retriever).start)]
+    while lengths[-1] < retriever.context:
+        lengths.append(2 * lengths[-1])
+    return np.minimum(lengths, retriever.context)[np.searchsorted(lengths, used_N)]
+
+
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
 
 
@@ -208,15 +291,13 @@ def _pad(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in arrays]
 
 
-def _join(rows: list[np.ndarray], count: int, width: int) -> np.ndarray:
-    return np.concatenate([np.zeros((0, width), np.float32), *rows])[:count]
-
-
 def _open(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     try:
-        return Image.open(image)
+        opened = Image.open(image)
+        opened.load()
+        return opened
     except (OSError, ValueError) as error:
         raise UserError(f"{image} cannot be read as a picture: {error}.") from error
 
@@ -247,21 +328,11 @@ def _read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return bank_NxE
 
 
-def _read_preprocess(path: Path) -> Preprocess:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        size, crop = data["size"], data["crop_size"]
-        if isinstance(size, dict):
-            size = size.get("shortest_edge") or (size["height"], size["width"])
-        crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-        return Preprocess(
-            resize=size,
-            crop=crop,
-            resample=data.get("resample", 3),
-            mean=tuple(data["image_mean"]),
-            std=tuple(data["image_std"]),
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: save the checkpoint with its processor.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): download or export it again.") from error
+def _fingerprint(dtype: str, weights: Path) -> str:
+    """Of the weights and of every small file beside them: configs and tokenizers."""
+    small = (p for kind in ("*.json", "*.txt", "*.model") for p in weights.parent.glob(kind))
+    sums = []
+    for path in [*tensors.weight_files(weights), *sorted(small)]:
+        with path.open("rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").digest())
+    return _hash([dtype.encode(), *sums])

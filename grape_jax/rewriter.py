@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grape_jax import checkpoint, job, retriever, sharding, text
+from grape_jax import checkpoint, job, sharding, text
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.learner import TrainState
@@ -52,7 +52,7 @@ class Rewriter:
 
     def find(self, texts: Sequence[str], top: int = 5) -> np.ndarray:
         """Corpus rows of the best matches of each text, best first: int `[n, top]`."""
-        return nearest(self.job, retriever.embed_texts(self.job.retriever, list(texts)), top)
+        return nearest(self.job, self.job.retriever.embed_texts(list(texts)), top)
 
 
 def restore(workdir: Path) -> tuple[Job, TrainState]:

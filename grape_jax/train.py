@@ -89,6 +89,9 @@ def train(config, workdir: Path) -> None:
         method = "GRPO" if config.grpo.steps else "warm-up"
         evaluate_policy(run, workdir, merged_variables(run, state.trained), method, stop)
     evaluation.write_report(run, workdir)
+    counted = run.retriever.cut_texts
+    if counted.cut:
+        print(f"{counted.cut} of {counted.read} texts were too long for the retriever and cut.")
 
 
 def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal) -> TrainState:

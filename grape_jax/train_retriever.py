@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerBase
 
 from grape_jax import command_line, retriever
 from grape_jax.data import icons, openmoji
@@ -34,7 +35,10 @@ from grape_jax.data.icons import Concept
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.models import clip
 from grape_jax.models.clip import ClipConfig, Params, Tower
+from grape_jax.preprocessing import PREPROCESSOR_FILE
 from grape_jax.weights import clip as clip_weights
+from grape_jax.weights.tokenizer import TOKENIZER_FILE
+from grape_jax.weights.tokenizer import read as read_tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_ID = 1
@@ -76,9 +80,9 @@ def train(config: ConfigDict, npm: Path, out: Path) -> None:
     _claim(work, config)
     concepts = icons.concepts(npm)
     pictures = load_pictures(config, npm, concepts, work / "pictures.npz")
-    tokenizer = load_tokenizer(config, concepts, out / retriever.TOKENIZER_FILE)
-    clip_config = _clip_config(config, tokenizer.get_vocab_size())
     _save_configs(config, out)
+    tokenizer = load_tokenizer(config, concepts, out)
+    clip_config = _clip_config(config, len(tokenizer))
 
     optimizer = _optimizer(config)
     state = _restore(work, _init(config, clip_config, optimizer, len(concepts)))
@@ -132,8 +136,11 @@ def load_pictures(config: ConfigDict, npm: Path, concepts: list[Concept], cache:
     return pictures
 
 
-def load_tokenizer(config: ConfigDict, concepts: list[Concept], path: Path) -> Tokenizer:
+def load_tokenizer(
+    config: ConfigDict, concepts: list[Concept], out: Path
+) -> PreTrainedTokenizerBase:
     """Byte-level BPE of lower-case English, learned from the names and keywords."""
+    path = out / TOKENIZER_FILE
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence(
@@ -158,14 +165,14 @@ def load_tokenizer(config: ConfigDict, concepts: list[Concept], path: Path) -> T
             single=f"{START} $A {END}", special_tokens=[(START, 0), (END, END_ID)]
         )
         tokenizer.save(str(path))
-    return retriever.read_tokenizer(path)
+    return read_tokenizer(out)
 
 
 def _batches(
     config: ConfigDict,
     concepts: list[Concept],
     pictures: Pictures,
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     start: int,
     stop: int,
 ) -> Iterator[tuple[int, Batch]]:
@@ -188,7 +195,7 @@ def _batches(
             texts.append(text)
             fits_BxN.append(fits.only(i) if has_name else fits.all_of(text, i))
         length = config.model.context if step % 4 == 0 else config.short_text
-        tokens_BxL, mask_BxL = retriever.encode(tokenizer, END_ID, texts, length)
+        tokens_BxL, mask_BxL, _ = retriever.encode(tokenizer, texts, length)
         return Batch(
             np.stack(pixels), tokens_BxL, mask_BxL, concept_B.astype(np.int32), np.stack(fits_BxN)
         )
@@ -445,7 +452,7 @@ def _finish(
     state: State,
     concepts: list[Concept],
     pictures: Pictures,
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Saves the checkpoint and adds what it reaches to recall.json."""
     clip_weights.save(out, clip_config, jax.device_get(state.params["clip"]), np.float16)
@@ -463,7 +470,7 @@ def evaluate(
 
     Queries: the English names; three keywords that training never wrote together alone.
     """
-    bank_NxE = retriever.embed_images(model, [Image.fromarray(x) for x in gallery_NxHxWx3])
+    bank_NxE = model.embed_images([Image.fromarray(x) for x in gallery_NxHxWx3])
     phrases = [icons.held_phrase(concept) for concept in concepts]
     held = [i for i, phrase in enumerate(phrases) if phrase]
     names = [concept.name for concept in concepts]
@@ -480,7 +487,7 @@ def _recall(
 ) -> dict[str, float]:
     if not queries:
         return {}
-    scores_QxN = retriever.embed_texts(model, queries) @ bank_NxE.T
+    scores_QxN = model.embed_texts(queries) @ bank_NxE.T
     own_Q = scores_QxN[np.arange(len(queries)), target_Q]
     rank_Q = 1 + (scores_QxN > own_Q[:, None]).sum(axis=1)
     return {f"R@{k}": round(100 * float((rank_Q <= k).mean()), 1) for k in (1, 5, 10)}
@@ -511,7 +518,7 @@ def _save_configs(config: ConfigDict, out: Path) -> None:
         "model_max_length": config.model.context,
     }
     for name, data in (
-        (retriever.PREPROCESSOR_FILE, preprocessor),
+        (PREPROCESSOR_FILE, preprocessor),
         ("tokenizer_config.json", tokenizer),
     ):
         (out / name).write_text(json.dumps(data, indent=2) + "\n")

@@ -14,12 +14,12 @@ pytest.importorskip("torch")
 
 import tiny_decoders
 
-from grape_jax import export, job, load_policy, pretrained, sharding
+from grape_jax import export, job, load_policy, sharding
 from grape_jax.errors import UserError
 from grape_jax.models import lora, policy
 from grape_jax.rollout import SamplingConfig, sample
 from grape_jax.types import Prompts
-from grape_jax.weights import huggingface
+from grape_jax.weights import hub, huggingface
 
 VOCAB = 264  # more rows than the tokenizer has tokens, as in Qwen's checkpoints
 TOKENS = np.random.default_rng(0).integers(3, 90, (2, 16))
@@ -191,10 +191,10 @@ def test_a_wrong_name_dtype_or_token_is_one_sentence(checkpoint, tmp_path, monke
     def offline(*_, **__):
         raise OSError("no route")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"the hub gives no model.*no route"):
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"the hub gave no repository.*no route"):
         load_policy("owner/name")
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: str(checkpoint))
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda *_, **__: str(checkpoint))
     assert load_policy("owner/name").config == ours.config
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from grape_jax import retriever, train_retriever
+from grape_jax import preprocessing, retriever, train_retriever
 from grape_jax.data import icons, openmoji
 from grape_jax.data.icons import Concept
 from grape_jax.errors import UserError
@@ -26,14 +26,14 @@ def shipped():
 def gallery_bank(shipped):
     pictures = openmoji.gallery()
     drawn = icons.render_all([p.svg.read_text() for p in pictures], icons.RENDER_SIZE)
-    return pictures, retriever.embed_images(shipped, [Image.fromarray(x) for x in drawn])
+    return pictures, shipped.embed_images([Image.fromarray(x) for x in drawn])
 
 
 def test_recall_of_english_names_is_as_recorded(shipped, gallery_bank):
     """The number in the model card, made again: render, preprocess, embed, rank."""
     pictures, bank_NxE = gallery_bank
     recorded = json.loads((retriever.SHIPPED / "recall.json").read_text())["final"]["names"]
-    scores_QxN = retriever.embed_texts(shipped, [p.name for p in pictures]) @ bank_NxE.T
+    scores_QxN = shipped.embed_texts([p.name for p in pictures]) @ bank_NxE.T
     rank_Q = 1 + (scores_QxN > np.diag(scores_QxN)[:, None]).sum(axis=1)
     for k in (1, 5, 10):
         assert 100 * np.mean(rank_Q <= k) == pytest.approx(recorded[f"R@{k}"], abs=0.5)
@@ -42,13 +42,13 @@ def test_recall_of_english_names_is_as_recorded(shipped, gallery_bank):
 
 def test_embeddings_have_unit_length_and_any_count(shipped):
     texts = [f"text {i}" for i in range(retriever.BATCH + 1)]
-    text_NxE = retriever.embed_texts(shipped, texts)
+    text_NxE = shipped.embed_texts(texts)
     assert text_NxE.shape == (len(texts), shipped.config.projection)
     assert text_NxE.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(text_NxE, axis=1), 1, rtol=1e-5)
-    np.testing.assert_array_equal(retriever.embed_texts(shipped, texts[-1:])[0], text_NxE[-1])
-    assert retriever.embed_texts(shipped, []).shape == (0, shipped.config.projection)
-    assert retriever.embed_images(shipped, []).shape == (0, shipped.config.projection)
+    np.testing.assert_array_equal(shipped.embed_texts(texts[-1:])[0], text_NxE[-1])
+    assert shipped.embed_texts([]).shape == (0, shipped.config.projection)
+    assert shipped.embed_images([]).shape == (0, shipped.config.projection)
 
 
 def test_overlong_text_is_cut_before_its_end_token(shipped):
@@ -79,7 +79,9 @@ def test_transformers_tokenizer_and_processor_agree(shipped):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (90, 128, 3), np.uint8))
     want = np.asarray(processor(picture)["pixel_values"][0]).transpose(1, 2, 0)
-    np.testing.assert_allclose(retriever.preprocess(shipped.preprocess, picture), want, atol=1e-5)
+    np.testing.assert_allclose(
+        preprocessing.preprocess(shipped.preprocess, picture), want, atol=1e-5
+    )
 
 
 def test_bank_is_read_from_its_cache(shipped, tmp_path):
@@ -114,12 +116,12 @@ def test_pictures_may_be_files(shipped, tmp_path):
     picture = some_pictures()[0]
     picture.save(tmp_path / "picture.png")
     np.testing.assert_array_equal(
-        retriever.embed_images(shipped, [tmp_path / "picture.png"]),
-        retriever.embed_images(shipped, [picture]),
+        shipped.embed_images([tmp_path / "picture.png"]),
+        shipped.embed_images([picture]),
     )
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"broken\.png"):
-        retriever.embed_images(shipped, [tmp_path / "broken.png"])
+        shipped.embed_images([tmp_path / "broken.png"])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])

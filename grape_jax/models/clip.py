@@ -7,29 +7,25 @@ in a projection to one shared space and unit length. The modules are used as ini
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Params = dict[str, Any]
+from grape_jax.models.encoder import (
+    Params,
+    Tower,
+    dense,
+    layers,
+    norm,
+    patchify,
+    table,
+    unit_length,
+    vector,
+)
 
 # transformers reads configs with this end token the old way: the end is the largest token id.
 LEGACY_END_TOKEN = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """The size of one transformer."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    activation: str = "quick_gelu"  # or "gelu" (exact), "gelu_pytorch_tanh"
-    norm_eps: float = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +67,7 @@ def embed_texts(
       float32 [N, E] of unit length.
     """
     raw_NxE = TextTower(config).apply({"params": params["text"]}, tokens_NxL, mask_NxL)
-    return _unit_length(raw_NxE)
+    return unit_length(raw_NxE)
 
 
 def embed_images(
@@ -92,7 +88,7 @@ def embed_images(
       float32 [N, E] of unit length.
     """
     raw_NxE = VisionTower(config).apply({"params": params["vision"]}, pixels_NxHxWx3, patches_NxP)
-    return _unit_length(raw_NxE)
+    return unit_length(raw_NxE)
 
 
 class TextTower(nn.Module):
@@ -102,19 +98,19 @@ class TextTower(nn.Module):
     def __call__(self, tokens_NxL: jax.Array, mask_NxL: jax.Array) -> jax.Array:
         config, tower = self.config, self.config.text
         length = tokens_NxL.shape[1]
-        token_VxD = _table(self, "token_embedding", (config.vocab, tower.width), "vocab")
-        position_LxD = _table(self, "position_embedding", (config.context, tower.width), "position")
+        token_VxD = table(self, "token_embedding", (config.vocab, tower.width), "vocab")
+        position_LxD = table(self, "position_embedding", (config.context, tower.width), "position")
         x_NxLxD = token_VxD[tokens_NxL] + position_LxD[:length]
 
         causal_LxL = jnp.tril(jnp.ones((length, length), bool))
         visible_Nx1xLxL = (causal_LxL & mask_NxL[:, None, :])[:, None]
-        x_NxLxD, _ = _layers(tower)(x_NxLxD, visible_Nx1xLxL)
+        x_NxLxD, _ = layers(tower)(x_NxLxD, visible_Nx1xLxL)
 
         end_N = _end_position(config, tokens_NxL)
         x_NxD = jnp.take_along_axis(x_NxLxD, end_N[:, None, None], axis=1)[:, 0]
         # Normalising the one position read is what normalising all and then reading gives.
-        x_NxD = _norm(tower, "final_norm")(x_NxD)
-        return _dense(config.projection, ("embed", "projection"), "projection", use_bias=False)(
+        x_NxD = norm(tower, "final_norm")(x_NxD)
+        return dense(config.projection, ("embed", "projection"), "projection", use_bias=False)(
             x_NxD
         )
 
@@ -128,129 +124,33 @@ class VisionTower(nn.Module):
     ) -> jax.Array:
         config, tower = self.config, self.config.vision
         count = (config.image_size // config.patch) ** 2
-        class_D = self.param(
-            "class_embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
-            (tower.width,),
-        )
-        position_LxD = _table(self, "position_embedding", (count + 1, tower.width), "position")
+        class_D = vector(self, "class_embedding", tower.width)
+        position_LxD = table(self, "position_embedding", (count + 1, tower.width), "position")
 
-        # A convolution whose stride is its kernel is one matmul over flattened patches.
-        patches_NxLxF = _patchify(pixels_NxHxWx3, config.patch)
+        patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), config.patch)
         position_NxLxD = position_LxD[None, 1:]
         if patches_NxP is not None:
             patches_NxLxF = jnp.take_along_axis(patches_NxLxF, patches_NxP[..., None], axis=1)
             position_NxLxD = position_LxD[1:][patches_NxP]
-        embed = _dense(tower.width, ("pixels", "embed"), "patch_embedding", use_bias=False)
+        embed = dense(tower.width, ("pixels", "embed"), "patch_embedding", use_bias=False)
         x_NxLxD = embed(patches_NxLxF) + position_NxLxD
 
         class_Nx1xD = jnp.broadcast_to(
             class_D + position_LxD[0], (x_NxLxD.shape[0], 1, tower.width)
         )
         x_NxLxD = jnp.concatenate([class_Nx1xD, x_NxLxD], axis=1)
-        x_NxLxD = _norm(tower, "pre_norm")(x_NxLxD)
-        x_NxLxD, _ = _layers(tower)(x_NxLxD, None)
-        x_NxD = _norm(tower, "post_norm")(x_NxLxD[:, 0])
-        return _dense(config.projection, ("embed", "projection"), "projection", use_bias=False)(
+        x_NxLxD = norm(tower, "pre_norm")(x_NxLxD)
+        x_NxLxD, _ = layers(tower)(x_NxLxD, None)
+        x_NxD = norm(tower, "post_norm")(x_NxLxD[:, 0])
+        return dense(config.projection, ("embed", "projection"), "projection", use_bias=False)(
             x_NxD
         )
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer; a scan body, hence the pair it returns."""
-
-    tower: Tower
-
-    @nn.compact
-    def __call__(self, x_NxLxD: jax.Array, visible: jax.Array | None) -> tuple[jax.Array, None]:
-        x_NxLxD = x_NxLxD + self._attention(_norm(self.tower, "norm1")(x_NxLxD), visible)
-        x_NxLxD = x_NxLxD + self._mlp(_norm(self.tower, "norm2")(x_NxLxD))
-        return x_NxLxD, None
-
-    def _attention(self, x_NxLxD: jax.Array, visible: jax.Array | None) -> jax.Array:
-        width, heads = self.tower.width, self.tower.heads
-        split = (*x_NxLxD.shape[:2], heads, width // heads)
-        q = _dense(width, ("embed", "heads"), "q")(x_NxLxD).reshape(split)
-        k = _dense(width, ("embed", "heads"), "k")(x_NxLxD).reshape(split)
-        v = _dense(width, ("embed", "heads"), "v")(x_NxLxD).reshape(split)
-        scores_NxHxLxL = jnp.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(width // heads)
-        if visible is not None:
-            # Finite, so that a row with nothing visible stays a number.
-            scores_NxHxLxL = jnp.where(visible, scores_NxHxLxL, jnp.finfo(jnp.float32).min)
-        weights_NxHxLxL = jax.nn.softmax(scores_NxHxLxL, axis=-1)
-        mixed = jnp.einsum("nhqk,nkhd->nqhd", weights_NxHxLxL, v).reshape(x_NxLxD.shape)
-        return _dense(width, ("heads", "embed"), "out")(mixed)
-
-    def _mlp(self, x_NxLxD: jax.Array) -> jax.Array:
-        # Two dimensions: XLA:CPU has no fast path for the matmul of three.
-        x_MxD = x_NxLxD.reshape(-1, self.tower.width)
-        x_MxF = _dense(self.tower.mlp, ("embed", "mlp"), "up")(x_MxD)
-        x_MxF = _activation(self.tower.activation)(x_MxF)
-        return _dense(self.tower.width, ("mlp", "embed"), "down")(x_MxF).reshape(x_NxLxD.shape)
-
-
-def _layers(tower: Tower) -> nn.Module:
-    """All layers as one stacked module; unrolled, which XLA:CPU runs several times faster."""
-    stacked = nn.scan(
-        Block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=tower.layers,
-        unroll=tower.layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return stacked(tower, name="layers")
 
 
 def _end_position(config: ClipConfig, tokens_NxL: jax.Array) -> jax.Array:
     if config.end_token == LEGACY_END_TOKEN:
         return jnp.argmax(tokens_NxL, axis=1)
     return jnp.argmax(tokens_NxL == config.end_token, axis=1)
-
-
-def _patchify(pixels_NxHxWx3: jax.Array, patch: int) -> jax.Array:
-    """[N, H, W, 3] to [N, patches, patch * patch * 3], rows first."""
-    n, height, width, channels = pixels_NxHxWx3.shape
-    grid = (n, height // patch, patch, width // patch, patch, channels)
-    x = pixels_NxHxWx3.reshape(grid).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, (height // patch) * (width // patch), patch * patch * channels)
-
-
-def _activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    return {
-        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-        "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    }[name]
-
-
-def _unit_length(x_NxE: jax.Array) -> jax.Array:
-    return x_NxE / jnp.linalg.norm(x_NxE, axis=-1, keepdims=True)
-
-
-def _table(module: nn.Module, name: str, shape: tuple[int, int], rows: str) -> jax.Array:
-    start = nn.with_logical_partitioning(nn.initializers.normal(0.02), (rows, "embed"))
-    return module.param(name, start, shape)
-
-
-def _dense(features: int, axes: tuple[str, str], name: str, use_bias: bool = True) -> nn.Dense:
-    kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-    bias = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
-    return nn.Dense(features, use_bias=use_bias, kernel_init=kernel, bias_init=bias, name=name)
-
-
-def _norm(tower: Tower, name: str) -> nn.LayerNorm:
-    one = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    zero = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-    # The two-pass variance: the fast one loses digits where the mean is large.
-    return nn.LayerNorm(
-        epsilon=tower.norm_eps,
-        use_fast_variance=False,
-        scale_init=one,
-        bias_init=zero,
-        name=name,
-    )
 
 
 def _boxed_init(config: ClipConfig, key: jax.Array) -> Params:

@@ -1,55 +1,40 @@
 """CLIP checkpoints in transformers' `CLIPModel` layout: config.json and model.safetensors."""
 
-import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from grape_jax.errors import UserError
-from grape_jax.models.clip import ClipConfig, Params, Tower, init
+from grape_jax.models.clip import ClipConfig, init
+from grape_jax.models.encoder import Params, Tower
+from grape_jax.weights import tensors
+from grape_jax.weights.tensors import Tensor, dense, norm
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of the file and where it lives here."""
-
-    name: str  # in the file
-    path: tuple[str, ...]  # in the parameters
-    layer: int | None = None  # row of the stacked parameter
-    kind: str = "same"  # "matrix": transposed; "patches": a convolution, flattened
-
-
-def load(directory: str | Path) -> tuple[ClipConfig, Params]:
+def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Params]:
     """Reads a CLIP checkpoint.
 
+    Args:
+      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+
     Returns:
-      The config, and the parameters as float32 numpy arrays.
+      The config, and the parameters as numpy arrays.
 
     Raises:
       UserError: a file is missing, damaged, or not a CLIP of a kind known here.
     """
     directory = Path(directory)
     config = read_config(directory)
-    tensors = _read_tensors(directory / WEIGHTS_FILE)
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
-    for tensor in _table(config):
-        value = tensors.get(tensor.name)
-        if value is None:
-            raise UserError(
-                f"{directory / WEIGHTS_FILE} has no tensor {tensor.name}: it is not a whole "
-                "transformers CLIPModel; download or export it again."
-            )
-        _put(params, tensor, _from_file(value, tensor), directory)
-    return config, params
+    start = functools.partial(init, config, jax.random.key(0))
+    return config, tensors.load(directory / WEIGHTS_FILE, _table(config), start, dtype)
 
 
 def save(
@@ -71,42 +56,35 @@ def read_config(directory: str | Path) -> ClipConfig:
     """Reads config.json; what it leaves out has the default value of transformers.
 
     Raises:
-      UserError: the file is missing, damaged, or not of a CLIP.
+      UserError: the file is missing, damaged, not of a CLIP, or asks for what is not supported.
     """
     path = Path(directory) / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing: give the directory of a transformers CLIP checkpoint."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON: download or export it again.") from error
-    if not isinstance(data, dict) or data.get("model_type") != "clip":
+    data = tensors.read_json(path)
+    if data.get("model_type") != "clip":
         raise UserError(f"{path} does not have model_type clip: give a transformers CLIPModel.")
-    text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
+    text, vision = _section(data, "text_config"), _section(data, "vision_config")
+    text_tower = Tower(width=512, layers=12, heads=8, mlp=2048)
+    vision_tower = Tower(width=768, layers=12, heads=12, mlp=3072)
+    whole = lambda key, default: tensors.whole_number(text, key, default, path, "text_config.")
+    square = lambda key, default: tensors.square(vision, key, default, path, "vision_config.")
+    tensors.one_of(vision, "num_channels", 3, (3,), path, "vision_config.")
     return ClipConfig(
-        text=_tower(text, width=512, mlp=2048, heads=8),
-        vision=_tower(vision, width=768, mlp=3072, heads=12),
-        vocab=text.get("vocab_size", 49408),
-        context=text.get("max_position_embeddings", 77),
-        end_token=text.get("eos_token_id", 49407),
-        image_size=vision.get("image_size", 224),
-        patch=vision.get("patch_size", 32),
-        projection=data.get("projection_dim", 512),
+        text=tensors.read_tower(text, text_tower, path, "text_config."),
+        vision=tensors.read_tower(vision, vision_tower, path, "vision_config."),
+        vocab=whole("vocab_size", 49408),
+        context=whole("max_position_embeddings", 77),
+        end_token=whole("eos_token_id", 49407),
+        image_size=square("image_size", 224),
+        patch=square("patch_size", 32),
+        projection=tensors.whole_number(data, "projection_dim", 512, path),
         logit_scale=data.get("logit_scale_init_value", 2.6592),
     )
 
 
-def _tower(data: dict, width: int, mlp: int, heads: int) -> Tower:
-    return Tower(
-        width=data.get("hidden_size", width),
-        layers=data.get("num_hidden_layers", 12),
-        heads=data.get("num_attention_heads", heads),
-        mlp=data.get("intermediate_size", mlp),
-        activation=data.get("hidden_act", "quick_gelu"),
-        norm_eps=data.get("layer_norm_eps", 1e-5),
-    )
+def _section(data: dict, name: str) -> dict:
+    """The config of one tower; checkpoints of 2021 keep it under another name, which wins."""
+    old = data.get(f"{name}_dict")
+    return (data.get(name) or {}) if old is None else old
 
 
 def _to_json(config: ClipConfig) -> dict:
@@ -166,17 +144,18 @@ def _table(config: ClipConfig) -> list[Tensor]:
         Tensor("visual_projection.weight", ("vision", "projection", "kernel"), kind="matrix"),
         Tensor("logit_scale", ("logit_scale",)),
     ]
-    table += _norm("text_model.final_layer_norm", ("text", "final_norm"))
-    table += _norm("vision_model.pre_layrnorm", ("vision", "pre_norm"))
-    table += _norm("vision_model.post_layernorm", ("vision", "post_norm"))
+    table += norm("text_model.final_layer_norm", ("text", "final_norm"))
+    table += norm("vision_model.pre_layrnorm", ("vision", "pre_norm"))
+    table += norm("vision_model.post_layernorm", ("vision", "post_norm"))
     for side, tower in (("text", config.text), ("vision", config.vision)):
         for layer in range(tower.layers):
-            table += _layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
+            table += encoder_layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
     return table
 
 
-def _layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:
-    dense = {
+def encoder_layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:
+    """One encoder layer; SigLIP's have the same names."""
+    names = {
         "self_attn.q_proj": "q",
         "self_attn.k_proj": "k",
         "self_attn.v_proj": "v",
@@ -185,28 +164,11 @@ def _layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:
         "mlp.fc2": "down",
     }
     table = []
-    for theirs, ours in dense.items():
-        table.append(Tensor(f"{prefix}{theirs}.weight", (*path, ours, "kernel"), layer, "matrix"))
-        table.append(Tensor(f"{prefix}{theirs}.bias", (*path, ours, "bias"), layer))
+    for theirs, ours in names.items():
+        table += dense(prefix + theirs, (*path, ours), layer)
     for theirs, ours in {"layer_norm1": "norm1", "layer_norm2": "norm2"}.items():
-        table += _norm(prefix + theirs, (*path, ours), layer)
+        table += norm(prefix + theirs, (*path, ours), layer)
     return table
-
-
-def _norm(name: str, path: tuple[str, ...], layer: int | None = None) -> list[Tensor]:
-    return [
-        Tensor(f"{name}.weight", (*path, "scale"), layer),
-        Tensor(f"{name}.bias", (*path, "bias"), layer),
-    ]
-
-
-def _from_file(value: np.ndarray, tensor: Tensor) -> np.ndarray:
-    if tensor.kind == "matrix":
-        return value.T
-    if tensor.kind == "patches":
-        # [D, 3, p, p] to [p, p, 3, D]: a patch is flattened with its colours innermost.
-        return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
-    return value
 
 
 def _to_file(value: np.ndarray, tensor: Tensor, config: ClipConfig) -> np.ndarray:
@@ -223,26 +185,3 @@ def _get(params: Params, tensor: Tensor) -> np.ndarray:
         value = value[key]
     value = np.asarray(value)
     return value if tensor.layer is None else value[tensor.layer]
-
-
-def _put(params: Params, tensor: Tensor, value: np.ndarray, directory: Path) -> None:
-    node = params
-    for key in tensor.path[:-1]:
-        node = node[key]
-    target = node[tensor.path[-1]]
-    wanted = target.shape if tensor.layer is None else target.shape[1:]
-    if value.shape != wanted and value.size != 1:
-        raise UserError(
-            f"{directory / WEIGHTS_FILE}: {tensor.name} has shape {value.shape}, config.json says "
-            f"{wanted}; the two files are not of one checkpoint, download or export them again."
-        )
-    target[... if tensor.layer is None else tensor.layer] = value.reshape(wanted)
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        raise UserError(f"{path} is missing: the checkpoint must be saved as one safetensors file.")
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): download or export it again.") from error

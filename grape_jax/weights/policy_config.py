@@ -3,7 +3,6 @@
 Read here and not through transformers' config classes, which import torch where it is installed.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from grape_jax.errors import UserError
 from grape_jax.models import rope
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
+from grape_jax.weights.tensors import read_json
 
 CONFIG_FILE = "config.json"
 ARCHITECTURES = {
@@ -54,7 +54,7 @@ def read(directory: Path) -> PolicyConfig:
         computed here; the sentence names file and field.
     """
     path = directory / CONFIG_FILE
-    data = _read_json(path)
+    data = read_json(path)
     kind = data.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(
@@ -98,20 +98,6 @@ def to_theirs(config: PolicyConfig) -> dict:
         family = "llama"
         theirs |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     return {"model_type": family, "architectures": [ARCHITECTURES[family]]} | theirs
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing: give the directory of a Hugging Face checkpoint."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: download or export it again.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a model's config: download or export it again.")
-    return data
 
 
 def _check_rope(path: Path, data: dict) -> None:

@@ -1,0 +1,68 @@
+"""A BERT sentence encoder with mean pooling (Devlin et al. 2019; Reimers and Gurevych 2019).
+
+The layers are those of `BertModel` of transformers without its pooler. Queries and corpus are both
+text; `embed_texts` is a pure function that may run inside a jitted training step.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grape_jax.models.encoder import Params, Tower, layers, norm, table, unit_length
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceConfig:
+    """What transformers' config.json of a BERT says."""
+
+    text: Tower
+    vocab: int
+    context: int  # text positions, start and end tokens included
+    token_types: int
+
+    @property
+    def projection(self) -> int:
+        """E, width of the embedding."""
+        return self.text.width
+
+
+def init(config: SentenceConfig, key: jax.Array) -> Params:
+    """Random float32 parameters."""
+    tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
+    text = TextTower(config).init(key, tokens_1xL, tokens_1xL == 0)
+    return nn.meta.unbox({"text": text["params"]})
+
+
+def embed_texts(
+    config: SentenceConfig, params: Params, tokens_NxL: jax.Array, mask_NxL: jax.Array
+) -> jax.Array:
+    """Texts into the embedding space.
+
+    Args:
+      tokens_NxL: int32, start token first, end token last, padding after it. L <= config.context.
+      mask_NxL: bool, False on padding.
+
+    Returns:
+      float32 [N, E] of unit length.
+    """
+    return unit_length(TextTower(config).apply({"params": params["text"]}, tokens_NxL, mask_NxL))
+
+
+class TextTower(nn.Module):
+    config: SentenceConfig
+
+    @nn.compact
+    def __call__(self, tokens_NxL: jax.Array, mask_NxL: jax.Array) -> jax.Array:
+        config, tower = self.config, self.config.text
+        token_VxD = table(self, "token_embedding", (config.vocab, tower.width), "vocab")
+        position_LxD = table(self, "position_embedding", (config.context, tower.width), "position")
+        type_SxD = table(self, "type_embedding", (config.token_types, tower.width), "position")
+        # A single text is all of the first type.
+        x_NxLxD = token_VxD[tokens_NxL] + type_SxD[0] + position_LxD[: tokens_NxL.shape[1]]
+        x_NxLxD = norm(tower, "embedding_norm")(x_NxLxD)
+        x_NxLxD, _ = layers(tower)(x_NxLxD, mask_NxL[:, None, None, :])
+        # In float32 however the weights are stored: a mean of many numbers.
+        kept_NxLxD = jnp.where(mask_NxL[..., None], x_NxLxD.astype(jnp.float32), 0.0)
+        return kept_NxLxD.sum(axis=1) / jnp.maximum(mask_NxL.sum(axis=1), 1)[:, None]

@@ -1,0 +1,120 @@
+"""SigLIP's two towers, as `SiglipModel` of transformers computes them (Zhai et al. 2023).
+
+Text: a transformer that sees every position, padding too, and is read at its last one; a text is
+therefore always padded to the whole context. Images: a ViT without class token, read by one learned
+query that attends to all patches. SigLIP 2 (Tschannen et al. 2025) at a fixed resolution is the
+same model with another tokenizer.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grape_jax.models.encoder import (
+    Params,
+    Tower,
+    attention,
+    dense,
+    layers,
+    mlp,
+    norm,
+    patchify,
+    table,
+    unit_length,
+    vector,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """What transformers' config.json of a SigLIP says."""
+
+    text: Tower
+    vision: Tower
+    vocab: int
+    context: int  # text positions, all of them always filled
+    image_size: int  # pixels, square
+    patch: int  # pixels, square
+
+    @property
+    def projection(self) -> int:
+        """E, width of the shared space."""
+        return self.vision.width
+
+
+def init(config: SiglipConfig, key: jax.Array) -> Params:
+    """Random float32 parameters."""
+    text_key, vision_key = jax.random.split(key)
+    tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
+    pixels = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)
+    text = TextTower(config).init(text_key, tokens_1xL)
+    vision = VisionTower(config).init(vision_key, pixels)
+    return nn.meta.unbox({"text": text["params"], "vision": vision["params"]})
+
+
+def embed_texts(config: SiglipConfig, params: Params, tokens_NxL: jax.Array) -> jax.Array:
+    """Texts into the shared space.
+
+    Args:
+      tokens_NxL: int32, padded with the tokenizer's padding to L = config.context.
+
+    Returns:
+      float32 [N, E] of unit length.
+    """
+    return unit_length(TextTower(config).apply({"params": params["text"]}, tokens_NxL))
+
+
+def embed_images(config: SiglipConfig, params: Params, pixels_NxHxWx3: jax.Array) -> jax.Array:
+    """Pictures into the shared space.
+
+    Args:
+      pixels_NxHxWx3: float32, H = W = config.image_size, normalised as the checkpoint's
+        preprocessor_config.json says.
+
+    Returns:
+      float32 [N, E] of unit length.
+    """
+    return unit_length(VisionTower(config).apply({"params": params["vision"]}, pixels_NxHxWx3))
+
+
+class TextTower(nn.Module):
+    config: SiglipConfig
+
+    @nn.compact
+    def __call__(self, tokens_NxL: jax.Array) -> jax.Array:
+        config, tower = self.config, self.config.text
+        token_VxD = table(self, "token_embedding", (config.vocab, tower.width), "vocab")
+        position_LxD = table(self, "position_embedding", (config.context, tower.width), "position")
+        x_NxLxD, _ = layers(tower)(token_VxD[tokens_NxL] + position_LxD, None)
+        # Normalising the one position read is what normalising all and then reading gives.
+        x_NxD = norm(tower, "final_norm")(x_NxLxD[:, -1])
+        return dense(config.projection, ("embed", "projection"), "head")(x_NxD)
+
+
+class VisionTower(nn.Module):
+    config: SiglipConfig
+
+    @nn.compact
+    def __call__(self, pixels_NxHxWx3: jax.Array) -> jax.Array:
+        config, tower = self.config, self.config.vision
+        count = (config.image_size // config.patch) ** 2
+        position_LxD = table(self, "position_embedding", (count, tower.width), "position")
+        patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), config.patch)
+        embed = dense(tower.width, ("pixels", "embed"), "patch_embedding")
+        x_NxLxD, _ = layers(tower)(embed(patches_NxLxF) + position_LxD, None)
+        return PoolingHead(tower, name="head")(norm(tower, "post_norm")(x_NxLxD))
+
+
+class PoolingHead(nn.Module):
+    """One learned query reads all patches; an MLP beside it."""
+
+    tower: Tower
+
+    @nn.compact
+    def __call__(self, x_NxLxD: jax.Array) -> jax.Array:
+        probe_D = vector(self, "probe", self.tower.width)
+        probe_Nx1xD = jnp.broadcast_to(probe_D, (x_NxLxD.shape[0], 1, self.tower.width))
+        y_Nx1xD = attention(self.tower, probe_Nx1xD, x_NxLxD, None)
+        return (y_Nx1xD + mlp(self.tower, norm(self.tower, "norm")(y_Nx1xD)))[:, 0]

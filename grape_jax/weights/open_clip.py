@@ -1,0 +1,156 @@
+"""CLIP checkpoints in open_clip's layout: open_clip_config.json and open_clip_model.safetensors.
+
+Both towers must be the plain transformers of the original CLIP, of whatever size (ViT-S to ViT-bigG
+and their quick-gelu twins). Refused by the name of the field: ResNets (vision_cfg.layers is a
+list), timm and Hugging Face towers (timm_model_name, hf_model_name, hf_tokenizer_name: ConvNeXt,
+SigLIP, EVA, MobileCLIP, CLIPA, MetaCLIP 2, ...), CoCa (multimodal_cfg), layer scale
+(ls_init_value), and every other field of a tower that changes what it computes.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+
+from grape_jax.errors import UserError
+from grape_jax.models.clip import ClipConfig, init
+from grape_jax.models.encoder import Params, Tower
+from grape_jax.weights import tensors
+from grape_jax.weights.tensors import Tensor, dense, fused_qkv, norm
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+END_TOKEN = 49407  # of the one vocabulary that such towers have
+
+# Fields that leave the computation as it is: sizes, read below, and what only training asks for.
+MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
+MODEL_TRAINING = ("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
+VISION_FIELDS = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size")
+VISION_TRAINING = ("patch_dropout", "timm_model_pretrained")
+TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+TEXT_TRAINING = ("hf_model_pretrained",)
+# The other fields, where they have the value that changes nothing.
+NEUTRAL = {
+    "pool_type": ("tok", "argmax"),
+    "pos_embed_type": ("learnable",),
+    "proj_type": ("linear",),
+}
+
+
+def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Params]:
+    """Reads an open_clip checkpoint.
+
+    Args:
+      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+
+    Returns:
+      The config, and the parameters as numpy arrays.
+
+    Raises:
+      UserError: a file is missing, damaged, or asks for what is not supported.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    custom_text = tensors.read_json(directory / CONFIG_FILE)["model_cfg"].get("custom_text")
+    table = _table(config, "text." if custom_text else "")
+    start = functools.partial(init, config, jax.random.key(0))
+    return config, tensors.load(directory / WEIGHTS_FILE, table, start, dtype)
+
+
+def read_config(directory: str | Path) -> ClipConfig:
+    """Reads open_clip_config.json; what it leaves out has the default value of open_clip.
+
+    Raises:
+      UserError: the file is missing, damaged, or asks for what is not supported.
+    """
+    path = Path(directory) / CONFIG_FILE
+    model = _section(tensors.read_json(path), "model_cfg", path)
+    vision, text = _section(model, "vision_cfg", path), _section(model, "text_cfg", path)
+    _refuse_others(model, MODEL_FIELDS + MODEL_TRAINING, "", path)
+    _refuse_others(vision, VISION_FIELDS + VISION_TRAINING, "vision_cfg.", path)
+    _refuse_others(text, TEXT_FIELDS + TEXT_TRAINING, "text_cfg.", path)
+    if isinstance(vision.get("layers"), list):
+        raise UserError(
+            f"{path}: vision_cfg.layers={vision['layers']!r} is a ResNet, which is not supported: "
+            "choose a ViT."
+        )
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    of_vision = lambda key, default: tensors.whole_number(vision, key, default, path, "vision_cfg.")
+    of_text = lambda key, default: tensors.whole_number(text, key, default, path, "text_cfg.")
+    vision_width, head_width = of_vision("width", 768), of_vision("head_width", 64)
+    text_width = of_text("width", 512)
+    config = ClipConfig(
+        text=Tower(
+            width=text_width,
+            layers=of_text("layers", 12),
+            heads=of_text("heads", 8),
+            mlp=int(text_width * text.get("mlp_ratio", 4.0)),
+            activation=activation,
+        ),
+        vision=Tower(
+            width=vision_width,
+            layers=of_vision("layers", 12),
+            heads=max(1, vision_width // head_width),
+            mlp=int(vision_width * vision.get("mlp_ratio", 4.0)),
+            activation=activation,
+        ),
+        vocab=of_text("vocab_size", 49408),
+        context=of_text("context_length", 77),
+        end_token=END_TOKEN,
+        image_size=tensors.square(vision, "image_size", 224, path, "vision_cfg."),
+        patch=tensors.square(vision, "patch_size", 16, path, "vision_cfg."),
+        projection=tensors.whole_number(model, "embed_dim", None, path),
+    )
+    tensors.check_heads(config.text, path, "text_cfg.heads")
+    tensors.check_heads(config.vision, path, "vision_cfg.width / head_width")
+    return config
+
+
+def _section(data: dict, name: str, path: Path) -> dict:
+    if not isinstance(data.get(name), dict):
+        raise UserError(f"{path} has no section {name}: download or export it again.")
+    return data[name]
+
+
+def _refuse_others(data: dict, fields: tuple[str, ...], section: str, path: Path) -> None:
+    """Refuses any field beyond these that says something."""
+    for key, value in data.items():
+        neutral = not value or value in NEUTRAL.get(key, ())
+        if key not in fields and not neutral:
+            raise UserError(
+                f"{path}: {section}{key}={value!r} is not supported: choose a checkpoint whose "
+                "towers are the plain ViT and the plain text transformer of CLIP."
+            )
+
+
+def _table(config: ClipConfig, text: str) -> list[Tensor]:
+    """Every tensor of a checkpoint; `text` stands before the names of the text tower."""
+    table = [
+        Tensor(text + "token_embedding.weight", ("text", "token_embedding")),
+        Tensor(text + "positional_embedding", ("text", "position_embedding")),
+        # These two projections are stored the way they are used.
+        Tensor(text + "text_projection", ("text", "projection", "kernel")),
+        Tensor("visual.proj", ("vision", "projection", "kernel")),
+        Tensor("visual.class_embedding", ("vision", "class_embedding")),
+        Tensor("visual.positional_embedding", ("vision", "position_embedding")),
+        Tensor("visual.conv1.weight", ("vision", "patch_embedding", "kernel"), kind="patches"),
+        Tensor("logit_scale", ("logit_scale",)),
+    ]
+    table += norm(text + "ln_final", ("text", "final_norm"))
+    table += norm("visual.ln_pre", ("vision", "pre_norm"))
+    table += norm("visual.ln_post", ("vision", "post_norm"))
+    for prefix, side, tower in ((text, "text", config.text), ("visual.", "vision", config.vision)):
+        for layer in range(tower.layers):
+            table += _layer(f"{prefix}transformer.resblocks.{layer}.", (side, "layers"), layer)
+    return table
+
+
+def _layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:
+    attention = prefix + "attn."
+    table = fused_qkv(attention + "in_proj_weight", attention + "in_proj_bias", path, layer)
+    table += dense(attention + "out_proj", (*path, "out"), layer)
+    table += dense(prefix + "mlp.c_fc", (*path, "up"), layer)
+    table += dense(prefix + "mlp.c_proj", (*path, "down"), layer)
+    table += norm(prefix + "ln_1", (*path, "norm1"), layer)
+    table += norm(prefix + "ln_2", (*path, "norm2"), layer)
+    return table

@@ -1,0 +1,124 @@
+"""Sentence encoders: a transformers `BertModel`, or the sentence-transformers directory of one."""
+
+import functools
+from pathlib import Path
+
+import jax
+
+from grape_jax.errors import UserError
+from grape_jax.models.encoder import Params, Tower
+from grape_jax.models.sentence import SentenceConfig, init
+from grape_jax.weights import tensors
+from grape_jax.weights.clip import CONFIG_FILE, WEIGHTS_FILE
+from grape_jax.weights.tensors import Tensor, dense, norm
+
+DEFAULT = Tower(
+    width=768,
+    layers=12,
+    heads=12,
+    mlp=3072,
+    activation="gelu",
+    norm_eps=1e-12,
+    norm_first=False,
+)
+MODULES_FILE = "modules.json"
+LENGTH_FILE = "sentence_bert_config.json"
+# What sentence-transformers may chain after the encoder and still be "mean, then unit length".
+MODULES = ("Transformer", "Pooling", "Normalize")
+MEAN = "pooling_mode_mean_tokens"
+
+
+def load(directory: str | Path, dtype: str = "float32") -> tuple[SentenceConfig, Params]:
+    """Reads a sentence encoder with mean pooling.
+
+    Args:
+      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+
+    Returns:
+      The config, and the parameters as numpy arrays.
+
+    Raises:
+      UserError: a file is missing, damaged, or asks for what is not supported.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    start = functools.partial(init, config, jax.random.key(0))
+    return config, tensors.load(directory / WEIGHTS_FILE, _table(config), start, dtype)
+
+
+def read_config(directory: str | Path) -> SentenceConfig:
+    """Reads config.json; what it leaves out has the default value of transformers.
+
+    Raises:
+      UserError: the file is missing, damaged, not of a BERT, or asks for what is not supported.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_FILE
+    data = tensors.read_json(path)
+    if data.get("model_type") != "bert":
+        raise UserError(f"{path} does not have model_type bert: give a transformers BertModel.")
+    tensors.one_of(data, "position_embedding_type", "absolute", ("absolute",), path)
+    tensors.one_of(data, "is_decoder", False, (False,), path)
+    _check_pooling(directory)
+    return SentenceConfig(
+        text=tensors.read_tower(data, DEFAULT, path),
+        vocab=tensors.whole_number(data, "vocab_size", 30522, path),
+        context=tensors.whole_number(data, "max_position_embeddings", 512, path),
+        token_types=tensors.whole_number(data, "type_vocab_size", 2, path),
+    )
+
+
+def longest_text(directory: str | Path) -> int | None:
+    """The length that sentence-transformers cuts at, where the directory says one."""
+    path = Path(directory) / LENGTH_FILE
+    if not path.exists():
+        return None
+    return tensors.whole_number(tensors.read_json(path), "max_seq_length", None, path)
+
+
+def _check_pooling(directory: Path) -> None:
+    """Refuses what sentence-transformers would do other than a mean."""
+    path = directory / MODULES_FILE
+    if not path.exists():
+        return
+    for module in tensors.read_json(path, list):
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in MODULES:
+            raise UserError(
+                f"{path}: type={module.get('type')!r} is not supported, only {', '.join(MODULES)}."
+            )
+        if kind == "Pooling":
+            _check_mean(directory / module.get("path", "1_Pooling") / CONFIG_FILE)
+
+
+def _check_mean(path: Path) -> None:
+    data = tensors.read_json(path)
+    for key in (name for name in data if name.startswith("pooling_mode_")):
+        if bool(data[key]) != (key == MEAN):
+            raise UserError(f"{path}: {key}={data[key]!r} is not supported, only {MEAN} is.")
+
+
+def _table(config: SentenceConfig) -> list[Tensor]:
+    """Every tensor but those of BERT's own pooler, which mean pooling leaves aside."""
+    text = ("text",)
+    names = {
+        "attention.self.query": "q",
+        "attention.self.key": "k",
+        "attention.self.value": "v",
+        "attention.output.dense": "out",
+        "intermediate.dense": "up",
+        "output.dense": "down",
+    }
+    table = [
+        Tensor("embeddings.word_embeddings.weight", (*text, "token_embedding")),
+        Tensor("embeddings.position_embeddings.weight", (*text, "position_embedding")),
+        Tensor("embeddings.token_type_embeddings.weight", (*text, "type_embedding")),
+    ]
+    table += norm("embeddings.LayerNorm", (*text, "embedding_norm"))
+    for layer in range(config.text.layers):
+        prefix, path = f"encoder.layer.{layer}.", (*text, "layers")
+        for theirs, ours in names.items():
+            table += dense(prefix + theirs, (*path, ours), layer)
+        table += norm(prefix + "attention.output.LayerNorm", (*path, "norm1"), layer)
+        table += norm(prefix + "output.LayerNorm", (*path, "norm2"), layer)
+    return table

@@ -1,0 +1,99 @@
+"""SigLIP checkpoints in transformers' `SiglipModel` layout, SigLIP 2 at a fixed resolution too."""
+
+import functools
+from pathlib import Path
+
+import jax
+
+from grape_jax.errors import UserError
+from grape_jax.models.encoder import Params, Tower
+from grape_jax.models.siglip import SiglipConfig, init
+from grape_jax.weights import tensors
+from grape_jax.weights.clip import CONFIG_FILE, WEIGHTS_FILE, encoder_layer
+from grape_jax.weights.tensors import Tensor, dense, norm
+
+DEFAULT = Tower(
+    width=768, layers=12, heads=12, mlp=3072, activation="gelu_pytorch_tanh", norm_eps=1e-6
+)
+
+
+def load(directory: str | Path, dtype: str = "float32") -> tuple[SiglipConfig, Params]:
+    """Reads a SigLIP checkpoint.
+
+    Args:
+      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+
+    Returns:
+      The config, and the parameters as numpy arrays. What scales and shifts the similarities is
+      left out: it changes no rank.
+
+    Raises:
+      UserError: a file is missing, damaged, or not a SigLIP of a kind known here.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    start = functools.partial(init, config, jax.random.key(0))
+    return config, tensors.load(directory / WEIGHTS_FILE, _table(config), start, dtype)
+
+
+def read_config(directory: str | Path) -> SiglipConfig:
+    """Reads config.json; what it leaves out has the default value of transformers.
+
+    Raises:
+      UserError: the file is missing, damaged, not of a SigLIP, or asks for what is not supported.
+    """
+    path = Path(directory) / CONFIG_FILE
+    data = tensors.read_json(path)
+    if data.get("model_type") != "siglip":
+        raise UserError(f"{path} does not have model_type siglip: give a transformers SiglipModel.")
+    text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
+    whole = lambda key, default: tensors.whole_number(text, key, default, path, "text_config.")
+    square = lambda key, default: tensors.square(vision, key, default, path, "vision_config.")
+    tensors.one_of(vision, "num_channels", 3, (3,), path, "vision_config.")
+    tensors.one_of(vision, "vision_use_head", True, (True,), path, "vision_config.")
+    config = SiglipConfig(
+        text=tensors.read_tower(text, DEFAULT, path, "text_config."),
+        vision=tensors.read_tower(vision, DEFAULT, path, "vision_config."),
+        vocab=whole("vocab_size", 32000),
+        context=whole("max_position_embeddings", 64),
+        image_size=square("image_size", 224),
+        patch=square("patch_size", 16),
+    )
+    width = text.get("projection_size") or config.text.width
+    if width != config.projection:
+        raise UserError(
+            f"{path}: text_config.projection_size={width} is not vision_config.hidden_size="
+            f"{config.projection}: such towers share no space; download or export it again."
+        )
+    return config
+
+
+def _table(config: SiglipConfig) -> list[Tensor]:
+    """Every tensor that the embeddings need."""
+    text, vision, head = ("text",), ("vision",), ("vision", "head")
+    embeddings = "vision_model.embeddings."
+    table = [
+        Tensor("text_model.embeddings.token_embedding.weight", (*text, "token_embedding")),
+        Tensor("text_model.embeddings.position_embedding.weight", (*text, "position_embedding")),
+        Tensor(embeddings + "position_embedding.weight", (*vision, "position_embedding")),
+        Tensor(
+            embeddings + "patch_embedding.weight",
+            (*vision, "patch_embedding", "kernel"),
+            kind="patches",
+        ),
+        Tensor(embeddings + "patch_embedding.bias", (*vision, "patch_embedding", "bias")),
+        Tensor("vision_model.head.probe", (*head, "probe")),
+    ]
+    table += norm("text_model.final_layer_norm", (*text, "final_norm"))
+    table += dense("text_model.head", (*text, "head"))
+    table += norm("vision_model.post_layernorm", (*vision, "post_norm"))
+    attention = "vision_model.head.attention."
+    table += tensors.fused_qkv(attention + "in_proj_weight", attention + "in_proj_bias", head)
+    table += dense(attention + "out_proj", (*head, "out"))
+    table += norm("vision_model.head.layernorm", (*head, "norm"))
+    table += dense("vision_model.head.mlp.fc1", (*head, "up"))
+    table += dense("vision_model.head.mlp.fc2", (*head, "down"))
+    for side, tower in (("text", config.text), ("vision", config.vision)):
+        for layer in range(tower.layers):
+            table += encoder_layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
+    return table
