@@ -179,7 +179,7 @@ def test_tensors_that_the_config_does_not_know_are_refused(tmp_path):
 
 
 def test_a_wrong_name_dtype_or_token_is_one_sentence(checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no model at"):
+    with pytest.raises(UserError, match="there is no directory"):
         load_policy(tmp_path / "nothing")
     with pytest.raises(UserError, match="float32, bfloat16"):
         load_policy(checkpoint, dtype="int8")

@@ -175,7 +175,7 @@ def test_recomputing_activations_changes_no_gradient(tiny):
 
 
 def test_damaged_gguf_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="no model"):
+    with pytest.raises(UserError, match="no GGUF file"):
         load_policy(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("this is no model")
     with pytest.raises(UserError, match="download it again"):

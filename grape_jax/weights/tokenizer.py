@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ftfy
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from grape_jax.errors import UserError
 
@@ -43,6 +43,11 @@ def read(directory: str | Path) -> PreTrainedTokenizerBase:
             f"{directory / TOKENIZER_FILE} is missing: save the checkpoint with its tokenizer."
         )
     try:
+        if found[0].name == TOKENIZER_FILE:
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        # Only here: it imports torch where that is installed.
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the libraries raise nothing more precise
         reason = str(error).strip().split("\n")[0]
