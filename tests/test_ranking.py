@@ -1,7 +1,9 @@
 """Ranks against a stable numpy argsort, and the same ranks however they are computed."""
 
 import functools
+import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -257,6 +259,20 @@ def test_rewrites_times_corpus_is_never_stored(Q, N, dtype):
     assert memory.temp_size_in_bytes <= 64 * 2**20
     assert memory.temp_size_in_bytes < 4 * Q * N
     assert memory.output_size_in_bytes < 64 * Q + 1024
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs jax[tpu], but no TPU")
+def test_a_slice_of_tpus_never_stores_it_either():
+    """Compiled ahead of time: 4,096 rewrites, 16 M items of width 768, 256 chips."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/ranking.py", "--tpu=v5e:16x16"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    stated = dict(re.findall(r"(\w+): +([\d.]+) MiB a chip", done.stdout))
+    assert float(stated["arguments"]) < 128  # 96 of them its rows of the corpus
+    assert float(stated["temporary"]) < 64
 
 
 # What cannot be ranked.
