@@ -19,6 +19,7 @@ def command(folder, *overrides):
         "grpo.batch_size": 2,
         "grpo.group_size": 4,
         "rollout.max_tokens": 4,
+        "evaluation.batch_size": 8,
         "evaluation.test_limit": 8,
         "evaluation.seen_limit": 8,
         "evaluation.validation_limit": 8,
@@ -29,7 +30,11 @@ def command(folder, *overrides):
         sys.executable, "-m", "grape_jax.score_inflation", f"--workdir={folder / 'both'}",
         "--config=configs/score_inflation.py", *flags, *overrides,
     ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": ""}
+    # The second run finds the programs of the first.
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    }
     return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
 
 
