@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
 
     config.retriever = ConfigDict()
     config.retriever.path = ""  # CLIP or SigLIP: a directory or hub id; "": the one shipped here
+    config.retriever.corpus_dtype = "float32"  # of the index; "bfloat16" or "int8" are smaller
     config.retriever.text_length = 16  # retriever tokens of a rewrite; longer ones are cut
 
     config.prompt = ConfigDict()
@@ -73,8 +74,16 @@ def get_config() -> ConfigDict:
     config.grpo.clip_low = 0.2
     config.grpo.clip_high = 0.2
     config.grpo.advantage_scale = "group"  # or "none"
-    config.grpo.reward_shape = "log"  # "linear" is the paper's; "log", "reciprocal"
+    # "linear" is the paper's; "log", "reciprocal", "ndcg", "recall", "rank_incentive"; "similarity"
+    # inflates; "contrastive", "improvement"
+    config.grpo.reward_shape = "log"
+    config.grpo.reward_normalised = True  # "linear": 1 to 0; False: N - rank
+    config.grpo.reward_k = 10  # of "ndcg" and "recall"
+    config.grpo.reward_temperature = 0.01  # of "contrastive"
+    config.grpo.reward_weight = 1.0
     config.grpo.format_weight = 0.1
+    config.grpo.format_rule = "gate"  # malformed answers are paid nothing; "sum": for their words
+    config.grpo.malformed_reward = 0.0  # what the gate pays them instead; ConvSearch-R1: -0.1
 
     config.evaluation = ConfigDict()
     config.evaluation.every = 25  # steps between looks at the validation split; 0: never

@@ -88,7 +88,7 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
 
 
 def validate(job: Job, variables: dict) -> dict[str, float]:
-    """Greedy Recall@10 and median rank on the validation queries of all shifts."""
+    """Greedy ranks and similarities on the validation queries of all shifts."""
     shifts = job.config.shifts
     limit = job.config.evaluation.validation_limit
     queries = [
@@ -102,8 +102,13 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
         0.0,
     )
     emb_QxE = job.retriever.embed_texts(texts)
-    ranks = ranks_of(job, emb_QxE, [q.target for _, q in queries])
+    targets = [q.target for _, q in queries]
+    ranks = ranks_of(job, emb_QxE, targets)
+    to_target_Q = (emb_QxE * job.bank_NxE[targets]).sum(-1)
+    to_rest_Q = (emb_QxE @ job.bank_NxE.sum(0) - to_target_Q) / max(1, len(job.bank_NxE) - 1)
     return {
+        "validation_target_similarity": float(to_target_Q.mean()),
+        "validation_rest_similarity": float(to_rest_Q.mean()),
         "validation_recall_at_10": float(np.mean(ranks <= 10)),
         "validation_median_rank": float(np.median(ranks)),
     }

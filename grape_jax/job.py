@@ -20,6 +20,7 @@ from grape_jax.models.lora import LoraConfig
 from grape_jax.retriever import Retriever
 from grape_jax.rollout import SamplingConfig
 from grape_jax.text import PromptConfig
+from grape_jax.types import Index
 
 SPLITS = ("train", "validation", "test", "test_seen")
 
@@ -36,7 +37,7 @@ class Job:
     retriever: Retriever  # its parameters placed on the mesh
     corpus: emoji.Corpus
     bank_NxE: np.ndarray
-    corpus_NxE: jax.Array  # the bank, sharded by rows
+    index: Index  # the bank, sharded by rows
 
     def image(self, row: int) -> Image.Image:
         """The picture in this row of the corpus."""
@@ -119,7 +120,7 @@ def build(config: ConfigDict) -> Job:
         retriever=found,
         corpus=corpus,
         bank_NxE=bank_NxE,
-        corpus_NxE=ranking.shard_corpus(mesh, bank_NxE),
+        index=ranking.shard_corpus(mesh, bank_NxE, config.retriever.corpus_dtype),
     )
     _check_sizes(run)
     return run
@@ -145,6 +146,8 @@ def check(config: ConfigDict) -> None:
     one_of("prompt.format", config.prompt.format, text.FORMATS)
     one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
     one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
+    one_of("grpo.format_rule", config.grpo.format_rule, rewards.FORMAT_RULES)
+    one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
     one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
     for target in config.lora.targets:
         one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
@@ -159,6 +162,12 @@ def check(config: ConfigDict) -> None:
         raise UserError("prompt.user must contain {query}, where the query goes.")
     if config.prompt.format == "answer" and config.prompt.answer_start:
         raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
+    if config.grpo.reward_k < 1:
+        raise UserError("grpo.reward_k must be 1 or more.")
+    if config.grpo.reward_temperature <= 0:
+        raise UserError("grpo.reward_temperature must be above 0.")
+    if config.grpo.malformed_reward > 0:
+        raise UserError("grpo.malformed_reward must be 0 or less: it is paid for no content.")
     if config.grpo.group_size < 2:
         raise UserError("grpo.group_size must be 2 or more: a group of one has no advantage.")
     if config.rollout.temperature <= 0:
@@ -181,7 +190,9 @@ def _check_sizes(run: Job) -> None:
     """Refuses sizes that do not fit the data, the retriever or the mesh."""
     config = run.config
     for shift, prompt in run.prompts.items():
-        texts = [query.text for split in SPLITS for query in run.queries(shift, split)]
+        queries = [query for split in SPLITS for query in run.queries(shift, split)]
+        ranking.check_targets(np.asarray([[q.target] for q in queries]), len(run.bank_NxE))
+        texts = [query.text for query in queries]
         longest = text.longest_prompt(run.tokenizer, prompt, texts)
         if longest > config.prompt.max_tokens:
             raise UserError(

@@ -14,7 +14,7 @@ from grape_jax import grpo, rewards, sharding
 from grape_jax.models import policy, towers
 from grape_jax.models.lora import LoraConfig
 from grape_jax.ranking import target_ranks
-from grape_jax.types import Prompts, Rewrites, Rollout
+from grape_jax.types import Index, Prompts, Ranks, Rewrites, Rollout
 
 
 @flax.struct.dataclass
@@ -44,7 +44,13 @@ class GrpoConfig:
     clip_high: float
     advantage_scale: str  # "group" or "none"
     reward_shape: str  # one of rewards.SHAPES
+    reward_normalised: bool  # of "linear"
+    reward_k: int  # of "ndcg" and "recall"
+    reward_temperature: float  # of "contrastive"
+    reward_weight: float
     format_weight: float
+    format_rule: str  # one of rewards.FORMAT_RULES
+    malformed_reward: float
     temperature: float  # the rollout's; log-probs are those of the distribution sampled from
 
 
@@ -154,18 +160,20 @@ def grpo_step(
     state: TrainState,
     base,
     retriever_params,
-    corpus_NxE: jax.Array,
+    index: Index,
     prompts: Prompts,
     targets_BxP: jax.Array,
     rollout: Rollout,
     rewrites: Rewrites,
+    raw_rank_B: jax.Array | None = None,
 ):
     """One GRPO step: text tower, exact ranks over the corpus, rewards, advantages, update.
 
     Args:
       base: frozen parameters, over which the adapter lies.
-      corpus_NxE: from `ranking.shard_corpus`.
+      index: from `ranking.shard_corpus`.
       targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
+      raw_rank_B: int32, what the queries themselves rank; of the reward "improvement" only.
 
     Returns:
       state: one step further; unchanged but for the step where the loss was not finite.
@@ -173,9 +181,19 @@ def grpo_step(
     """
     config = learner.grpo
     tokens, mask = rollout.tokens_BxKxT, rollout.mask_BxKxT
-    rank_BxK = rank_rewrites(learner, retriever_params, corpus_NxE, rewrites, targets_BxP)
-    rank_reward = rewards.rank_reward(rank_BxK, learner.corpus_size, config.reward_shape)
-    reward_BxK = rewards.combine(rank_reward, rewrites.well_formed_BxK, config.format_weight)
+    ranks = rank_rewrites(learner, retriever_params, index, rewrites, targets_BxP)
+    rank_BxK = rewards.best_rank(ranks.rank_QxP)
+    score_BxK = reward_score(learner, ranks, raw_rank_B)
+    parts = rewards.parts(
+        score_BxK,
+        rewrites.well_formed_BxK,
+        rewrites.has_text_BxK,
+        weight=config.reward_weight,
+        format_weight=config.format_weight,
+        format_rule=config.format_rule,
+        malformed=config.malformed_reward,
+    )
+    reward_BxK = parts["rank"] + parts["format"]
     advantage_BxK = grpo.advantages(reward_BxK, config.advantage_scale)
 
     logprobs_under = functools.partial(
@@ -215,13 +233,16 @@ def grpo_step(
     state, applied = _update(learner, state, loss, grads)
     metrics = {
         "loss": loss,
-        "reward": reward_BxK.mean(),
-        "reward_in_group_std": reward_BxK.std(axis=1, ddof=1).mean(),
-        "rank_reward": rank_reward.mean(),
-        "well_formed": rewrites.well_formed_BxK.mean(),
+        **_spread("reward", reward_BxK),
+        **_spread("rank_reward", score_BxK),
+        **_spread("rank_reward_weighted", parts["rank"]),
+        **_spread("well_formed", rewrites.well_formed_BxK.astype(jnp.float32)),
+        **_spread("format_reward_weighted", parts["format"]),
         "groups_without_variance": (reward_BxK.std(axis=1) < 1e-6).mean(),
         "median_rank": jnp.median(rank_BxK),
         "recall_at_10": (rank_BxK <= 10).mean(),
+        # Whether scores inflate: similarities that rise everywhere find nothing.
+        "target_similarity": rewards.similarity(ranks.rank_QxP, ranks.similarity_QxP).mean(),
         "length": mask.sum(-1).mean(),
         "rank_BxK": rank_BxK,
         "reward_BxK": reward_BxK,
@@ -229,8 +250,8 @@ def grpo_step(
     return state, metrics | terms | applied
 
 
-def rank_rewrites(learner, retriever_params, corpus_NxE, rewrites: Rewrites, targets_BxP):
-    """Best rank of each rewrite's targets over the whole corpus: int32 `[B, K]`."""
+def rank_rewrites(learner, retriever_params, index, rewrites: Rewrites, targets_BxP):
+    """Ranks of each rewrite's targets over the whole corpus, with `[B, K]` for Q."""
     B, K, L = rewrites.tokens_BxKxL.shape
     emb_QxE = towers.embed_texts(
         learner.retriever,
@@ -240,14 +261,47 @@ def rank_rewrites(learner, retriever_params, corpus_NxE, rewrites: Rewrites, tar
     )
     ranks = target_ranks(
         emb_QxE,
-        corpus_NxE,
+        index,
         jnp.repeat(targets_BxP, K, axis=0),
         mesh=learner.mesh,
         size=learner.corpus_size,
+        temperature=learner.grpo.reward_temperature,
     )
-    no_target = jnp.iinfo(jnp.int32).max
-    rank_QxP = jnp.where(ranks.rank_QxP > 0, ranks.rank_QxP, no_target)
-    return rank_QxP.min(axis=-1).reshape(B, K)
+    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), ranks)
+
+
+def reward_score(learner: Learner, ranks: Ranks, raw_rank_B: jax.Array | None) -> jax.Array:
+    """What each rewrite's ranks are worth under the configured shape: float32 `[B, K]`."""
+    config, size = learner.grpo, learner.corpus_size
+    rank_BxKxP, rank_BxK = ranks.rank_QxP, rewards.best_rank(ranks.rank_QxP)
+    match config.reward_shape:
+        case "linear":
+            return rewards.linear(rank_BxK, size, config.reward_normalised)
+        case "log":
+            return rewards.log(rank_BxK, size)
+        case "reciprocal":
+            return rewards.reciprocal(rank_BxK)
+        case "ndcg":
+            return rewards.ndcg(rank_BxKxP, config.reward_k)
+        case "recall":
+            return rewards.recall(rank_BxKxP, config.reward_k)
+        case "rank_incentive":
+            return rewards.rank_incentive(rank_BxK)
+        case "similarity":
+            return rewards.similarity(rank_BxKxP, ranks.similarity_QxP)
+        case "contrastive":
+            return rewards.contrastive(
+                rank_BxKxP, ranks.similarity_QxP, ranks.log_partition_Q, config.reward_temperature
+            )
+        case "improvement":
+            return rewards.improvement(rank_BxK, raw_rank_B[:, None])
+    raise ValueError(f"unknown reward shape {config.reward_shape!r}")
+
+
+def _spread(name: str, value_BxK: jax.Array) -> dict[str, jax.Array]:
+    """For the log: the mean, and the mean of the groups' standard deviations."""
+    in_group = value_BxK.std(axis=1, ddof=1).mean()
+    return {name: value_BxK.mean(), f"{name}_in_group_std": in_group}
 
 
 def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):

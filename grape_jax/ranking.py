@@ -1,11 +1,23 @@
 """Exact ranks of the targets in the whole sharded corpus. Arrays in, arrays out.
 
-The corpus is walked in tiles of fixed shape, so that a similarity is the result of the same
-arithmetic whatever the batch size or the number of devices, and `[rewrites, corpus]` never exists.
+The corpus is walked once, tile by tile, and `[rewrites, corpus]` never exists. What a target
+itself scores is known before the walk: its row is gathered into a small tile. Rewrites always come
+in tiles of `QUERY_TILE` and rows in multiples of `ROW_UNIT`. In such products a similarity depends
+neither on the place of its row nor on how many others there are (tests/test_ranking.py holds the
+backend to it), so both come out in the same bits, and a rank depends neither on the batch, nor on
+the tiles, nor on the number of devices. In other shapes the last bits differ, and ranks with them.
+
+What a rank is exact for is the stable descending order of these similarities:
+
+- float32: tile products as the backend makes them, at its highest precision.
+- bfloat16: rows and rewrites rounded to bfloat16, their products summed in float32.
+- int8: rows and rewrites rounded to int8, each to its own scale; the products are summed as
+  integers, without any rounding, and scaled in float32, the same on every backend.
 """
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +25,22 @@ from jax.sharding import Mesh, PartitionSpec
 
 from grape_jax.errors import UserError
 from grape_jax.sharding import MESH_AXES, logical
-from grape_jax.types import Ranks
+from grape_jax.types import Index, Ranks
 
+CORPUS_DTYPES = ("float32", "bfloat16", "int8")
 QUERY_TILE = 64
-CORPUS_TILE = 256
+ROW_UNIT = 256  # every tile of the corpus has a multiple of this many rows
+# A shard of so many rows is one tile, read where it lies. A larger one is cut into tiles that a
+# loop has to copy out, small enough for the products to find them in a near cache.
+LARGEST_WHOLE = 32768
+CORPUS_TILE = 4096
 
 
-def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray) -> jax.Array:
+def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> Index:
     """Places unit rows by rows over every mesh axis, padded with zeros to whole tiles.
+
+    Args:
+      dtype: one of `CORPUS_DTYPES`, in which the rows are kept and compared.
 
     Raises:
       UserError: the corpus is empty or holds a value that is not finite.
@@ -30,15 +50,38 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray) -> jax.Array:
     if not np.isfinite(corpus_NxE).all():
         row = int(np.argmin(np.isfinite(corpus_NxE).all(axis=1)))
         raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
-    padding = -len(corpus_NxE) % (CORPUS_TILE * mesh.size)
+    rows_a_device = -(-len(corpus_NxE) // mesh.size)
+    unit = ROW_UNIT if rows_a_device <= LARGEST_WHOLE else CORPUS_TILE
+    padding = -len(corpus_NxE) % (unit * mesh.size)
     padded = np.pad(corpus_NxE.astype(np.float32), ((0, padding), (0, 0)))
-    return jax.device_put(padded, logical(mesh, "corpus", None))
+    rows, scale = _in_dtype(padded, jnp.dtype(dtype), np)
+    by_row = logical(mesh, "corpus")
+    placed = None if scale is None else jax.device_put(scale, by_row)
+    return Index(jax.device_put(rows, logical(mesh, "corpus", None)), placed)
+
+
+def check_targets(targets_QxP: np.ndarray, size: int) -> None:
+    """Refuses queries that no rewrite can be ranked for (numpy).
+
+    Raises:
+      UserError: a query has no target, or one that is no row of the corpus.
+    """
+    targets_QxP = np.asarray(targets_QxP)
+    without = np.flatnonzero((targets_QxP < 0).all(axis=1))
+    if len(without):
+        raise UserError(f"query {without[0]} has no target in the corpus: leave it out.")
+    if targets_QxP.max(initial=-1) >= size:
+        query, place = np.argwhere(targets_QxP >= size)[0]
+        raise UserError(
+            f"query {query} has the target {targets_QxP[query, place]}, but the corpus has "
+            f"{size} items: prepare queries and corpus together."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "size", "temperature"))
 def target_ranks(
     emb_QxE: jax.Array,
-    corpus_NxE: jax.Array,
+    index: Index,
     targets_QxP: jax.Array,
     excluded_QxX: jax.Array | None = None,
     *,
@@ -53,84 +96,197 @@ def target_ranks(
 
     Args:
       emb_QxE: float32 unit rewrites.
-      corpus_NxE: from `shard_corpus`.
+      index: from `shard_corpus`.
       targets_QxP: int32 corpus rows, -1 is padding.
-      excluded_QxX: int32 corpus rows that leave the corpus for this query, -1 is padding.
+      excluded_QxX: int32 corpus rows that leave the corpus for this query, -1 is padding. They
+        are left out of `log_partition_Q` too; None is fastest.
       mesh: the mesh over which the corpus is sharded.
       size: number of real corpus items.
       temperature: of `log_partition_Q`.
     """
+    walk = functools.partial(_walk_shard, size=size, temperature=temperature)
+    return _over_shards(walk, mesh, index, emb_QxE, targets_QxP, excluded_QxX)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def subset_ranks(
+    emb_QxE: jax.Array, index: Index, targets_QxP: jax.Array, subset_QxX: jax.Array, *, mesh: Mesh
+) -> jax.Array:
+    """Ranks each rewrite's targets among a few corpus items only (CIRR's subset recall).
+
+    The similarities are those of `target_ranks`, to the bit.
+
+    Args:
+      subset_QxX: int32 corpus rows that each query's targets compete with, -1 is padding; targets
+        among them and repeated rows make no difference.
+
+    Returns:
+      int32 `[Q, P]`, 1 is best, 0 where the target is padding.
+    """
+    return _over_shards(_rank_in_subset, mesh, index, emb_QxE, targets_QxP, subset_QxX)
+
+
+@flax.struct.dataclass
+class _Queries:
+    """Some tiles of rewrites, ready to be compared. T tiles, Q = QUERY_TILE; or one, without T."""
+
+    emb_TxQxE: jax.Array  # in the corpus's dtype
+    scale_TxQ: jax.Array | None  # float32, of int8 rewrites
+    targets_TxPxQ: jax.Array  # int32, -1 is padding
+    others_TxXxQ: jax.Array | None  # int32, excluded rows or a subset, -1 is padding
+
+
+def _over_shards(rank_shard, mesh: Mesh, index: Index, emb_QxE, targets_QxP, others_QxX):
+    """Runs `rank_shard(queries, shard, first_row)` on every device over its own rows."""
     Q = emb_QxE.shape[0]
-    if excluded_QxX is None:
-        excluded_QxX = jnp.full((Q, 1), -1, jnp.int32)
     tiles = -(-Q // QUERY_TILE)
 
     def tiled(x, fill):
         x = jnp.pad(x, ((0, tiles * QUERY_TILE - Q), (0, 0)), constant_values=fill)
         return x.reshape(tiles, QUERY_TILE, x.shape[-1])
 
-    queries = (tiled(emb_QxE, 0), tiled(targets_QxP, -1), tiled(excluded_QxX, -1))
+    emb, scale = _in_dtype(tiled(emb_QxE, 0), index.rows_NxE.dtype, jnp)
+    turned = lambda x: None if x is None else tiled(x, -1).swapaxes(1, 2)
+    queries = _Queries(emb, scale, turned(targets_QxP), turned(others_QxX))
+
+    def on_device(shard: Index, queries: _Queries):
+        return rank_shard(queries, shard, jax.lax.axis_index(MESH_AXES) * len(shard.rows_NxE))
+
     whole, by_row = PartitionSpec(), PartitionSpec(MESH_AXES)
-    rank_tiles = jax.shard_map(
-        lambda shard, tiles: jax.lax.map(lambda t: _rank_tile(*t, shard, size, temperature), tiles),
-        mesh=mesh,
-        in_specs=(by_row, whole),
-        out_specs=whole,
-        check_vma=False,
-    )
-    ranks = rank_tiles(corpus_NxE, queries)
-    return jax.tree.map(lambda x: x.reshape(tiles * QUERY_TILE, *x.shape[2:])[:Q], ranks)
+    found = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(by_row, whole), out_specs=whole, check_vma=False
+    )(index, queries)
+    # [T, P, Q] or [T, Q], back to one row a rewrite.
+    rows = lambda x: jnp.moveaxis(x, -1, 1).reshape(tiles * QUERY_TILE, *x.shape[1:-1])[:Q]
+    return jax.tree.map(rows, found)
 
 
-def _rank_tile(emb_QxE, targets_QxP, excluded_QxX, shard_NxE, size, temperature) -> Ranks:
-    """Ranks of one tile of queries; runs on every device over its own rows."""
-    first_row = jax.lax.axis_index(MESH_AXES) * shard_NxE.shape[0]
-    blocks = shard_NxE.reshape(-1, CORPUS_TILE, shard_NxE.shape[1])
-    rows_BxC = first_row + jnp.arange(shard_NxE.shape[0]).reshape(-1, CORPUS_TILE)
-    left_out_QxX = jnp.concatenate([targets_QxP, excluded_QxX], axis=1)
+def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperature: float):
+    """`target_ranks` for all tiles of rewrites, tile by tile of the corpus."""
+    own_TxPxQ = _similarities_of(queries, queries.targets_TxPxQ, shard, first_row)
+    T, P, Q = own_TxPxQ.shape
+    rows = len(shard.rows_NxE)
+    tile = rows if rows <= LARGEST_WHOLE else CORPUS_TILE
 
-    def similarities(block_CxE):
-        return jnp.einsum(
-            "qe,ce->qc", emb_QxE, block_CxE, precision="highest", preferred_element_type=jnp.float32
+    def compare(block: Index, start, query: _Queries, own_PxQ, ahead_PxQ, top_Q, total_Q):
+        rows_C = start + jnp.arange(tile)
+        counts_CxQ = (rows_C < size)[:, None]
+        if query.others_TxXxQ is not None:
+            counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
+        scores_CxQ = jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
+        ahead_CxPxQ = _ahead(
+            scores_CxQ[:, None], rows_C[:, None, None], own_PxQ, query.targets_TxPxQ
         )
+        # Counted in float32, exact below 2^24 rows: XLA on CPU sums it several times faster.
+        ahead_PxQ += jnp.where(ahead_CxPxQ, 1.0, 0.0).sum(0).astype(jnp.int32)
+        new_top_Q = jnp.maximum(top_Q, scores_CxQ.max(0))
+        total_Q *= jnp.exp((top_Q - new_top_Q) / temperature)
+        total_Q += jnp.exp((scores_CxQ - new_top_Q) / temperature).sum(0)
+        return ahead_PxQ, new_top_Q, total_Q
 
-    # First walk: what each target scores, read from the very tile in which it will be compared.
-    def find_targets(found_QxP, block):
-        block_CxE, rows_C = block
-        is_target_QxPxC = targets_QxP[:, :, None] == rows_C
-        scores_QxC = similarities(block_CxE)
-        here = jnp.where(is_target_QxPxC, scores_QxC[:, None], 0).sum(-1)
-        return found_QxP + here, None
+    def next_tile(found, block_and_start):
+        block, start = block_and_start
+        one = lambda x: compare(block, start, *x)
+        return jax.lax.map(one, (queries, own_TxPxQ, *found)), None
 
-    target_QxP, _ = jax.lax.scan(find_targets, jnp.zeros(targets_QxP.shape), (blocks, rows_BxC))
-    target_QxP = jax.lax.psum(target_QxP, MESH_AXES)
-
-    # Second walk: how many items stand before it.
-    def count_better(carry, block):
-        ahead_QxP, top_Q, total_Q = carry
-        block_CxE, rows_C = block
-        scores_QxC = similarities(block_CxE)
-        counts_QxC = (rows_C < size) & (left_out_QxX[:, :, None] != rows_C).all(1)
-        ahead_QxPxC = (scores_QxC[:, None] > target_QxP[:, :, None]) | (
-            (scores_QxC[:, None] == target_QxP[:, :, None]) & (rows_C < targets_QxP[:, :, None])
-        )
-        ahead_QxP += jnp.sum(ahead_QxPxC & counts_QxC[:, None], axis=-1, dtype=jnp.int32)
-        scaled = jnp.where(rows_C < size, scores_QxC / temperature, -jnp.inf)
-        new_top_Q = jnp.maximum(top_Q, scaled.max(-1))
-        total_Q = total_Q * jnp.exp(top_Q - new_top_Q) + jnp.exp(scaled - new_top_Q[:, None]).sum(
-            -1
-        )
-        return (ahead_QxP, new_top_Q, total_Q), None
-
-    Q = emb_QxE.shape[0]
+    blocks = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), shard)
+    starts = first_row + jnp.arange(rows // tile) * tile
     # A finite floor, so that a device whose rows are all padding adds zero.
-    start = (jnp.zeros(targets_QxP.shape, jnp.int32), jnp.full(Q, -1e30), jnp.zeros(Q))
-    (ahead_QxP, top_Q, total_Q), _ = jax.lax.scan(count_better, start, (blocks, rows_BxC))
-    ahead_QxP = jax.lax.psum(ahead_QxP, MESH_AXES)
-    highest_Q = jax.lax.pmax(top_Q, MESH_AXES)
-    total_Q = jax.lax.psum(total_Q * jnp.exp(top_Q - highest_Q), MESH_AXES)
+    nothing = (jnp.zeros((T, P, Q), jnp.int32), jnp.full((T, Q), -1e30), jnp.zeros((T, Q)))
+    (ahead_TxPxQ, top_TxQ, total_TxQ), _ = jax.lax.scan(next_tile, nothing, (blocks, starts))
+
+    ahead_TxPxQ = jax.lax.psum(ahead_TxPxQ, MESH_AXES) - _targets_ahead(queries, own_TxPxQ)
+    highest_TxQ = jax.lax.pmax(top_TxQ, MESH_AXES)
+    scaled_TxQ = total_TxQ * jnp.exp((top_TxQ - highest_TxQ) / temperature)
     return Ranks(
-        rank_QxP=jnp.where(targets_QxP >= 0, ahead_QxP + 1, 0),
-        similarity_QxP=target_QxP,
-        log_partition_Q=jnp.log(total_Q) + highest_Q,
+        rank_QxP=jnp.where(queries.targets_TxPxQ >= 0, ahead_TxPxQ + 1, 0),
+        similarity_QxP=own_TxPxQ,
+        log_partition_Q=jnp.log(jax.lax.psum(scaled_TxQ, MESH_AXES)) + highest_TxQ / temperature,
     )
+
+
+def _targets_ahead(queries: _Queries, own_TxPxQ):
+    """How many other targets the walk has counted ahead of each target: int32 `[T, P, Q]`."""
+    targets = queries.targets_TxPxQ
+    counted = (targets >= 0) & ~_repeats(targets)
+    if queries.others_TxXxQ is not None:
+        counted &= (targets[:, :, None] != queries.others_TxXxQ[:, None]).all(2)
+    return _ahead_among(own_TxPxQ, targets, counted, own_TxPxQ, targets)
+
+
+def _rank_in_subset(queries: _Queries, shard: Index, first_row):
+    targets, subset = queries.targets_TxPxQ, queries.others_TxXxQ
+    own_TxPxQ = _similarities_of(queries, targets, shard, first_row)
+    scores_TxXxQ = _similarities_of(queries, subset, shard, first_row)
+    is_target = (subset[:, :, None] == targets[:, None]).any(2)
+    counted = (subset >= 0) & ~_repeats(subset) & ~is_target
+    ahead = _ahead_among(scores_TxXxQ, subset, counted, own_TxPxQ, targets)
+    return jnp.where(targets >= 0, ahead + 1, 0)
+
+
+def _ahead_among(scores_TxXxQ, rows_TxXxQ, counted_TxXxQ, own_TxPxQ, targets_TxPxQ):
+    """How many of these counted items stand ahead of each target: int32 `[T, P, Q]`."""
+    ahead_TxXxPxQ = _ahead(
+        scores_TxXxQ[:, :, None], rows_TxXxQ[:, :, None], own_TxPxQ[:, None], targets_TxPxQ[:, None]
+    )
+    return (ahead_TxXxPxQ & counted_TxXxQ[:, :, None]).sum(1, dtype=jnp.int32)
+
+
+def _ahead(score, row, target_score, target_row):
+    """Whether an item stands ahead of a target: higher, or equal with a lower row."""
+    return (score > target_score) | ((score == target_score) & (row < target_row))
+
+
+def _repeats(rows_TxXxQ):
+    """Whether the same row stands earlier in its query's list."""
+    X = rows_TxXxQ.shape[1]
+    earlier_XxX = jnp.tril(jnp.ones((X, X), bool), -1)
+    same = rows_TxXxQ[:, :, None] == rows_TxXxQ[:, None]
+    return (same & earlier_XxX[..., None]).any(2)
+
+
+def _similarities_of(queries: _Queries, rows_TxXxQ, shard: Index, first_row):
+    """What each rewrite scores with rows of its own, 0 for padding: float32 `[T, X, Q]`.
+
+    The rows are gathered into tiles of the walk's shape, for the walk's bits.
+    """
+    T, X, Q = rows_TxXxQ.shape
+    local_TxR = rows_TxXxQ.reshape(T, X * Q) - first_row
+    local_TxR = jnp.pad(local_TxR, ((0, 0), (0, -(X * Q) % ROW_UNIT)), constant_values=-1)
+    here_TxR = (local_TxR >= 0) & (local_TxR < len(shard.rows_NxE))
+
+    def one_tile_of_queries(args):
+        query, local_R = args
+        gathered = lambda local_C: jax.tree.map(lambda x: x[local_C], shard)
+        compare = lambda local_C: _similarities(query, gathered(local_C))
+        scores_RxQ = jax.lax.map(compare, local_R.reshape(-1, ROW_UNIT)).reshape(-1, Q)
+        return jnp.diagonal(scores_RxQ[: X * Q].reshape(X, Q, Q), axis1=1, axis2=2)
+
+    scores_TxXxQ = jax.lax.map(one_tile_of_queries, (queries, jnp.where(here_TxR, local_TxR, 0)))
+    here_TxXxQ = here_TxR[:, : X * Q].reshape(T, X, Q)
+    return jax.lax.psum(jnp.where(here_TxXxQ, scores_TxXxQ, 0), MESH_AXES)
+
+
+def _similarities(query: _Queries, block: Index):
+    """One tile of rewrites against one tile of the corpus: float32 `[C, QUERY_TILE]`."""
+    quantised = query.scale_TxQ is not None
+    products_CxQ = jnp.einsum(
+        "ce,qe->cq",
+        block.rows_NxE,
+        query.emb_TxQxE,
+        precision="highest",
+        preferred_element_type=jnp.int32 if quantised else jnp.float32,
+    )
+    if not quantised:
+        return products_CxQ
+    return products_CxQ.astype(jnp.float32) * block.scale_N[:, None] * query.scale_TxQ
+
+
+def _in_dtype(rows, dtype, numpy):
+    """Float rows `[..., E]` in a corpus's dtype, and the scale of each where that is int8."""
+    if dtype != jnp.int8:
+        return rows.astype(dtype), None
+    largest = numpy.abs(rows).max(axis=-1)
+    # A row of zeros stays one, under any scale.
+    scale = numpy.where(largest > 0, largest, 1).astype(numpy.float32) / numpy.float32(127)
+    return numpy.round(rows / scale[..., None]).astype(numpy.int8), scale

@@ -1,32 +1,123 @@
-"""From ranks and well-formedness to one reward a rewrite. Arrays only.
+"""From ranks, similarities and well-formedness to one reward a rewrite. Arrays only.
 
-The paper's reward is linear in the rank (arXiv 2509.23370); the others stress the top.
+The paper's reward is linear in the rank (arXiv 2509.23370). Several targets of one query count by
+their best rank, where nothing else is said.
 """
 
 import jax
 import jax.numpy as jnp
 
-SHAPES = ("linear", "log", "reciprocal")
+SHAPES = (
+    *("linear", "log", "reciprocal", "ndcg", "recall", "rank_incentive"),
+    *("similarity", "contrastive", "improvement"),
+)
+FORMAT_RULES = ("gate", "sum")
 
 
-def rank_reward(rank: jax.Array, size: int, shape: str) -> jax.Array:
-    """Maps ranks 1..size to rewards 1..0 (`reciprocal`: 1..1/size). float32, same shape."""
+def best_rank(rank_P: jax.Array) -> jax.Array:
+    """The best of the last axis's ranks; the largest int32 where all are padding (0)."""
+    return jnp.where(rank_P > 0, rank_P, jnp.iinfo(jnp.int32).max).min(axis=-1)
+
+
+def linear(rank: jax.Array, size: int, normalised: bool = True) -> jax.Array:
+    """1 for the best rank, 0 for the last; unnormalised: `size` - rank, the items it beats."""
     rank = rank.astype(jnp.float32)
-    if shape == "linear":
+    if normalised:
         return 1 - (rank - 1) / max(1, size - 1)
-    if shape == "log":
-        return 1 - jnp.log(rank) / jnp.log(max(2, size))
-    if shape == "reciprocal":
-        return 1 / rank
-    raise ValueError(f"unknown reward shape {shape!r}")
+    return size - rank
 
 
-def combine(
-    rank_reward_BxK: jax.Array, well_formed_BxK: jax.Array, format_weight: float
-) -> jax.Array:
-    """Rank reward plus weighted format reward; a malformed answer gets neither.
+def log(rank: jax.Array, size: int) -> jax.Array:
+    """1 for the best rank, 0 for the last, and equal steps for equal ratios of ranks."""
+    return 1 - jnp.log(rank.astype(jnp.float32)) / jnp.log(max(2, size))
 
-    The gate is ours: without it an answer that rambles past its budget would still be paid for the
-    words that happened to be read.
+
+def reciprocal(rank: jax.Array) -> jax.Array:
+    """1 / rank."""
+    return 1 / rank.astype(jnp.float32)
+
+
+def ndcg(rank_P: jax.Array, k: int) -> jax.Array:
+    """nDCG@k of all targets, 0 to 1 (Järvelin and Kekäläinen, 2002)."""
+    place_P = _places(rank_P)
+    gained = jnp.where(place_P <= k, 1 / jnp.log2(1.0 + place_P), 0).sum(-1)
+    P = rank_P.shape[-1]
+    discount_P = jnp.where(jnp.arange(P) < k, 1 / jnp.log2(2.0 + jnp.arange(P)), 0)
+    possible_P = jnp.arange(P) < (rank_P > 0).sum(-1, keepdims=True)
+    return gained / jnp.maximum((discount_P * possible_P).sum(-1), discount_P[0])
+
+
+def recall(rank_P: jax.Array, k: int) -> jax.Array:
+    """The share of all targets among the best `k`, 0 to 1."""
+    return (_places(rank_P) <= k).sum(-1) / jnp.maximum((rank_P > 0).sum(-1), 1)
+
+
+def rank_incentive(rank: jax.Array) -> jax.Array:
+    """2 to 1 over the first ten ranks, 1 to 0 over the first hundred, 0 beyond.
+
+    ConvSearch-R1's pieces (arXiv 2505.15776); there a malformed answer gets -0.1.
     """
-    return jnp.where(well_formed_BxK, rank_reward_BxK + format_weight, 0.0)
+    rank = rank.astype(jnp.float32)
+    tail = jnp.where(rank <= 100, 10 / 9 - rank / 90, 0.0)
+    return jnp.where(rank <= 10, 19 / 9 - rank / 9, tail)
+
+
+def similarity(rank_P: jax.Array, similarity_P: jax.Array) -> jax.Array:
+    """The similarity to the nearest target: the baseline that inflates."""
+    return jnp.where(rank_P > 0, similarity_P, -jnp.inf).max(-1)
+
+
+def contrastive(
+    rank_P: jax.Array, similarity_P: jax.Array, log_partition: jax.Array, temperature: float
+) -> jax.Array:
+    """The log-probability of the targets among all items of the corpus, 0 at best."""
+    scores_P = jnp.where(rank_P > 0, similarity_P / temperature, -jnp.inf)
+    return jax.nn.logsumexp(scores_P, axis=-1) - log_partition
+
+
+def improvement(rank: jax.Array, raw_rank: jax.Array) -> jax.Array:
+    """The gain over the rank that the raw query gets, as a share of the worse rank: -1 to 1.
+
+    A share, because a plain difference is `linear` again once it is centred inside its group.
+    """
+    rank, raw_rank = rank.astype(jnp.float32), raw_rank.astype(jnp.float32)
+    return (raw_rank - rank) / jnp.maximum(raw_rank, rank)
+
+
+def parts(
+    score: jax.Array,
+    well_formed: jax.Array,
+    has_text: jax.Array,
+    *,
+    weight: float,
+    format_weight: float,
+    format_rule: str,
+    malformed: float,
+) -> dict[str, jax.Array]:
+    """The weighted parts of the reward; their sum is the reward.
+
+    Under "gate" a malformed answer is paid `malformed` and nothing else: without it an answer that
+    rambles past its budget would still be paid for the words that happened to be read. Under "sum"
+    its words are paid for, where there are any, and only the format's part is missing.
+
+    Args:
+      score: float32, any shape of the above, and any array shape.
+      well_formed, has_text: bool, from `text.read_answer`.
+    """
+    if format_rule == "gate":
+        return {
+            "rank": jnp.where(well_formed, weight * score, 0.0),
+            "format": jnp.where(well_formed, format_weight, malformed),
+        }
+    if format_rule == "sum":
+        return {
+            "rank": jnp.where(has_text, weight * score, 0.0),
+            "format": jnp.where(well_formed, format_weight, 0.0),
+        }
+    raise ValueError(f"unknown format rule {format_rule!r}")
+
+
+def _places(rank_P: jax.Array) -> jax.Array:
+    """Where the targets stand in one list together: a rank leaves the other targets out."""
+    sorted_P = jnp.sort(jnp.where(rank_P > 0, rank_P, jnp.iinfo(jnp.int32).max // 2), axis=-1)
+    return sorted_P + jnp.arange(rank_P.shape[-1])

@@ -137,7 +137,7 @@ def ranks_of(job: Job, emb_QxE: np.ndarray, targets: Sequence[int]) -> np.ndarra
     ranks = [
         target_ranks(
             emb_QxE[start : start + QUERY_TILE],
-            job.corpus_NxE,
+            job.index,
             targets_Qx1[start : start + QUERY_TILE],
             mesh=job.mesh,
             size=len(job.bank_NxE),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,17 +86,21 @@ def encode_references(tokenizer, texts: Sequence[str], output_format: str, max_t
 def read_answer(completion: str, ended: bool, output_format: str) -> tuple[str, bool]:
     """The rewrite in a completion, and whether it is well formed.
 
-    A well-formed answer has ended by itself and holds one non-empty rewrite in the output format.
-    Of a malformed one the best reading is still returned, so that it can be searched with and
-    looked at; it is the reward that refuses it.
+    A well-formed answer has ended by itself and holds one rewrite in the output format. Of a
+    malformed one (cut off, several lines, missing, nested or repeated tags) the best reading is
+    still returned, so that it can be searched with and looked at; it is the reward that refuses it.
+    A reading without a letter, digit or symbol of any script is "" and never well formed.
     """
     if output_format == "line":
         lines = [line.strip() for line in completion.strip().splitlines()]
         rewrite = lines[0] if lines else ""
-        return rewrite, ended and len(lines) == 1 and bool(rewrite)
-    match = ANSWER.fullmatch(completion)
-    if match:
-        rewrite = " ".join(match.group(1).split())
-        return rewrite, ended and bool(rewrite)
-    stripped = re.sub(r"<think>.*?(</think>|$)|</?answer>", " ", completion, flags=re.DOTALL)
-    return " ".join(stripped.split()), False
+        in_format = len(lines) == 1
+    else:
+        match = ANSWER.fullmatch(completion)
+        in_format = match is not None
+        tags = r"<think>.*?(</think>|$)|</?(answer|think)>"
+        rewrite = match[1] if match else re.sub(tags, " ", completion, flags=re.DOTALL)
+    rewrite = " ".join(rewrite.split())
+    if not any(unicodedata.category(character)[0] in "LNS" for character in rewrite):
+        return "", False
+    return rewrite, ended and in_format

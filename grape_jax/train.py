@@ -229,11 +229,12 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
         state,
         run.base,
         run.retriever.params,
-        run.corpus_NxE,
+        run.index,
         prompts,
         targets,
         rollout,
         rewrites,
+        raw_ranks(run, queries),
     )
     metrics = jax.device_get(metrics)
     rank_BxK, reward_BxK = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
@@ -251,6 +252,14 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     return state, {name: float(value) for name, value in metrics.items()}, table
 
 
+def raw_ranks(run: Job, queries) -> jax.Array | None:
+    """What the queries themselves rank, where the reward is a gain over that: int32 `[B]`."""
+    if run.config.grpo.reward_shape != "improvement":
+        return None
+    emb_QxE = retriever.embed_texts(run.retriever, [query.text for query in queries])
+    return sharding.batch(run.mesh, ranks_of(run, emb_QxE, [query.target for query in queries]))
+
+
 def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     """The one host hop: completions to texts, texts to the retriever's tokens."""
     tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
@@ -264,6 +273,7 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
         tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
         mask_BxKxL=mask_QxL.reshape(B, K, -1),
         well_formed_BxK=np.asarray([[ok for _, ok in group] for group in answers]),
+        has_text_BxK=np.asarray([[bool(words) for words, _ in group] for group in answers]),
     )
     return answers, sharding.batch(run.mesh, rewrites)
 

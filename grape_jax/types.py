@@ -1,7 +1,7 @@
 """The values that travel between rooms. One field a line: dtype, shape, meaning.
 
 B prompts, K rewrites of one prompt, S prompt length, T completion length, L retriever text length,
-P targets of a query, Q rewrites in a row (B x K).
+P targets of a query, Q rewrites in a row (B x K), N corpus items, E embedding width.
 """
 
 import flax.struct
@@ -32,6 +32,15 @@ class Rewrites:
     tokens_BxKxL: jax.Array  # int32, retriever token ids
     mask_BxKxL: jax.Array  # bool, False on padding
     well_formed_BxK: jax.Array  # bool, the answer follows the output format and is not empty
+    has_text_BxK: jax.Array  # bool, something could be read, well formed or not
+
+
+@flax.struct.dataclass
+class Index:
+    """The embeddings that rewrites are ranked against, padded with zeros to whole tiles."""
+
+    rows_NxE: jax.Array  # float32, bfloat16 or int8, sharded by rows
+    scale_N: jax.Array | None  # float32, what an int8 row is multiplied with; otherwise None
 
 
 @flax.struct.dataclass
@@ -40,4 +49,4 @@ class Ranks:
 
     rank_QxP: jax.Array  # int32, 1 is best, 0 where the target is padding
     similarity_QxP: jax.Array  # float32, rewrite against target
-    log_partition_Q: jax.Array  # float32, log-sum-exp of all similarities over the temperature
+    log_partition_Q: jax.Array  # float32, log-sum-exp over the corpus of similarity / temperature

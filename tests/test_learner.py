@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from grape_jax import grpo, learner, ranking, retriever, sharding
+from grape_jax import grpo, learner, ranking, retriever, rewards, sharding
 from grape_jax.models import lora, policy
-from grape_jax.types import Prompts, Rewrites, Rollout
+from grape_jax.types import Prompts, Ranks, Rewrites, Rollout
 
 B, K, T, S, N = 4, 3, 5, 6, 300
 POLICY = policy.PolicyConfig(
@@ -24,7 +24,8 @@ SGD_LIKE = learner.OptimizerConfig(
 )  # fmt: skip
 GRPO = learner.GrpoConfig(
     kl_weight=0.1, clip_low=0.2, clip_high=0.2, advantage_scale="group", reward_shape="log",
-    format_weight=0.1, temperature=0.7,
+    reward_normalised=True, reward_k=10, reward_temperature=0.05, reward_weight=1.0,
+    format_weight=0.1, format_rule="gate", malformed_reward=0.0, temperature=0.7,
 )  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def world(found):
     words = ["red apple", "a face", "cat", "dog", "big house", "sun", "fish", "hat", "tree", "car"]
     tokens, text_mask = retriever.tokenize(found, [words[i % 10] for i in range(B * K)], 8)
     ok = rng.random((B, K)) < 0.8
-    rewrites = Rewrites(tokens.reshape(B, K, 8), text_mask.reshape(B, K, 8), ok)
+    rewrites = Rewrites(
+        tokens.reshape(B, K, 8), text_mask.reshape(B, K, 8), ok, np.ones((B, K), bool)
+    )
     corpus = rng.standard_normal((N, found.config.projection))
     corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
     targets = rng.integers(0, N, (B, 1)).astype(np.int32)
@@ -195,3 +198,48 @@ def test_warm_up_learns_and_nothing_compiles_twice(found, world):
     for _ in range(3):
         state, _ = step(found, world, made, state)
     assert learner.grpo_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", rewards.SHAPES)
+def test_every_reward_is_what_its_ranks_say(shape):
+    """The configured shape on ranks made by hand, two targets, one of them padding once."""
+    made = Ranks(
+        rank_QxP=jnp.asarray([[[4, 30], [2, 0]]]),
+        similarity_QxP=jnp.asarray([[[0.4, 0.1], [0.5, 0.9]]]),
+        log_partition_Q=jnp.asarray([[10.0, 11.0]]),
+    )
+    both = np.log(np.exp(0.4 / 0.05) + np.exp(0.1 / 0.05)) - 10
+    wanted = {
+        "linear": [1 - 3 / 299, 1 - 1 / 299],
+        "log": [1 - np.log(4) / np.log(300), 1 - np.log(2) / np.log(300)],
+        "reciprocal": [0.25, 0.5],
+        "ndcg": [(1 / np.log2(5)) / (1 + 1 / np.log2(3)), 1 / np.log2(3)],
+        "recall": [0.5, 1],
+        "rank_incentive": [19 / 9 - 4 / 9, 19 / 9 - 2 / 9],
+        "similarity": [0.4, 0.5],
+        "contrastive": [both, 0.5 / 0.05 - 11],
+        "improvement": [(8 - 4) / 8, (8 - 2) / 8],
+    }[shape]
+    config = dataclasses.replace(GRPO, reward_shape=shape)
+    fixed = learner.Learner(POLICY, None, SGD_LIKE, config, None, N, None, 2)
+    got = learner.reward_score(fixed, made, jnp.asarray([8]))
+    np.testing.assert_allclose(got, [wanted], rtol=1e-6)
+
+
+def test_every_part_of_the_reward_is_logged(found, world):
+    made = make(found, None)
+    state = learner.init_state(made, jax.random.key(0), world[-1])
+    _, metrics = step(found, world, made, state)
+    ok = world[2].well_formed_BxK
+    rank = 1 - np.log(np.asarray(metrics["rank_BxK"])) / np.log(N)
+    wanted = {
+        "rank_reward": rank,
+        "rank_reward_weighted": np.where(ok, rank, 0),
+        "well_formed": ok.astype(float),
+        "format_reward_weighted": np.where(ok, 0.1, 0),
+        "reward": np.where(ok, rank + 0.1, 0),
+    }
+    for name, value_BxK in wanted.items():
+        assert metrics[name] == pytest.approx(value_BxK.mean(), abs=1e-6)
+        in_group = value_BxK.std(1, ddof=1).mean()
+        assert metrics[f"{name}_in_group_std"] == pytest.approx(in_group, abs=1e-6)

@@ -25,6 +25,16 @@ def tokenizer():
         ("red apple\nor pear", True, "red apple", False),
         ("", True, "", False),
         ("\n \n", True, "", False),
+        ("🍎", True, "🍎", True),
+        ("👩🏽‍🚀", True, "👩🏽‍🚀", True),
+        ("تفاحة حمراء", True, "تفاحة حمراء", True),
+        ("लाल सेब", True, "लाल सेब", True),
+        ("7", True, "7", True),
+        ("red \t apple", True, "red apple", True),
+        ("\u200b\u2060", True, "", False),  # nothing to see
+        ("...", True, "", False),
+        ("\n...\nred apple", True, "", False),  # only the first line is read
+        ("red apple " * 50, False, ("red apple " * 50).strip(), False),  # over-long
     ],
 )
 def test_a_line(completion, ended, rewrite, well_formed):
@@ -44,6 +54,15 @@ def test_a_line(completion, ended, rewrite, well_formed):
         ("<think>never ends", True, "", False),
         ("<answer>a</answer><answer>b</answer>", True, "a b", False),
         ("<answer><answer>a</answer></answer>", True, "a", False),
+        ("<answer>红苹果 🍎</answer>", True, "红苹果 🍎", True),
+        ("<answer>\u200b</answer>", True, "", False),
+        ("<answer>?</answer>", True, "", False),
+        ("<answer>a</answer> and more", True, "a and more", False),
+        ("<think>a</think>", True, "", False),
+        ("<think>a<think>b</think></think><answer>c</answer>", True, "c", False),
+        ("<answer>a<think>b</think></answer>", True, "a", False),
+        ("</answer>a<answer>", True, "a", False),
+        ("<answer>" + "a " * 50, False, ("a " * 50).strip(), False),
     ],
 )
 def test_an_answer_in_tags(completion, ended, rewrite, well_formed):
