@@ -104,10 +104,8 @@ def build(config: ConfigDict) -> Job:
         )
     corpus = emoji.load_corpus(Path(config.data_dir))
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
+    found = retriever.place(found, mesh)
     bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")
-    found = dataclasses.replace(
-        found, params=jax.device_put(found.params, sharding.replicated(mesh))
-    )
     lora = config.lora
     run = Job(
         config=config,

@@ -255,7 +255,7 @@ def rank_rewrites(learner, retriever_params, index, rewrites: Rewrites, targets_
     B, K, L = rewrites.tokens_BxKxL.shape
     emb_QxE = towers.embed_texts(
         learner.retriever,
-        retriever_params,
+        towers.gather(retriever_params, learner.mesh),
         rewrites.tokens_BxKxL.reshape(B * K, L),
         rewrites.mask_BxKxL.reshape(B * K, L),
     )

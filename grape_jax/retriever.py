@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +53,7 @@ class Retriever:
     preprocess: Preprocess | None  # None: it reads text only
     fingerprint: str  # of everything that an embedding depends on, hexadecimal
     cut_texts: CutTexts
+    mesh: Mesh | None = None  # over which the weights are split; None: they are whole
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts into the shared space: float32 [n, E] of unit length.
@@ -64,7 +66,7 @@ class Retriever:
         for length in np.unique(padded_N):
             for rows in _chunks(np.flatnonzero(padded_N == length)):
                 padded = _pad(tokens_NxL[rows, :length], mask_NxL[rows, :length])
-                embedded = _embed_texts(self.config, self.params, *padded)
+                embedded = _embed_texts(self.config, self.mesh, self.params, *padded)
                 emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
         return emb_NxE
 
@@ -79,7 +81,7 @@ class Retriever:
         emb_NxE = np.zeros((len(images), self.config.projection), np.float32)
         for rows in _chunks(np.arange(len(images))):
             pixels = [preprocessing.preprocess(self.preprocess, _open(images[i])) for i in rows]
-            embedded = _embed_images(self.config, self.params, *_pad(np.stack(pixels)))
+            embedded = _embed_images(self.config, self.mesh, self.params, *_pad(np.stack(pixels)))
             emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
         return emb_NxE
 
@@ -125,6 +127,12 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
         fingerprint=_fingerprint(dtype, directory / clip.WEIGHTS_FILE),
         cut_texts=CutTexts(),
     )
+
+
+def place(retriever: Retriever, mesh: Mesh) -> Retriever:
+    """Splits the weights over a mesh, as their logical axes say."""
+    params = jax.device_put(retriever.params, towers.shardings(retriever.config, mesh))
+    return dataclasses.replace(retriever, params=params, mesh=mesh)
 
 
 def tokenize(
@@ -263,14 +271,14 @@ def _check_vocabulary(
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed_texts(config: RetrieverConfig, params: Params, tokens_NxL, mask_NxL) -> jax.Array:
-    return towers.embed_texts(config, params, tokens_NxL, mask_NxL)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_texts(config: RetrieverConfig, mesh, params: Params, tokens_NxL, mask_NxL) -> jax.Array:
+    return towers.embed_texts(config, towers.gather(params, mesh), tokens_NxL, mask_NxL)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed_images(config: RetrieverConfig, params: Params, pixels_NxHxWx3) -> jax.Array:
-    return towers.embed_images(config, params, pixels_NxHxWx3)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_images(config: RetrieverConfig, mesh, params: Params, pixels_NxHxWx3) -> jax.Array:
+    return towers.embed_images(config, towers.gather(params, mesh), pixels_NxHxWx3)
 
 
 def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +158,7 @@ def test_all_patches_named_is_all_patches():
 
 
 def test_every_parameter_has_logical_axes():
-    axes = clip.logical_axes(SMALL)
+    axes = nn.get_partition_spec(jax.eval_shape(lambda: clip.boxed_init(SMALL, jax.random.key(0))))
     shapes = jax.eval_shape(lambda: clip.init(SMALL, jax.random.key(0)))
     is_spec = jax.sharding.PartitionSpec
     jax.tree.map(

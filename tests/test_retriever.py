@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from grape_jax import preprocessing, retriever, train_retriever
+from grape_jax import preprocessing, retriever, sharding, train_retriever
 from grape_jax.data import icons, openmoji
 from grape_jax.data.icons import Concept
 from grape_jax.errors import UserError
@@ -198,3 +198,13 @@ def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch, compiled_once
 def some_pictures() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(5)]
+
+
+def test_weights_split_over_eight_devices_give_the_same_bits(shipped):
+    split = retriever.place(shipped, sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    leaves = jax.tree.leaves(split.params)
+    assert all(not x.sharding.is_fully_replicated for x in leaves if x.ndim > 1)
+    texts = ["red apple", "a man on the moon", ""]
+    np.testing.assert_array_equal(split.embed_texts(texts), shipped.embed_texts(texts))
+    images = [Image.new("RGB", (72, 72), colour) for colour in ("red", "white")]
+    np.testing.assert_array_equal(split.embed_images(images), shipped.embed_images(images))

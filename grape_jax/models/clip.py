@@ -44,14 +44,19 @@ class ClipConfig:
 
 
 def init(config: ClipConfig, key: jax.Array) -> Params:
-    """Random float32 parameters; `logical_axes` has the same structure."""
-    return nn.meta.unbox(_boxed_init(config, key))
+    """Random float32 parameters."""
+    return nn.meta.unbox(boxed_init(config, key))
 
 
-def logical_axes(config: ClipConfig) -> Params:
-    """A tree like the parameters with a PartitionSpec of logical axis names at each leaf."""
-    boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+def boxed_init(config: ClipConfig, key: jax.Array) -> Params:
+    """`init`, with the logical axes of each parameter."""
+    text_key, vision_key = jax.random.split(key)
+    tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
+    pixels = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)
+    text = TextTower(config).init(text_key, tokens_1xL, tokens_1xL == 0)
+    vision = VisionTower(config).init(vision_key, pixels)
+    scale = jnp.asarray(config.logit_scale, jnp.float32)
+    return {"text": text["params"], "vision": vision["params"], "logit_scale": scale}
 
 
 def embed_texts(
@@ -151,13 +156,3 @@ def _end_position(config: ClipConfig, tokens_NxL: jax.Array) -> jax.Array:
     if config.end_token == LEGACY_END_TOKEN:
         return jnp.argmax(tokens_NxL, axis=1)
     return jnp.argmax(tokens_NxL == config.end_token, axis=1)
-
-
-def _boxed_init(config: ClipConfig, key: jax.Array) -> Params:
-    text_key, vision_key = jax.random.split(key)
-    tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
-    pixels = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)
-    text = TextTower(config).init(text_key, tokens_1xL, tokens_1xL == 0)
-    vision = VisionTower(config).init(vision_key, pixels)
-    scale = jnp.asarray(config.logit_scale, jnp.float32)
-    return {"text": text["params"], "vision": vision["params"], "logit_scale": scale}

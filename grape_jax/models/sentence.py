@@ -30,9 +30,14 @@ class SentenceConfig:
 
 def init(config: SentenceConfig, key: jax.Array) -> Params:
     """Random float32 parameters."""
+    return nn.meta.unbox(boxed_init(config, key))
+
+
+def boxed_init(config: SentenceConfig, key: jax.Array) -> Params:
+    """`init`, with the logical axes of each parameter."""
     tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
     text = TextTower(config).init(key, tokens_1xL, tokens_1xL == 0)
-    return nn.meta.unbox({"text": text["params"]})
+    return {"text": text["params"]}
 
 
 def embed_texts(

@@ -46,12 +46,17 @@ class SiglipConfig:
 
 def init(config: SiglipConfig, key: jax.Array) -> Params:
     """Random float32 parameters."""
+    return nn.meta.unbox(boxed_init(config, key))
+
+
+def boxed_init(config: SiglipConfig, key: jax.Array) -> Params:
+    """`init`, with the logical axes of each parameter."""
     text_key, vision_key = jax.random.split(key)
     tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)
     text = TextTower(config).init(text_key, tokens_1xL)
     vision = VisionTower(config).init(vision_key, pixels)
-    return nn.meta.unbox({"text": text["params"], "vision": vision["params"]})
+    return {"text": text["params"], "vision": vision["params"]}
 
 
 def embed_texts(config: SiglipConfig, params: Params, tokens_NxL: jax.Array) -> jax.Array:

@@ -5,7 +5,9 @@ config, so the right tower stands in the jitted step without anything being look
 """
 
 import jax
+from jax.sharding import Mesh
 
+from grape_jax import sharding
 from grape_jax.models import clip, sentence, siglip
 from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params
@@ -37,6 +39,24 @@ def embed_images(
             return clip.embed_images(config, params, pixels_NxHxWx3)
         case SiglipConfig():
             return siglip.embed_images(config, params, pixels_NxHxWx3)
+
+
+def shardings(config: RetrieverConfig, mesh: Mesh) -> Params:
+    """Where each parameter lives on a mesh."""
+    family = {ClipConfig: clip, SiglipConfig: siglip, SentenceConfig: sentence}[type(config)]
+    boxed = jax.eval_shape(lambda: family.boxed_init(config, jax.random.key(0)))
+    return sharding.of_parameters(mesh, boxed)
+
+
+def gather(params: Params, mesh: Mesh | None) -> Params:
+    """Brings split parameters together for the moment in which they are used.
+
+    A product that is summed over several devices has other last bits than on one, and an embedding
+    with other bits has other ranks. None: they are whole already.
+    """
+    if mesh is None:
+        return params
+    return jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
 
 
 def shortest_text(config: RetrieverConfig) -> int:
