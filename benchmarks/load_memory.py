@@ -49,17 +49,19 @@ def write(folder: Path, width: int, mlp: int, layers: int, heads: int, kv: int, 
     """A Qwen2 directory of random bf16 weights, one file for each layer."""
     import ml_dtypes
     from safetensors.numpy import save_file
-    from transformers import Qwen2Config
 
-    Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        tie_word_embeddings=True,
-    ).save_pretrained(folder)
+    config = {
+        "model_type": "qwen2",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     narrow = width // heads * kv
     random = lambda *shape: (rng.standard_normal(shape, np.float32) / 50).astype(ml_dtypes.bfloat16)
