@@ -205,7 +205,7 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     ]
     texts = [words for row in candidates for words in row]
     targets = np.repeat([query.target for query in queries], config.grpo.group_size + 1)
-    ranks = ranks_of(run, retriever.embed_texts(run.retriever, texts), targets)
+    ranks = ranks_of(run, run.retriever.embed_texts(texts), targets)
     best = ranks.reshape(len(queries), -1).argmin(axis=1)
     return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
 
@@ -256,7 +256,7 @@ def raw_ranks(run: Job, queries) -> jax.Array | None:
     """What the queries themselves rank, where the reward is a gain over that: int32 `[B]`."""
     if run.config.grpo.reward_shape != "improvement":
         return None
-    emb_QxE = retriever.embed_texts(run.retriever, [query.text for query in queries])
+    emb_QxE = run.retriever.embed_texts([query.text for query in queries])
     return sharding.batch(run.mesh, ranks_of(run, emb_QxE, [query.target for query in queries]))
 
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_policy
 
-from grape_jax import command_line, job, retriever, train
+from grape_jax import command_line, job, train
 from grape_jax.rewriter import encode, ranks_of
 
 STEPS = 3, 5  # warm-up, GRPO
@@ -126,11 +126,12 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
     assert 0 < len(taught) < len(queries)
 
     def ranks(texts):
-        emb_QxE = retriever.embed_texts(loaded.retriever, texts)
+        emb_QxE = loaded.retriever.embed_texts(texts)
         return ranks_of(loaded, emb_QxE, [queries[i].target for i in taught])
 
     assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
-    run(paths, "own", "--config.warm_up.towards=own_best", "--config.grpo.steps=1")
+    overrides = ("warm_up.towards=own_best", "grpo.reward_shape=improvement", "grpo.steps=1")
+    run(paths, "own", *(f"--config.{override}" for override in overrides))
     pairs = [line["pairs"] for line in lines(paths, "own", "metrics.jsonl")[: STEPS[0]]]
     assert all(0 <= n <= 8 for n in pairs) and any(pairs)
 
