@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -91,7 +92,9 @@ def train(config, workdir: Path) -> None:
     evaluation.write_report(run, workdir)
     counted = run.retriever.cut_texts
     if counted.cut:
-        print(f"{counted.cut} of {counted.read} texts were too long for the retriever and cut.")
+        print(
+            f"{counted.cut} of {counted.read} searched texts were longer than the retriever reads and cut."
+        )
 
 
 def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal) -> TrainState:
@@ -341,6 +344,8 @@ def main() -> None:
     if flags.FLAGS.workdir is None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
+    # The run says at its end how many there were.
+    warnings.filterwarnings("ignore", message="a text is longer than")
     try:
         train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except (Interrupted, KeyboardInterrupt):

@@ -429,20 +429,24 @@ def test_any_text_tower_stands_in_the_jitted_step(made, name):
     _, ours = made(name)
     corpus_NxE = ours.embed_texts(list(SENTENCES))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    step = SimpleNamespace(retriever=ours.config, corpus_size=len(corpus_NxE), mesh=mesh)
+    step = SimpleNamespace(
+        retriever=ours.config,
+        corpus_size=len(corpus_NxE),
+        mesh=mesh,
+        grpo=SimpleNamespace(reward_temperature=0.01),
+    )
     queries = ["a red dog", "rain", "soup", "the moon", "mice", "cats and people"]
     tokens_QxL, mask_QxL = retriever.tokenize(ours, queries)
     shape = (2, 3, ours.context)
-    rewrites = Rewrites(
-        tokens_QxL.reshape(shape), mask_QxL.reshape(shape), np.ones(shape[:2], bool)
-    )
+    ones_BxK = np.ones(shape[:2], bool)
+    rewrites = Rewrites(tokens_QxL.reshape(shape), mask_QxL.reshape(shape), ones_BxK, ones_BxK)
     rank = jax.jit(functools.partial(learner.rank_rewrites, step))
     bank = ranking.shard_corpus(mesh, corpus_NxE)
-    got_BxK = rank(ours.params, bank, rewrites, np.asarray([[0], [3]], np.int32))
+    ranks = rank(ours.params, bank, rewrites, np.asarray([[0], [3]], np.int32))
     scores_QxN = ours.embed_texts(queries) @ corpus_NxE.T
     own_Q = scores_QxN[np.arange(6), [0, 0, 0, 3, 3, 3]]
     want_Q = 1 + (scores_QxN > own_Q[:, None]).sum(axis=1)
-    np.testing.assert_array_equal(np.ravel(got_BxK), want_Q)
+    np.testing.assert_array_equal(np.ravel(ranks.rank_QxP), want_Q)
     assert len(set(want_Q)) > 1
 
 
