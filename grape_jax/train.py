@@ -92,9 +92,7 @@ def train(config, workdir: Path) -> None:
     evaluation.write_report(run, workdir)
     counted = run.retriever.cut_texts
     if counted.cut:
-        print(
-            f"{counted.cut} of {counted.read} searched texts were longer than the retriever reads and cut."
-        )
+        print(f"{counted.cut} of {counted.read} texts were longer than the retriever reads: cut.")
 
 
 def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal) -> TrainState:
