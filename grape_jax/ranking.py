@@ -30,8 +30,9 @@ from grape_jax.types import Index, Ranks
 CORPUS_DTYPES = ("float32", "bfloat16", "int8")
 QUERY_TILE = 64
 ROW_UNIT = 256  # every tile of the corpus has a multiple of this many rows
-# A shard of so many rows is one tile, read where it lies. A larger one is cut into tiles that a
-# loop has to copy out, small enough for the products to find them in a near cache.
+# One tile of rewrites reads a shard of so many rows where it lies. Several tiles of rewrites, and
+# larger shards, are compared tile by tile: a loop has to copy each out, but what is computed from
+# it stays in a near cache.
 LARGEST_WHOLE = 32768
 CORPUS_TILE = 4096
 
@@ -51,7 +52,8 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> 
         row = int(np.argmin(np.isfinite(corpus_NxE).all(axis=1)))
         raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
     rows_a_device = -(-len(corpus_NxE) // mesh.size)
-    unit = ROW_UNIT if rows_a_device <= LARGEST_WHOLE else CORPUS_TILE
+    # A small shard is not worth cutting, and would gain many rows of padding.
+    unit = ROW_UNIT if rows_a_device <= 2 * CORPUS_TILE else CORPUS_TILE
     padding = -len(corpus_NxE) % (unit * mesh.size)
     padded = np.pad(corpus_NxE.astype(np.float32), ((0, padding), (0, 0)))
     rows, scale = _in_dtype(padded, jnp.dtype(dtype), np)
@@ -166,7 +168,8 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
     own_TxPxQ = _similarities_of(queries, queries.targets_TxPxQ, shard, first_row)
     T, P, Q = own_TxPxQ.shape
     rows = len(shard.rows_NxE)
-    tile = rows if rows <= LARGEST_WHOLE else CORPUS_TILE
+    whole = rows % CORPUS_TILE != 0 or (T == 1 and rows <= LARGEST_WHOLE)
+    tile = rows if whole else CORPUS_TILE
 
     def compare(block: Index, start, query: _Queries, own_PxQ, ahead_PxQ, top_Q, total_Q):
         rows_C = start + jnp.arange(tile)

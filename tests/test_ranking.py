@@ -181,16 +181,17 @@ def test_ranks_do_not_depend_on_batch_tiles_or_devices(monkeypatch, dtype, make,
     np.testing.assert_allclose(tiled.log_partition_Q, whole.log_partition_Q, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1500, 9000])  # one tile, and several
 @pytest.mark.parametrize(("width", "dtype"), [(33, "float32"), (512, "float32"), (512, "bfloat16")])
-def test_copies_of_an_item_share_its_bits(width, dtype):
+def test_copies_of_an_item_share_its_bits(width, dtype, size):
     """The gathered target against its copies in the walk: one bit apart, and the order breaks."""
     rng = np.random.default_rng(width)
-    corpus, emb = unit(rng, 1500, width), unit(rng, 64, width)
-    copies = np.sort(rng.permutation(1500)[:64])
+    corpus, emb = unit(rng, size, width), unit(rng, 70, width)
+    copies = np.sort(rng.permutation(size)[:70])
     corpus[copies] = corpus[copies[0]]
-    got = rank(np.repeat(emb[:1], 64, axis=0), corpus, copies[:, None], dtype=dtype)
+    got = rank(np.repeat(emb[:1], 70, axis=0), corpus, copies[:, None], dtype=dtype)
     first = got.rank_QxP[0, 0]
-    np.testing.assert_array_equal(got.rank_QxP[:, 0], first + np.arange(64))
+    np.testing.assert_array_equal(got.rank_QxP[:, 0], first + np.arange(70))
 
 
 def test_two_processes_give_the_same_ranks():
