@@ -5,8 +5,8 @@
 
 `grpo.reward_shape` is the reward of the first run; the second is paid the similarity to the target.
 Leaves score_inflation.md and score_inflation.png in the workdir. On the validation split, seed 0,
-Recall@10 went from 29.1 to 29.8 with the rank as the reward and to 6.0 with the similarity; a
-quarter of an hour on 2 CPU cores. benchmarks/score_inflation.md has the curves.
+Recall@10 went from 29.1 to 29.8 with the rank as the reward and to 6.0 with the similarity; each
+run took 12 to 15 minutes on one busy CPU core. benchmarks/score_inflation.md has the curves.
 """
 
 from configs import emoji
