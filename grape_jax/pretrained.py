@@ -74,12 +74,9 @@ def load_policy(
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     path = Path(path_or_hub_id).expanduser()
-    if path.suffix == ".gguf" and not path.is_file():
-        raise UserError(f"there is no GGUF file at {path}: check its name.")
-    if not path.is_file():
-        path = hub.directory(path_or_hub_id, HUB_FILES)
-    load = huggingface.load if path.is_dir() else gguf.load
-    return Policy(*load(path, mesh, DTYPES[dtype]))
+    if path.is_file() or path.suffix == ".gguf":
+        return Policy(*gguf.load(path, mesh, DTYPES[dtype]))
+    return Policy(*huggingface.load(hub.directory(path_or_hub_id, HUB_FILES), mesh, DTYPES[dtype]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

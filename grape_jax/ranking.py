@@ -180,7 +180,7 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
         ahead_CxPxQ = _ahead(
             scores_CxQ[:, None], rows_C[:, None, None], own_PxQ, query.targets_TxPxQ
         )
-        # Counted in float32, exact below 2^24 rows: XLA on CPU sums it several times faster.
+        # Counted in float32, exact below 2^24 rows: XLA on CPU sums it faster than integers.
         ahead_PxQ += jnp.where(ahead_CxPxQ, 1.0, 0.0).sum(0).astype(jnp.int32)
         new_top_Q = jnp.maximum(top_Q, scores_CxQ.max(0))
         total_Q *= jnp.exp((top_Q - new_top_Q) / temperature)

@@ -184,9 +184,11 @@ def encode(
         return np.zeros((0, length), np.int32), np.zeros((0, length), bool), 0
     fixed = {"padding": "max_length", "truncation": True, "max_length": length}
     padded = tokenizer(list(texts), **fixed, return_attention_mask=True, return_tensors="np")
-    whole = tokenizer(list(texts), verbose=False)["input_ids"]
-    cut = sum(len(ids) > length for ids in whole)
-    return padded["input_ids"].astype(np.int32), padded["attention_mask"].astype(bool), cut
+    mask_NxL = padded["attention_mask"].astype(bool)
+    # Only what fills its row can have been cut.
+    full = [texts[i] for i in np.flatnonzero(mask_NxL.all(axis=1))]
+    whole = tokenizer(full, verbose=False)["input_ids"] if full else []
+    return padded["input_ids"].astype(np.int32), mask_NxL, sum(len(ids) > length for ids in whole)
 
 
 def corpus_bank(

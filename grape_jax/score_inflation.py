@@ -10,16 +10,13 @@ stopped.
 
 import io
 import json
-import logging
-import sys
 from pathlib import Path
 
-from absl import flags
 from ml_collections import ConfigDict
 
-from grape_jax import command_line, files
+from grape_jax import files
 from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.train import Interrupted, train
+from grape_jax.train import run_command, train
 
 BASELINE = "similarity"
 CURVES = {  # of metrics.jsonl: on held-out queries, greedy
@@ -100,17 +97,7 @@ def draw(curves: dict[str, list[dict]]) -> bytes:
 
 
 def main() -> None:
-    command_line.define_config()
-    flags.DEFINE_string("workdir", None, "Where both runs live; runs found there go on.")
-    command_line.parse()
-    if flags.FLAGS.workdir is None:
-        raise UserError("no workdir is given: add --workdir=runs/score_inflation.")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
-    try:
-        compare(flags.FLAGS.config, Path(flags.FLAGS.workdir))
-    except (Interrupted, KeyboardInterrupt):
-        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    run_command(compare, "runs/score_inflation")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -336,16 +338,21 @@ def _drop_lines(path: Path, dropped) -> None:
 
 
 def main() -> None:
+    run_command(train, "runs/emoji")
+
+
+def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None:
+    """A command line with --config and --workdir for work that can be stopped and gone on with."""
     command_line.define_config()
     flags.DEFINE_string("workdir", None, "Where the run lives; a run found there goes on.")
     command_line.parse()
     if flags.FLAGS.workdir is None:
-        raise UserError("no workdir is given: add --workdir=runs/emoji.")
+        raise UserError(f"no workdir is given: add --workdir={example}.")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
     try:
-        train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+        start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except (Interrupted, KeyboardInterrupt):
         print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -29,12 +29,7 @@ class SentenceConfig:
 
 
 def init(config: SentenceConfig, key: jax.Array) -> Params:
-    """Random float32 parameters."""
-    return nn.meta.unbox(boxed_init(config, key))
-
-
-def boxed_init(config: SentenceConfig, key: jax.Array) -> Params:
-    """`init`, with the logical axes of each parameter."""
+    """Random float32 parameters, boxed with their logical axes."""
     tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
     text = TextTower(config).init(key, tokens_1xL, tokens_1xL == 0)
     return {"text": text["params"]}

@@ -41,11 +41,21 @@ def embed_images(
             return siglip.embed_images(config, params, pixels_NxHxWx3)
 
 
+def shapes(config: RetrieverConfig) -> Params:
+    """The shape of each parameter, boxed with its logical axes."""
+    match config:
+        case ClipConfig():
+            init = clip.boxed_init
+        case SiglipConfig():
+            init = siglip.init
+        case SentenceConfig():
+            init = sentence.init
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
 def shardings(config: RetrieverConfig, mesh: Mesh) -> Params:
     """Where each parameter lives on a mesh."""
-    family = {ClipConfig: clip, SiglipConfig: siglip, SentenceConfig: sentence}[type(config)]
-    boxed = jax.eval_shape(lambda: family.boxed_init(config, jax.random.key(0)))
-    return sharding.of_parameters(mesh, boxed)
+    return sharding.of_parameters(mesh, shapes(config))
 
 
 def gather(params: Params, mesh: Mesh | None) -> Params:

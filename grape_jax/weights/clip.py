@@ -1,16 +1,15 @@
 """CLIP checkpoints in transformers' `CLIPModel` layout: config.json and model.safetensors."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 
 from grape_jax.errors import UserError
-from grape_jax.models.clip import ClipConfig, init
+from grape_jax.models import towers
+from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params, Tower
 from grape_jax.weights import tensors
 from grape_jax.weights.tensors import Tensor, dense, norm
@@ -33,8 +32,9 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Par
     """
     directory = Path(directory)
     config = read_config(directory)
-    start = functools.partial(init, config, jax.random.key(0))
-    return config, tensors.load(directory / WEIGHTS_FILE, _table(config), start, dtype)
+    return config, tensors.load(
+        directory / WEIGHTS_FILE, _table(config), towers.shapes(config), dtype
+    )
 
 
 def save(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -20,11 +19,12 @@ from grape_jax.models.lora import LoraConfig
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.weights import policy_config
 from grape_jax.weights.placing import Index, LeafPath, leaf_shapes, place
+from grape_jax.weights.tensors import PICKLED, open_weights
+from grape_jax.weights.tokenizer import TOKENIZER_FILE
+from grape_jax.weights.tokenizer import read as read_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILE = "tokenizer.json"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_FILE_BYTES = 4 * 2**30
 
@@ -71,7 +71,7 @@ def load(directory: str | Path, mesh: Mesh, dtype: np.dtype):
         # Files hold a kernel transposed.
         name, turned = _file_name(path, layer), path[-1] == "kernel"
         # Opened for each read: what stays mapped would stay in memory.
-        with _open(where[name]) as file:
+        with open_weights(where[name]) as file:
             block = file.get_slice(name)[index[::-1] if turned else index]
         return block.T if turned else block
 
@@ -93,22 +93,16 @@ def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizer
                 f"{str(directory)!r})."
             )
         return None
-    try:
-        # tokenizer.json says everything; the class that tokenizer_config.json names would rebuild
-        # parts of it from that class's own habits.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}): download or export it again.") from error
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    found = read_tokenizer(directory)
+    largest = max(found.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise UserError(
             f"{path} has token ids up to {largest}, but vocab_size is {config.vocab_size} in "
             f"{directory / policy_config.CONFIG_FILE}: the two are not of one model."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
 
 
 def save(
@@ -224,18 +218,9 @@ def _locate(directory: Path) -> dict[str, Path]:
         raise UserError(f"{directory / WEIGHTS_FILE} is missing: download or export it again.")
     where = {}
     for path in paths:
-        with _open(path) as file:
+        with open_weights(path) as file:
             where |= dict.fromkeys(file.keys(), path)
     return where
-
-
-def _open(path: Path):
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged or cut short ({error}): download or export it again."
-        ) from error
 
 
 def _check(
@@ -257,7 +242,7 @@ def _check(
                 "have: the two are not of one checkpoint."
             )
     for path in sorted(set(where.values())):
-        with _open(path) as file:
+        with open_weights(path) as file:
             for name in sorted(wanted.keys() & set(file.keys())):
                 _check_tensor(path, name, file.get_slice(name), wanted[name], source)
 

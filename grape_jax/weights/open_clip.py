@@ -7,13 +7,11 @@ SigLIP, EVA, MobileCLIP, CLIPA, MetaCLIP 2, ...), CoCa (multimodal_cfg), layer s
 (ls_init_value), and every other field of a tower that changes what it computes.
 """
 
-import functools
 from pathlib import Path
 
-import jax
-
 from grape_jax.errors import UserError
-from grape_jax.models.clip import ClipConfig, init
+from grape_jax.models import towers
+from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params, Tower
 from grape_jax.weights import tensors
 from grape_jax.weights.tensors import Tensor, dense, fused_qkv, norm
@@ -53,8 +51,7 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Par
     config = read_config(directory)
     custom_text = tensors.read_json(directory / CONFIG_FILE)["model_cfg"].get("custom_text")
     table = _table(config, "text." if custom_text else "")
-    start = functools.partial(init, config, jax.random.key(0))
-    return config, tensors.load(directory / WEIGHTS_FILE, table, start, dtype)
+    return config, tensors.load(directory / WEIGHTS_FILE, table, towers.shapes(config), dtype)
 
 
 def read_config(directory: str | Path) -> ClipConfig:

@@ -1,13 +1,11 @@
 """Sentence encoders: a transformers `BertModel`, or the sentence-transformers directory of one."""
 
-import functools
 from pathlib import Path
 
-import jax
-
 from grape_jax.errors import UserError
+from grape_jax.models import towers
 from grape_jax.models.encoder import Params, Tower
-from grape_jax.models.sentence import SentenceConfig, init
+from grape_jax.models.sentence import SentenceConfig
 from grape_jax.weights import tensors
 from grape_jax.weights.clip import CONFIG_FILE, WEIGHTS_FILE
 from grape_jax.weights.tensors import Tensor, dense, norm
@@ -42,8 +40,9 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[SentenceConfig,
     """
     directory = Path(directory)
     config = read_config(directory)
-    start = functools.partial(init, config, jax.random.key(0))
-    return config, tensors.load(directory / WEIGHTS_FILE, _table(config), start, dtype)
+    return config, tensors.load(
+        directory / WEIGHTS_FILE, _table(config), towers.shapes(config), dtype
+    )
 
 
 def read_config(directory: str | Path) -> SentenceConfig:

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -59,14 +60,12 @@ def fused_qkv(
     ]
 
 
-def load(
-    path: Path, table: Sequence[Tensor], init: Callable[[], Params], dtype: str = "float32"
-) -> Params:
+def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "float32") -> Params:
     """Reads the tensors of a table from memory-mapped files, never more than one at a time.
 
     Args:
       path: the safetensors file; where it is split, its index stands beside it.
-      init: makes parameters of the structure wanted; only its shapes are used.
+      shapes: of the parameters wanted, from `towers.shapes`.
       dtype: "float32" or "bfloat16", of the numpy arrays that are returned.
 
     Raises:
@@ -74,10 +73,10 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
-    shapes = jax.eval_shape(init)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, DTYPES[dtype]), shapes)
+    empty = lambda leaf: np.empty(leaf.shape, DTYPES[dtype])
+    params = jax.tree.map(empty, nn.meta.unbox(shapes))
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(_open(file)) for file in weight_files(path)}
+        files = {file: stack.enter_context(open_weights(file)) for file in weight_files(path)}
         where = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118
         for tensor in table:
             if tensor.name not in where:
@@ -119,6 +118,20 @@ def weight_files(path: Path) -> list[Path]:
             f"'{path.name}')\"` in its directory."
         )
     raise UserError(f"{path} is missing: the checkpoint must be saved as safetensors.")
+
+
+def open_weights(file: Path) -> Any:
+    """A safetensors file, memory-mapped.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is damaged or cut short ({error}): download or export it again."
+        ) from error
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -191,13 +204,6 @@ def square(data: dict, key: str, default: int | None, path: Path, section: str =
     elif isinstance(value, list):
         raise UserError(f"{path}: {section}{key}={value!r} is not supported, only squares.")
     return whole_number(data, key, default, path, section)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): download or export it again.") from error
 
 
 def _from_file(value: np.ndarray, tensor: Tensor) -> np.ndarray:

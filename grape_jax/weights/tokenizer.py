@@ -44,13 +44,15 @@ def read(directory: str | Path) -> PreTrainedTokenizerBase:
         )
     try:
         if found[0].name == TOKENIZER_FILE:
+            # It says everything; the class that tokenizer_config.json names would rebuild parts of
+            # it from that class's own habits.
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         # Only here: it imports torch where that is installed.
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the libraries raise nothing more precise
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())
         raise UserError(
             f"{found[0]} is damaged ({reason}): download or export it again."
         ) from error
