@@ -37,8 +37,8 @@ QUERIES = (
 )
 CONFIG = GrpoConfig(
     aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
-    clip_low=0.2, clip_high=0.28, delta=0.0, kl_weight=0.04, kl_estimator="k3", reference="start",
-    reference_sync_every=0, reference_mix=1.0, passes=1, mask_truncated=False,
+    clip_low=0.2, clip_high=0.28, delta=0.0, kl_weight=0.04, kl_estimator="k3", kl_corrected=True,
+    reference="start", reference_sync_every=0, reference_mix=1.0, passes=1, mask_truncated=False,
     drop_flat_groups=False, temperature=0.7, max_tokens=16,
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(
@@ -98,6 +98,7 @@ def make_trainer(
         epsilon_high=config.clip_high,
         delta=config.delta or None,
         beta=config.kl_weight,
+        use_bias_correction_kl=config.kl_corrected,
         mask_truncated_completions=config.mask_truncated,
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -117,6 +118,7 @@ def make_trainer(
         rollout_func=playback.rollout,
     )
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what its training loop would set
     return trainer, playback
 
 

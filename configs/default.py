@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
     config.grpo.max_grad_norm = 1.0
     config.grpo.kl_weight = 0.01  # 0: no reference policy
     config.grpo.kl_estimator = "k3"  # or "k1", "k2"
+    config.grpo.kl_corrected = False  # weigh each token's KL by its importance ratio, as TRL does
     # "start": what GRPO begins with, after the warm-up; "base": the weights as they were loaded.
     config.grpo.reference = "start"
     config.grpo.reference_sync_every = 0  # steps after which the reference follows; 0: never

@@ -31,6 +31,7 @@ class GrpoConfig:
     delta: float  # the most that a ratio counts on its unclipped side; 0: no bound
     kl_weight: float  # 0 leaves the reference policy out of the step
     kl_estimator: str  # one of KL_ESTIMATORS
+    kl_corrected: bool  # each token's KL counts by its ratio
     reference: str  # one of REFERENCES
     reference_sync_every: int  # steps; 0: never
     reference_mix: float  # the policy's share in a reference that is synchronised
@@ -110,6 +111,19 @@ def kl_to_reference(logprobs: jax.Array, reference: jax.Array, estimator: str = 
     raise ValueError(f"unknown KL estimator {estimator!r}")
 
 
+def kl_terms(
+    config: GrpoConfig, logprobs_BxKxT: jax.Array, reference_BxKxT: jax.Array, ratio: jax.Array
+) -> jax.Array:
+    """The KL of each token as the loss reads it.
+
+    With `kl_corrected` it is weighted by the importance ratio: an estimate under the policy itself
+    rather than its sampler, and since the ratio has a gradient too, that of the mean is the KL's
+    own (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
+    """
+    kl_BxKxT = kl_to_reference(logprobs_BxKxT, reference_BxKxT, config.kl_estimator)
+    return kl_BxKxT * ratio if config.kl_corrected else kl_BxKxT
+
+
 def clipped_objective(
     ratio_BxKxT: jax.Array,
     advantages_BxK: jax.Array,
@@ -181,7 +195,7 @@ def token_losses(
         ratio, advantages_BxK, config.clip_low, config.clip_high, config.delta
     )
     if config.kl_weight:
-        kl = kl_to_reference(logprobs_BxKxT, kept(reference_BxKxT), config.kl_estimator)
+        kl = kl_terms(config, logprobs_BxKxT, kept(reference_BxKxT), ratio)
         loss += config.kl_weight * kl
     return jnp.broadcast_to(loss, mask_BxKxT.shape)
 
@@ -220,7 +234,7 @@ def diagnostics(
         "ratio_max": ratio.max(where=mask, initial=0.0),
     }
     if config.kl_weight:
-        kl = kl_to_reference(logprobs, kept(reference_BxKxT), config.kl_estimator)
+        kl = kl_terms(config, logprobs, kept(reference_BxKxT), ratio)
         seen["kl"] = masked_mean(kl, mask_BxKxT)
     return seen
 

@@ -10,6 +10,13 @@ import pytest
 
 from grape_jax import grpo, optimizer, rewards
 
+CONFIG = grpo.GrpoConfig(
+    aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
+    clip_low=0.2, clip_high=0.2, delta=0.0, kl_weight=0.1, kl_estimator="k3", kl_corrected=False,
+    reference="start", reference_sync_every=0, reference_mix=1.0, passes=1,
+    mask_truncated=False, drop_flat_groups=False, temperature=1.0, max_tokens=3,
+)  # fmt: skip
+
 
 def test_advantages_are_centred_in_their_own_group():
     reward = jnp.asarray([[0.0, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 5.0]])
@@ -47,16 +54,25 @@ def test_kl_is_zero_at_the_reference_and_right_on_average(estimator):
 
 
 def test_kl_as_a_loss_pulls_back_on_average_but_for_k1():
-    """Over all tokens of a softmax: k2 has the gradient of the KL itself, k1 none at all."""
+    """Over all tokens of a softmax: k2 has the gradient of the KL itself, k1 none at all.
+
+    Corrected by the ratio, k1 and k3 have it too, also where an older policy sampled.
+    """
     logits, reference = jnp.asarray([0.3, -0.2, 0.9]), jnp.log(jnp.asarray([0.4, 0.35, 0.25]))
     kl = lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - reference))
 
-    def sampled(x, estimator):
-        weights = jax.lax.stop_gradient(jax.nn.softmax(x))
-        return jnp.sum(weights * grpo.kl_to_reference(jax.nn.log_softmax(x), reference, estimator))
+    def sampled(x, estimator, corrected=False, sampler=logits):
+        old = jax.nn.log_softmax(sampler)
+        new = jax.nn.log_softmax(x)
+        config = dataclasses.replace(CONFIG, kl_estimator=estimator, kl_corrected=corrected)
+        return jnp.sum(jnp.exp(old) * grpo.kl_terms(config, new, reference, jnp.exp(new - old)))
 
     close(jax.grad(sampled)(logits, "k2"), jax.grad(kl)(logits))
     close(jax.grad(sampled)(logits, "k1"), np.zeros(3))
+    older = jnp.asarray([0.5, 0.1, 0.4])
+    for estimator in ("k1", "k3"):
+        close(sampled(logits, estimator, True, older), kl(logits))
+        close(jax.grad(sampled)(logits, estimator, True, older), jax.grad(kl)(logits))
 
 
 @pytest.mark.parametrize(
@@ -104,19 +120,13 @@ def test_each_aggregation_has_its_own_denominator():
 
 
 def test_a_group_without_variance_is_moved_by_kl_alone():
-    config = grpo.GrpoConfig(
-        aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
-        clip_low=0.2, clip_high=0.2, delta=0.0, kl_weight=0.1, kl_estimator="k3",
-        reference="start", reference_sync_every=0, reference_mix=1.0, passes=1,
-        mask_truncated=False, drop_flat_groups=False, temperature=1.0, max_tokens=3,
-    )  # fmt: skip
     new, old = jnp.full((1, 2, 3), -1.0), jnp.full((1, 2, 3), -1.1)
     advantage = grpo.advantages(jnp.ones((1, 2)))
     losses = lambda config: grpo.token_losses(
         config, new, old, old - 0.3, advantage, jnp.ones((1, 2, 3), bool)
     )
-    assert (losses(config) > 0).all()
-    assert (losses(dataclasses.replace(config, kl_weight=0.0)) == 0).all()
+    assert (losses(CONFIG) > 0).all()
+    assert (losses(dataclasses.replace(CONFIG, kl_weight=0.0)) == 0).all()
 
 
 def test_schedules_ramp_up_and_end_where_they_should():

@@ -24,8 +24,8 @@ SGD_LIKE = optimizer.OptimizerConfig(
 )  # fmt: skip
 GRPO = grpo.GrpoConfig(
     aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
-    clip_low=0.2, clip_high=0.2, delta=0.0, kl_weight=0.1, kl_estimator="k3", reference="start",
-    reference_sync_every=0, reference_mix=1.0, passes=1, mask_truncated=False,
+    clip_low=0.2, clip_high=0.2, delta=0.0, kl_weight=0.1, kl_estimator="k3", kl_corrected=False,
+    reference="start", reference_sync_every=0, reference_mix=1.0, passes=1, mask_truncated=False,
     drop_flat_groups=False, temperature=0.7, max_tokens=T,
 )  # fmt: skip
 REWARD = scoring.RewardConfig(
@@ -66,7 +66,7 @@ def world(found):
         np.arange(T) < lengths[..., None],
         np.log(rng.uniform(0.005, 0.02, (B, K, T))).astype(np.float32),
     )
-    rollout.tokens_BxKxT[:4, 0, lengths[:4, 0] - 1] = END
+    rollout.tokens_BxKxT[np.arange(4), 0, lengths[:4, 0] - 1] = END
     rollout.tokens_BxKxT[4:, :, 0] = END
     words = ["red apple", "a face", "cat", "dog", "big house", "sun", "fish", "hat", "tree", "car"]
     tokens, text_mask = retriever.tokenize(found, [words[i % 10] for i in range(B * K)], 8)
@@ -99,6 +99,11 @@ def scores(found, world):
 def step(world, scores, made, state):
     prompts, rollout, *_, base = world
     return learner.grpo_step(made, state, base, prompts, rollout, scores)
+
+
+def near(loss):
+    """A loss is what is left of terms of about 1 and of both signs: that is what rounds."""
+    return pytest.approx(float(loss), rel=1e-5, abs=1e-6)
 
 
 def naive_loss(params, reference, world, rewards_BxK):
@@ -141,7 +146,7 @@ def test_the_step_follows_the_naive_loss(world, scores):
     state = state.replace(reference=jax.device_put(reference))
     state, metrics = step(world, scores, made, state)
     loss, grads = jax.value_and_grad(naive_loss)(before, reference, world, scores.reward_BxK)
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["loss"] == near(loss)
     adam = optimizer.make_optimizer(SGD_LIKE)
     assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
     updates, _ = adam.update(grads, adam.init(before), before)
@@ -174,7 +179,7 @@ def plain(world, lesson):
 
 def assert_same(got, wanted):
     """Losses, and gradients by their distance, relative 1e-5."""
-    assert float(got[0]) == pytest.approx(float(wanted[0]), rel=1e-5)
+    assert float(got[0]) == near(wanted[0])
     for (path, one), other in zip(
         jax.tree.leaves_with_path(got[1]), jax.tree.leaves(wanted[1]), strict=True
     ):
@@ -259,9 +264,9 @@ def test_an_adapter_starts_as_the_base_and_only_it_is_trained(world, scores):
     state = learner.init_state(made, jax.random.key(0), base)
     assert set(state.trained) == {"q", "v", "down"} and state.reference is None
     state, first = step(world, scores, made, state)
-    assert first["kl"] == pytest.approx(0, abs=1e-7)  # the base is what the adapter starts from
+    assert first["kl"] == pytest.approx(0, abs=1e-6)  # the base is what the adapter starts from
     _, whole = step(world, scores, make(), learner.init_state(make(), jax.random.key(0), base))
-    assert first["loss"] == pytest.approx(float(whole["loss"]), rel=1e-5)
+    assert first["loss"] == near(whole["loss"])
     _, second = step(world, scores, made, state)
     assert second["kl"] > 1e-6  # and stays, while the adapter moves on
 
@@ -280,21 +285,20 @@ def test_a_bad_number_changes_nothing_but_the_step(world, scores):
 
 def test_two_passes_are_two_steps_on_one_batch(world, scores):
     base = world[-1]
-    # Not Adam's first steps, which are signs of the gradient, rounding noise included.
-    gentle = dataclasses.replace(SGD_LIKE, learning_rate=1e-4)
-    once, twice = (dataclasses.replace(made, optimizer=gentle) for made in (make(), make(passes=2)))
-    start = lambda: learner.init_state(once, jax.random.key(0), base)
-    state, first = step(world, scores, once, start())
-    state, second = step(world, scores, once, state)
-    together, metrics = step(world, scores, twice, start())
+    start = lambda: learner.init_state(make(), jax.random.key(0), base)
+    state, first = step(world, scores, make(), start())
+    state, second = step(world, scores, make(), state)
+    together, metrics = step(world, scores, make(passes=2), start())
     assert state.step == 2 and together.step == 1
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.trained, together.trained
-    )
-    for name in ("loss", "kl", "grad_norm", "clip_fraction"):
+    # By distance: Adam's first steps are signs, of rounding noise too where a gradient is nothing.
+    length = lambda tree: float(optax.global_norm(tree))
+    apart = length(jax.tree.map(jnp.subtract, state.trained, together.trained))
+    assert apart < 1e-3 * length(jax.tree.map(jnp.subtract, state.trained, base))
+    for name in ("loss", "kl", "grad_norm", "clip_fraction", "ratio_max"):
         mean = (float(first[name]) + float(second[name])) / 2
-        assert metrics[name] == pytest.approx(mean, rel=1e-4, abs=1e-7), name
-    assert metrics["sampler_gap"] == first["sampler_gap"] != second["sampler_gap"]
+        assert metrics[name] == pytest.approx(mean, rel=1e-3, abs=1e-6), name
+        assert float(first[name]) != pytest.approx(float(second[name]), rel=1e-2), name
+    assert metrics["sampler_gap"] == pytest.approx(float(first["sampler_gap"]), rel=1e-5)
 
 
 def test_what_is_masked_or_dropped_weighs_nothing(world, scores):
