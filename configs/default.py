@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     # "references": the training queries' reference texts; "own_best": of grpo.group_size rewrites
     # by the untrained policy the one that ranks best, where it ranks better than the query.
     config.warm_up.towards = "references"
+    # Of "references" also other nouns, mistyped or defined, that have no picture (data/words.py).
+    config.warm_up.words = False
     config.warm_up.steps = 20
     config.warm_up.batch_size = 32
     config.warm_up.learning_rate = 1e-3

@@ -84,6 +84,11 @@ class Job:
         """The queries of a split; a limit takes a fixed subset, 0 all."""
         return catalogue.load_queries(self.config, shift, split, limit)
 
+    def lessons(self, shift: str) -> list[Query]:
+        """What the warm-up learns from: the training queries, and words where they are wanted."""
+        words = catalogue.load_words(self.config, shift) if self.config.warm_up.words else []
+        return self.queries(shift, "train") + words
+
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
         """What the policy reads of each query."""
         del split
@@ -137,7 +142,10 @@ def build(config: ConfigDict) -> Job:
     check(config)
     if config.benchmark == "emoji":
         emoji.prepare(
-            Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
+            Path(config.data_dir),
+            shifts=config.shifts,
+            wordnet_dir=config.wordnet_dir or None,
+            with_words=config.warm_up.words,
         )
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
@@ -182,6 +190,14 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"shifts is empty: choose from {', '.join(shifts)}.")
     one_of("prompt.format", config.prompt.format, text.FORMATS)
     one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
+    if config.warm_up.words and (config.benchmark, config.warm_up.towards) != (
+        "emoji",
+        "references",
+    ):
+        raise UserError(
+            "warm_up.words are pairs of benchmark='emoji' without a picture: they need "
+            "warm_up.towards='references'."
+        )
     one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
     one_of("grpo.format_rule", config.grpo.format_rule, rewards.FORMAT_RULES)
     one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
@@ -232,6 +248,8 @@ def _check_sizes(run: Job) -> int:
     config = run.config
     most_targets = 1
     for shift, prompt in run.prompts.items():
+        if config.warm_up.words:
+            _check_prompts(run, shift, prompt, [query.text for query in run.lessons(shift)])
         for split in catalogue.module(config.benchmark).SPLITS:
             queries = run.queries(shift, split)
             _check_prompts(run, shift, prompt, run.prompt_texts(queries, split))

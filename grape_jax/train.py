@@ -159,11 +159,13 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
 
 
 def data_iterators(run: Job) -> dict:
-    """One endless stream of (shift, query) for each phase."""
-    queries = [(s, query) for s in run.config.shifts for query in run.queries(s, "train")]
+    """One endless stream of batches of (shift, query) for each phase; a batch is of one shift."""
+    shifts, seed = run.config.shifts, run.config.seed
+    lessons = [[(shift, query) for query in run.lessons(shift)] for shift in shifts]
+    queries = [[(shift, query) for query in run.queries(shift, "train")] for shift in shifts]
     return {
-        phase: pipeline.train_iterator(queries, run.config[phase].batch_size, run.config.seed + i)
-        for i, phase in enumerate(("warm_up", "grpo"))
+        "warm_up": pipeline.train_iterator(lessons, run.config.warm_up.batch_size, seed),
+        "grpo": pipeline.train_iterator(queries, run.config.grpo.batch_size, seed + 1),
     }
 
 

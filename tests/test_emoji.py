@@ -366,3 +366,21 @@ def test_the_real_wordnet(real_wordnet):
     ]
     print("long", counted)
     assert _documented_counts()["long"] == counted
+
+
+def test_words_hold_nothing_that_is_held_back(real_wordnet, tmp_path):
+    emoji.prepare(tmp_path, ("noisy", "long"), real_wordnet, with_words=True, progress=False)
+    split = lambda text: set(re.findall("[a-z]+", text.lower()))
+    singular = lambda word: word[:-1] if word.endswith("s") else word
+    for shift in emoji.WORDS:
+        pairs = emoji.load_words(tmp_path, shift)
+        assert len(pairs) == len({pair.reference for pair in pairs}) > 5000
+        nouns = {singular(word) for pair in pairs for word in split(pair.reference)}
+        texts = {pair.text for pair in pairs}
+        for query in emoji.load_queries(tmp_path, shift, "test"):
+            assert query.text not in texts
+            assert not {singular(word) for word in split(query.reference)} & nouns
+    told = {pair.reference: pair.text for pair in emoji.load_words(tmp_path, "long")}
+    assert told["statue"] == "a sculpture representing a human or animal"
+    assert not any(noun in split(text) for noun, text in told.items())
+    assert emoji.load_words(tmp_path, "languages") == []

@@ -32,3 +32,8 @@ def load_queries(config: ConfigDict, shift: str, split: str, limit: int = 0) -> 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
     """The pictures of one gallery of a run's benchmark."""
     return module(config.benchmark).load_corpus(Path(config.data_dir), gallery)
+
+
+def load_words(config: ConfigDict, shift: str) -> list[Query]:
+    """Pairs of query and reference text beside the benchmark, without pictures."""
+    return emoji.load_words(Path(config.data_dir), shift)

