@@ -44,10 +44,18 @@ def get_config() -> ConfigDict:
     config.prompt.user = "{query}"  # the user's turn
     config.prompt.answer_start = ""  # what the assistant's turn starts with
     config.prompt.max_tokens = 64  # longer prompts are refused
+    # A batch is padded to the first of these rising lengths that holds its longest prompt, else to
+    # max_tokens: () pads all to that. Every length compiles its own steps.
+    config.prompt.buckets = ()
     config.prompt.format = "line"  # "line", or "answer" for <answer>tags</answer>
 
     config.rollout = ConfigDict()
     config.rollout.temperature = 1.0
+    # Filters of what is drawn; the gradient then knows nothing of what they cut off (rollout.py).
+    config.rollout.top_k = 0  # the likeliest tokens that may be drawn; 0: all
+    config.rollout.top_p = 1.0  # the mass of the likeliest tokens that may be drawn; 1: all
+    config.rollout.min_p = 0.0  # share of the likeliest token's probability to be drawn; 0: all
+    config.rollout.stop = ()  # texts of one token that end a completion, beside the model's own
     config.rollout.max_tokens = 12  # of a completion, end token included; a longer one is malformed
 
     config.warm_up = ConfigDict()  # supervised steps before GRPO

@@ -14,6 +14,7 @@ def get_config():
     config = default.get_config()
     config.shifts = ("noisy", "long", "languages")
     config.prompt.max_tokens = 70
+    config.prompt.buckets = (26, 34, 46)
     config.rollout.max_tokens = 8
     config.rollout.temperature = 0.7
     # Spelling and definitions are learnt from many words: on the validation split, noisy, 100 steps

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Job:
     base: dict  # frozen parameters, placed on the mesh
     lora: LoraConfig | None
     tokenizer: object
+    stop_ids: tuple[int, ...]  # tokens that end a completion
     prompts: dict[str, PromptConfig]  # one for each shift
     retriever: Retriever  # its parameters placed on the mesh
     most_targets: int = 1  # P, the right pictures of the query that has most of them
@@ -123,13 +125,17 @@ class Job:
         return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
 
     def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
-        """How to sample; T is `max_tokens`."""
+        """How to sample; T is `max_tokens`. At temperature 0 no filter counts."""
+        rollout = self.config.rollout
         return SamplingConfig(
             group_size=group_size,
             max_tokens=max_tokens,
             temperature=temperature,
-            stop_ids=(self.tokenizer.eos_token_id,),
+            stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
         )
 
 
@@ -164,6 +170,7 @@ def build(config: ConfigDict) -> Job:
         base=base.params,
         lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
         tokenizer=base.tokenizer,
+        stop_ids=base.end_tokens + text.stop_tokens(base.tokenizer, config.rollout.stop),
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=retriever.place(found, mesh),
     )
@@ -225,6 +232,20 @@ def check(config: ConfigDict) -> None:
         raise UserError("grpo.group_size must be 2 or more: a group of one has no advantage.")
     if config.rollout.temperature <= 0:
         raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
+    if config.rollout.top_k < 0 or config.rollout.top_k == 1:
+        raise UserError("rollout.top_k must be 0 (off) or 2 or more: of one token all are alike.")
+    if not 0 < config.rollout.top_p <= 1:
+        raise UserError("rollout.top_p must be above 0 and at most 1 (off).")
+    if not 0 <= config.rollout.min_p < 1:
+        raise UserError("rollout.min_p must be 0 (off) or more, and below 1.")
+    if any(not isinstance(stop, str) or not stop for stop in config.rollout.stop):
+        raise UserError("rollout.stop must hold texts of one token each, such as ('\\n',).")
+    buckets = (0, *config.prompt.buckets, config.prompt.max_tokens)
+    if any(short >= long for short, long in itertools.pairwise(buckets)):
+        raise UserError(
+            f"prompt.buckets={tuple(config.prompt.buckets)} must be lengths from 1 that rise and "
+            f"stay below prompt.max_tokens={config.prompt.max_tokens}, which is the last bucket."
+        )
 
 
 def check_chat(config: ConfigDict, tokenizer) -> None:

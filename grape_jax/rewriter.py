@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -95,23 +96,34 @@ def rewrite(
     after_batch: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """One rewrite of each query, greedy at temperature 0. `after_batch` hears how many are done."""
-    rewrites = []
-    batch = job.config.evaluation.batch_size
+    if not queries:
+        return []
+    rewrites = [""] * len(queries)
+    batch, buckets = job.config.evaluation.batch_size, job.config.prompt.buckets
+    whole = _encode(job, queries, shifts)
+    # Queries of one bucket stand together, so that few batches are padded to the longest.
+    order = np.argsort(np.searchsorted(buckets, whole.mask_BxS.sum(axis=1)), kind="stable")
     for start in range(0, len(queries), batch):
-        chunk = slice(start, start + batch)
-        prompts, real = _full_batch(encode(job, queries[chunk], shifts[chunk]), batch)
+        chunk = order[start : start + batch]
+        short = text.to_bucket(jax.tree.map(lambda x, rows=chunk: x[rows], whole), buckets)
+        prompts, real = _full_batch(short, batch)
         key = jax.random.fold_in(jax.random.key(seed), start)
         sampling = job.sampling(1, temperature, job.config.evaluation.max_tokens)
         rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
         tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
         answers = read_answers(job, tokens[:real], mask[:real])
-        rewrites += [answer for row in answers for answer, _ in row]
+        for i, [answer] in zip(chunk, answers, strict=True):
+            rewrites[i] = answer.text
         after_batch(real)
     return rewrites
 
 
 def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
-    """Prompts of queries, each in the words of its shift (numpy)."""
+    """Prompts of queries, each in the words of its shift, as long as their bucket (numpy)."""
+    return text.to_bucket(_encode(job, queries, shifts), job.config.prompt.buckets)
+
+
+def _encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
     rows = [
         text.encode_prompts(job.tokenizer, job.prompts[shift], [query])
         for query, shift in zip(queries, shifts, strict=True)
@@ -119,14 +131,24 @@ def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
-def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, bool]]]:
-    """Text and well-formedness of each completion (numpy arrays in)."""
+class Answer(NamedTuple):
+    """What one completion says."""
 
-    def read(tokens, mask) -> tuple[str, bool]:
+    text: str  # the rewrite, or the best reading of a malformed answer; "" where there is none
+    well_formed: bool
+    completion: str  # as written, without the token that ended it
+    length: int  # tokens, the end token included
+
+
+def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[Answer]]:
+    """Reads each completion (numpy arrays in)."""
+
+    def read(tokens, mask) -> Answer:
         kept = tokens[mask]
-        ended = bool(len(kept)) and int(kept[-1]) == job.tokenizer.eos_token_id
+        ended = bool(len(kept)) and int(kept[-1]) in job.stop_ids
         completion = job.tokenizer.decode(kept[:-1] if ended else kept)
-        return text.read_answer(completion, ended, job.config.prompt.format)
+        words, well_formed = text.read_answer(completion, ended, job.config.prompt.format)
+        return Answer(words, well_formed, completion, len(kept))
 
     return [
         [read(tokens, mask) for tokens, mask in zip(*group, strict=True)]

@@ -28,11 +28,13 @@ from grape_jax.data.benchmark import excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
-from grape_jax.rewriter import encode, merged_variables, ranks_of, read_answers
-from grape_jax.rollout import sample
+from grape_jax.rewriter import Answer, encode, merged_variables, ranks_of, read_answers
+from grape_jax.rollout import filtered_mass, sample
 from grape_jax.types import Rewrites
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
+SHOWN_QUERIES = 3  # of a step, in the table of rewrites
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, cached programs included
 MAX_SKIPPED = 5  # steps in a row without a finite loss, before the run stops
 
 
@@ -134,7 +136,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             state, metrics, table = explore(run, state, next(batches["grpo"]), step)
             log.keep_rewrites(step, table)
             if step % config.log.sample_every == 0:
-                tqdm.write(sample_line(table))
+                tqdm.write(sample_table(step, table))
         skipped = skipped + 1 if metrics.pop("skipped") else 0
         if skipped >= MAX_SKIPPED:
             raise UserError(
@@ -185,6 +187,7 @@ def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     tokens, mask = sharding.batch(run.mesh, (tokens, mask))
     state, metrics = warm_up_step(run.learner("warm_up"), state, run.base, prompts, tokens, mask)
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
     return state, metrics | {"pairs": float(mask.any(axis=(1, 2)).sum())}
 
 
@@ -194,7 +197,8 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     Self-distillation (ConvSearch-R1's warm-up): it needs the right pictures and no reference text.
 
     Returns:
-      Texts; "" where none of the K ranks the picture better than the query itself does.
+      Texts; "" where none of the K ranks the picture better than the query itself does. One that
+      would not end within rollout.max_tokens does not count: cut off, it would teach not to end.
     """
     config = run.config
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -206,13 +210,19 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     answers = read_answers(run, *jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT)))
     # The query stands first: a rewrite that only ties with it teaches nothing.
     candidates = [
-        [query.text, *(words for words, _ in group)]
+        [query.text, *(answer.text for answer in group)]
         for query, group in zip(queries, answers, strict=True)
     ]
     texts = [words for row in candidates for words in row]
     asked = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
     ranks = ranks_of(run, run.retriever.embed_texts(texts), asked, "train")
-    best = ranks.reshape(len(queries), -1).argmin(axis=1)
+    limit = config.rollout.max_tokens
+    _, mask = text.encode_references(run.tokenizer, texts, config.prompt.format, limit + 1)
+    usable = (mask.sum(axis=(1, 2)) <= limit) & np.asarray([bool(words) for words in texts])
+    shape = len(queries), config.grpo.group_size + 1
+    ranks, usable = ranks.reshape(shape), usable.reshape(shape)
+    usable[:, 0] = True
+    best = np.where(usable, ranks, len(run.gallery("train")) + 1).argmin(axis=1)
     return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
 
 
@@ -243,20 +253,37 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
         excluded,
         raw_ranks(run, queries),
     )
+    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
+    if sampling.filtered:
+        metrics["sampler_filtered_mass"] = filtered_mass(rollout)
     metrics = jax.device_get(metrics)
     rank_BxK, reward_BxK = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
     table = [
         {
+            "shift": shift,
+            "id": query.id,
             "query": query.text,
             "reference": query.reference,
-            "rewrites": [
-                {"text": words, "rank": int(rank), "reward": float(reward)}
-                for (words, _), rank, reward in zip(group, ranks, rewards, strict=True)
-            ],
+            "targets": list(query.targets),
+            "rewrites": [table_entry(*of_one) for of_one in zip(*of_group, strict=True)],
         }
-        for query, group, ranks, rewards in zip(queries, answers, rank_BxK, reward_BxK, strict=True)
+        for shift, query, *of_group in zip(
+            shifts, queries, answers, rank_BxK, reward_BxK, strict=True
+        )
     ]
     return state, {name: float(value) for name, value in metrics.items()}, table
+
+
+def table_entry(answer: Answer, rank, reward) -> dict:
+    """One rewrite for the log; a malformed one with everything that was written."""
+    entry = {
+        "text": answer.text,
+        "rank": int(rank),
+        "reward": float(reward),
+        "well_formed": answer.well_formed,
+        "length": answer.length,
+    }
+    return entry if answer.well_formed else entry | {"completion": answer.completion}
 
 
 def raw_ranks(run: Job, queries) -> jax.Array | None:
@@ -271,7 +298,7 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     """The one host hop: completions to texts, texts to the retriever's tokens."""
     tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(run, tokens, mask)
-    words = [words for group in answers for words, _ in group]
+    words = [answer.text for group in answers for answer in group]
     tokens_QxL, mask_QxL = retriever.tokenize(
         run.retriever, words, run.config.retriever.text_length
     )
@@ -279,8 +306,8 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     rewrites = Rewrites(
         tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
         mask_BxKxL=mask_QxL.reshape(B, K, -1),
-        well_formed_BxK=np.asarray([[ok for _, ok in group] for group in answers]),
-        has_text_BxK=np.asarray([[bool(words) for words, _ in group] for group in answers]),
+        well_formed_BxK=np.asarray([[one.well_formed for one in group] for group in answers]),
+        has_text_BxK=np.asarray([[bool(one.text) for one in group] for group in answers]),
     )
     return answers, sharding.batch(run.mesh, rewrites)
 
@@ -298,15 +325,24 @@ def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopS
         evaluation.policy_answers(run, workdir, variables, method, sets, after_batch)
 
 
-def sample_line(table: list[dict]) -> str:
-    """The query of the step with the widest spread of ranks, and its best and worst rewrite."""
-    ranks = lambda row: [rewrite["rank"] for rewrite in row["rewrites"]]
-    row = max(table, key=lambda row: max(ranks(row)) - min(ranks(row)))
-    best, worst = (pick(row["rewrites"], key=lambda r: r["rank"]) for pick in (min, max))
-    return (
-        f"  {row['query']!r}: {best['text']!r} finds it at {best['rank']}, "
-        f"{worst['text']!r} at {worst['rank']}"
-    )
+def sample_table(step: int, table: list[dict]) -> str:
+    """For the terminal: the queries of widest spread, each with its best, middle and worst rewrite.
+
+    Texts stand last: those of other scripts are of any width.
+    """
+    by_rank = lambda row: sorted(row["rewrites"], key=lambda rewrite: rewrite["rank"])
+    spread = lambda row: by_rank(row)[-1]["rank"] - by_rank(row)[0]["rank"]
+    lines = [f"step {step + 1}" + f"{'rank':>9}{'reward':>9}  rewrite"]
+    for row in sorted(table, key=spread, reverse=True)[:SHOWN_QUERIES]:
+        lines.append(f"  {row['query']!r}, which is {row['reference']!r}")
+        ranked = by_rank(row)
+        for i in sorted({0, len(ranked) // 2, len(ranked) - 1}):
+            one = ranked[i]
+            said = repr(one["text"])
+            if not one["well_formed"]:
+                said = f"malformed: {one['completion']!r}"
+            lines.append(f"{one['rank']:15d}{one['reward']:9.3f}  {said}")
+    return "\n".join(lines)
 
 
 class Log:
@@ -317,8 +353,16 @@ class Log:
         _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
         _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self.compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, *_, **__) -> None:
+        self.compiled += event == COMPILED
 
     def write(self, step: int, phase: str, metrics: dict) -> None:
+        # Since the line before: a step that goes on compiling is a step of ever new shapes.
+        metrics = metrics | {"compilations": self.compiled}
+        self.compiled = 0
         line = {"step": step, "phase": phase} | metrics
         with (self.workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -331,6 +375,7 @@ class Log:
                 file.write(json.dumps({"step": step + 1} | row, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count)
         self.events.close()
 
 

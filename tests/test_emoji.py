@@ -374,7 +374,7 @@ def test_words_hold_nothing_that_is_held_back(real_wordnet, tmp_path):
     singular = lambda word: word[:-1] if word.endswith("s") else word
     for shift in emoji.WORDS:
         pairs = emoji.load_words(tmp_path, shift)
-        assert len(pairs) == len({pair.reference for pair in pairs}) > 5000
+        assert len(pairs) == len({pair.reference for pair in pairs}) > 4000
         nouns = {singular(word) for pair in pairs for word in split(pair.reference)}
         texts = {pair.text for pair in pairs}
         for query in emoji.load_queries(tmp_path, shift, "test"):
