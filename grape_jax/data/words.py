@@ -32,7 +32,7 @@ def defined(nouns: wordnet.Nouns, held_back: Iterable[str]) -> Iterator[tuple[st
     """(text, noun): the definition of its most frequent sense, if short and without its name."""
     for lemma, synset in _common(nouns, held_back):
         definition = "; ".join(synset.clauses)
-        named = set(_stems(lemma)) & set(_stems(definition))
+        named = _forms(lemma) & _forms(definition)
         if definition and not named and len(definition.split()) <= LONGEST_DEFINITION:
             yield definition, lemma
 
@@ -42,15 +42,18 @@ def _common(nouns: wordnet.Nouns, held_back: Iterable[str]) -> Iterator[tuple[st
 
     A noun is left out if it or a synonym has a word of a name that is held back.
     """
-    held = {stem for name in held_back for stem in _stems(name)}
+    held = set().union(*map(_forms, held_back))
     for lemma in nouns.used():
         synset = nouns.senses(lemma)[0]
-        said = {stem for words in (lemma, *synset.words) for stem in _stems(words)}
+        said = _forms(" ".join([lemma, *synset.words]))
         plain = re.fullmatch(r"[a-z][a-z '-]*", lemma) and len(lemma.split()) <= MOST_WORDS
         if plain and synset.kind in KINDS and not said & held:
             yield lemma, synset
 
 
-def _stems(text: str) -> list[str]:
-    """Its words, in lower case and without a plural's ending."""
-    return [re.sub(r"(?<=[a-z]{2})e?s$", "", word) for word in re.findall(r"[a-z]+", text.lower())]
+def _forms(text: str) -> set[str]:
+    """Its words in lower case, each also without a plural's ending."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return {
+        form for word in words for form in (word, word.removesuffix("s"), re.sub("es$", "", word))
+    }
