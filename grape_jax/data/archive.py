@@ -47,7 +47,9 @@ class Picture:
             return self.path.read_bytes()
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return base64.b64decode(file.read(self.length), validate=True)
+            # Both alphabets are in use, the plain one and the one for URLs.
+            plain = file.read(self.length).translate(bytes.maketrans(b"-_", b"+/"))
+            return base64.b64decode(plain, validate=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,8 @@ def _stretches(path: Path) -> Iterator[tuple[str, int, int]]:
             if line.strip():
                 if not tab or not key.strip() or not encoded.strip():
                     raise UserError(f"{path}, line {number}: must be an id, a tab and a picture.")
-                yield key.decode().strip(), position + len(key) + 1, len(encoded.rstrip())
+                start = position + len(key) + len(tab)
+                yield key.decode(errors="replace").strip(), start, len(encoded.rstrip())
             position += len(line)
 
 
