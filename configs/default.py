@@ -10,9 +10,14 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # everything random comes from (seed, step)
     config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
-    config.benchmark = "emoji"  # what is searched, and with which queries
+    # What is searched, and with which queries: emoji, flickr30k_cn, cvlue, xm3600, wikipedia, cirr.
+    # All but emoji are written to data_dir by `python -m grape_jax.prepare`.
+    config.benchmark = "emoji"
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
-    config.shifts = ("noisy",)  # which query shifts: noisy, long, languages
+    config.shifts = ("noisy",)  # which sets of queries; of emoji: noisy, long, languages
+    config.xm3600 = ConfigDict()
+    config.xm3600.languages = ()  # which of the 36, such as ("de", "th"); (): all
+    config.xm3600.captions = "all"  # "first": one of each picture and language
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that are left
@@ -41,7 +46,15 @@ def get_config() -> ConfigDict:
     config.prompt.system.noisy = "Correct the spelling."
     config.prompt.system.long = "Name the thing in a few words."
     config.prompt.system.languages = "Translate to English."
+    config.prompt.system.chinese = "Translate the Chinese caption to English."
+    config.prompt.system.multilingual = "Translate the caption to English."
+    config.prompt.system.articles = "Say in one sentence what a picture of this article shows."
+    config.prompt.system.edits = "Describe the picture that the change leads to."
     config.prompt.user = "{query}"  # the user's turn
+    # What {query} stands for where a query has a picture of its own: the policy reads no pixels.
+    config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
+    config.prompt.captions = 3  # how many of the captions closest to the picture
+    config.prompt.caption_bank = ""  # a text file, one a line; "": the training queries' texts
     config.prompt.answer_start = ""  # what the assistant's turn starts with
     config.prompt.max_tokens = 64  # longer prompts are refused
     # A batch is padded to the first of these rising lengths that holds its longest prompt, else to

@@ -1,6 +1,7 @@
 """From a config to everything that a run works with: policy, retriever, corpus, queries, mesh."""
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import itertools
@@ -13,8 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from grape_jax import pretrained, ranking, retriever, rewards, sharding, text
-from grape_jax.data import benchmark, catalogue, emoji
+from grape_jax import captions, pretrained, ranking, retriever, rewards, sharding, text
+from grape_jax.data import benchmark, catalogue, emoji, xm3600
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
 from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
@@ -92,9 +93,37 @@ class Job:
         return self.queries(shift, "train") + words
 
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
-        """What the policy reads of each query."""
-        del split
-        return [query.text for query in queries]
+        """What the policy reads of each query: its picture, if it has one, in other captions."""
+        with_picture = [query.image for query in queries if query.image >= 0]
+        if not with_picture:
+            return [query.text for query in queries]
+        told = dict(zip(with_picture, self._told(with_picture, split), strict=True))
+        template = self.config.prompt.with_captions
+        return [
+            query.text
+            if query.image < 0
+            else template.replace("{captions}", told[query.image]).replace("{query}", query.text)
+            for query in queries
+        ]
+
+    def _told(self, rows: Sequence[int], split: str) -> list[str]:
+        """The captions that lie closest to these pictures of a split's corpus."""
+        texts, bank_CxE = self._caption_bank
+        emb_QxE = self.gallery(split).bank_NxE[np.asarray(rows)]
+        found = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
+        return ["; ".join(texts[row] for row in best) for best in found]
+
+    @functools.cached_property
+    def _caption_bank(self) -> tuple[list[str], np.ndarray]:
+        """The captions that pictures are told in, and their embeddings."""
+        config = self.config
+        if config.prompt.caption_bank:
+            texts = captions.read_bank(config.prompt.caption_bank)
+        else:
+            queries = [query for shift in config.shifts for query in self.queries(shift, "train")]
+            texts = list(dict.fromkeys(query.text for query in queries))
+        folder = Path(config.data_dir) / "banks"
+        return texts, captions.embed_bank(self.retriever, texts, folder)
 
     def targets(self, queries: Sequence[Query]) -> np.ndarray:
         """The rows of their right pictures, padded with -1: int32 `[Q, P]`."""
@@ -195,6 +224,7 @@ def check(config: ConfigDict) -> None:
         one_of("shifts", shift, shifts)
     if not config.shifts:
         raise UserError(f"shifts is empty: choose from {', '.join(shifts)}.")
+    one_of("xm3600.captions", config.xm3600.captions, xm3600.CAPTIONS)
     one_of("prompt.format", config.prompt.format, text.FORMATS)
     one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
     if config.warm_up.words and (config.benchmark, config.warm_up.towards) != (
@@ -220,6 +250,13 @@ def check(config: ConfigDict) -> None:
         raise UserError("lora.rank must be 0 or more, and lora.targets not empty where it is.")
     if "{query}" not in config.prompt.user:
         raise UserError("prompt.user must contain {query}, where the query goes.")
+    for name in ("{captions}", "{query}"):
+        if name not in config.prompt.with_captions:
+            raise UserError(f"prompt.with_captions must contain {name}.")
+    if config.prompt.captions < 1:
+        raise UserError("prompt.captions must be 1 or more: a picture is told in captions.")
+    if config.prompt.caption_bank and not Path(config.prompt.caption_bank).is_file():
+        raise UserError(f"there is no caption bank {config.prompt.caption_bank}: give a text file.")
     if config.prompt.format == "answer" and config.prompt.answer_start:
         raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
     if config.grpo.reward_k < 1:

@@ -40,6 +40,10 @@ SHIFTS = {
     "noisy": "queries with typing errors",
     "long": "long descriptions",
     "languages": "queries in other languages",
+    "chinese": "Chinese captions",
+    "multilingual": "captions in many languages",
+    "articles": "sections of articles",
+    "edits": "changes to a picture",
 }
 EXAMPLES = 12  # queries in the before-and-after picture
 EXAMPLE_SEED = 0

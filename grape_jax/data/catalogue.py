@@ -5,11 +5,11 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from grape_jax.data import emoji
+from grape_jax.data import cirr, cvlue, emoji, flickr30k_cn, wikipedia, xm3600
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
 
-NAMES = ("emoji",)
+NAMES = ("emoji", "flickr30k_cn", "cvlue", "xm3600", "wikipedia", "cirr")
 
 
 def module(name: str) -> ModuleType:
@@ -21,12 +21,25 @@ def module(name: str) -> ModuleType:
     match name:
         case "emoji":
             return emoji
+        case "flickr30k_cn":
+            return flickr30k_cn
+        case "cvlue":
+            return cvlue
+        case "xm3600":
+            return xm3600
+        case "wikipedia":
+            return wikipedia
+        case "cirr":
+            return cirr
     raise UserError(f"benchmark={name!r} is unknown: choose one of {', '.join(NAMES)}.")
 
 
 def load_queries(config: ConfigDict, shift: str, split: str, limit: int = 0) -> list[Query]:
     """The queries of one split as a run's config asks for them; a limit takes a fixed subset."""
-    return module(config.benchmark).load_queries(Path(config.data_dir), shift, split, limit or None)
+    chosen = config.xm3600 if config.benchmark == "xm3600" else {}
+    return module(config.benchmark).load_queries(
+        Path(config.data_dir), shift, split, limit or None, **chosen
+    )
 
 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
