@@ -1,10 +1,10 @@
 """Retrieval metrics from ranks: arrays in, numbers out.
 
-`ranks` are int [n], or [n, P] where a query has several right items and 0 is padding; 1 is best, and
-every item that stands ahead counts, other right ones too (`among_all` makes such ranks of those of
-`ranking.py`). Each metric gives one value a query, the same that trec_eval gives; their mean is what
-a table shows. Uncertainty comes from resampling clusters: queries with the same right item are drawn
-together or not at all.
+`ranks` are int [n], or [n, P] where a query has several right items and 0 is padding; 1 is best,
+and every item that stands ahead counts, other right ones too (`among_all` makes such ranks of those
+of `ranking.py`). Each metric gives one value a query, the same that trec_eval gives; their mean is
+what a table shows. Uncertainty comes from resampling clusters: queries with the same right item are
+drawn together or not at all.
 """
 
 import dataclasses
