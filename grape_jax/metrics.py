@@ -42,8 +42,8 @@ def among_all(rank_QxP: np.ndarray) -> np.ndarray:
     Returns:
       int [Q, P], each row's ranks in rising order, the padding behind them.
     """
-    rank_QxP = np.asarray(rank_QxP)
-    last = np.where(rank_QxP > 0, rank_QxP, np.iinfo(np.int64).max)
+    rank_QxP = np.asarray(rank_QxP, np.int64)
+    last = np.where(rank_QxP > 0, rank_QxP, np.iinfo(np.int32).max)
     rising = np.sort(last, axis=1) + np.arange(rank_QxP.shape[1])
     real = np.arange(rank_QxP.shape[1]) < (rank_QxP > 0).sum(axis=1, keepdims=True)
     return np.where(real, rising, 0)

@@ -287,6 +287,8 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
 def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopSignal) -> None:
     """Has one policy answer the test queries, with progress; nothing is done twice."""
     writings = evaluation.still_to_write(run, workdir, method)
+    if not writings:
+        return
     total = sum(len(writing.queries) for writing in writings)
     with tqdm(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 

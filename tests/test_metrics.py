@@ -69,7 +69,9 @@ def test_ranks_among_all_match_a_list_that_is_walked(data):
     ]
     wanted = sorted(order.index(target) + 1 for target in targets)
     padding = [0] * (4 - len(targets))
-    assert metrics.among_all(np.array([padding + alone])).tolist() == [wanted + padding]
+    dtype = data.draw(st.sampled_from([np.int32, np.int64]))  # the kernel's, and a fusion's
+    found = metrics.among_all(np.array([padding + alone], dtype))
+    assert found.tolist() == [wanted + padding]
 
 
 def _naive_bootstrap(values, clusters, draws, seed):
