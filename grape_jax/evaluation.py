@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,6 +160,8 @@ def _answers_to(
     ids = [query.id for query in queries]
     asked = [query.text for query in queries]
     extras = job.config.evaluation.methods
+    trained = trained_method(job.config)
+    ends = (UNTRAINED, trained)
     where = {"queries": queries, "split": split}
     where["depth"] = max(TOP, job.config.evaluation.run_depth)
     answers = []
@@ -192,11 +195,10 @@ def _answers_to(
             for texts in known(method, decoding):
                 emb_QxE = job.retriever.embed_texts(texts)
                 keep(method, decoding, texts, search(job, emb_QxE, **where))
-                if decoding == "greedy" and "fused" in extras:
+                if decoding == "greedy" and "fused" in extras and method in ends:
                     both_QxE = fusion.mean_embedding(np.stack([raw_QxE, emb_QxE]))
                     result = search(job, both_QxE, **where)
                     keep(fused(method), decoding, _joined([asked, texts]), result)
-    trained = trained_method(job.config)
     if "samples" in extras and (lists := known(trained, *numbered("sampled"))):
         keep(samples(trained), "", _joined(lists), search_fused(job, lists, **where))
     if "hyde" in extras and (captions := known(UNTRAINED, *numbered("caption"))):
@@ -272,7 +274,7 @@ def _write_run(job, workdir, shift, split, label, queries, rows_QxD) -> None:
         return
     folder = workdir / "trec"
     folder.mkdir(parents=True, exist_ok=True)
-    tag = label.replace(", ", "-").replace(" ", "_")
+    tag = re.sub(r"\W+", "_", label)
     ids = [query.id for query in queries]
     lines = run_files.run_lines(ids, job.gallery(split).corpus.ids, rows_QxD[:, :depth], tag)
     files.replace_lines(folder / f"{shift}-{split}-{tag}.run", lines)
