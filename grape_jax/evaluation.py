@@ -150,7 +150,8 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
         name = catalogue.module(job.config.benchmark).TEST_SETS[split]
         image = None if gallery.corpus.images is None else gallery.image
         answers = _answers_to(job, workdir, shift, split, queries)
-        found.append(TestSet(name, shift, queries, tuple(answers), image))
+        names = gallery.corpus.names
+        found.append(TestSet(name, shift, queries, tuple(answers), names, image))
     return found
 
 

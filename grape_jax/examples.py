@@ -102,7 +102,8 @@ def draw(path: Path, examples: Sequence[Examples], rules: Sequence[str]) -> bool
     for example, _ in shown:
         for index in example.chosen:
             query = example.test_set.queries[index]
-            wanted.append((example.test_set.image(query.targets[0]), query.reference))
+            target = query.targets[0]
+            wanted.append((example.test_set.image(target), example.test_set.names[target]))
             rows += [_row(example, answers, index) for answers in (example.before, example.after)]
     note = "At the left the right picture, framed in green where it was found. "
     contact_sheet(

@@ -277,7 +277,7 @@ def _example_table(example: Examples) -> str:
             _cell(queries[i].text),
             f"{_cell(before.texts[i])} ({rank(before, i)})",
             f"{_cell(after.texts[i])} ({rank(after, i)})",
-            _cell(queries[i].reference),
+            _cell(example.test_set.names[queries[i].targets[0]]),
         ]
         for i in example.chosen
     ]

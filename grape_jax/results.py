@@ -77,6 +77,7 @@ class TestSet:
     shift: str  # "noisy", "long", "languages", or the benchmark's name
     queries: Sequence[Any]  # as in data/benchmark.py
     answers: tuple[Answers, ...]
+    names: Sequence[str]  # what a reader calls each row of the corpus
     image: Callable[[int], Image.Image] | None  # the picture of a corpus row; None: there are none
 
     @property

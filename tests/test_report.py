@@ -13,6 +13,7 @@ from grape_jax.errors import UserError
 
 QUERIES = 40
 CORPUS = 50
+NAMES = [f"name {row}" for row in range(CORPUS)]
 
 
 def _queries(languages=("en",)):
@@ -51,7 +52,7 @@ def _test_set(languages=("en",)):
         _answers("reference text", "", np.ones(QUERIES, int)),
     ]
     return results.TestSet(
-        "unseen concepts", "noisy", _queries(languages), tuple(answers), _picture
+        "unseen concepts", "noisy", _queries(languages), tuple(answers), NAMES, _picture
     )
 
 
@@ -113,7 +114,9 @@ def test_headline_says_when_zero_is_inside(tmp_path, gain, said):
     before[::3] = 1
     after = before - np.where(before > 1, gain, 0)
     answers = (_answers("untrained", "greedy", before), _answers("GRPO", "greedy", after))
-    _write(tmp_path, [results.TestSet("unseen concepts", "long", _queries(), answers, _picture)])
+    _write(
+        tmp_path, [results.TestSet("unseen concepts", "long", _queries(), answers, NAMES, _picture)]
+    )
     text = (tmp_path / "report.md").read_text()
     assert said in text.split("##")[0]
     assert ("cannot be told from zero" in text) == (gain == 0)
@@ -208,7 +211,7 @@ def test_several_right_pictures_have_a_hit_rate_of_their_own(tmp_path):
     ]
     ranks = np.stack([np.arange(1, QUERIES + 1), np.arange(7, QUERIES + 7)], axis=1)
     answers = dataclasses.replace(_answers("raw query", "", ranks[:, 0]), ranks=ranks)
-    numbers = _write(tmp_path, [results.TestSet("test", "two", two, (answers,), None)])
+    numbers = _write(tmp_path, [results.TestSet("test", "two", two, (answers,), NAMES, None)])
     (scores,) = numbers["test_sets"][0]["methods"]
     assert scores["hit_at_10"]["mean"] == 10 / QUERIES
     assert scores["recall_at_10"]["mean"] == (10 + 4) / 2 / QUERIES
@@ -228,7 +231,7 @@ def test_queries_whose_truth_is_withheld_count_nowhere(tmp_path):
             queries[i].targets = ()
             for one in answers:
                 one.ranks[i] = 0
-        return results.TestSet(whole.name, whole.shift, queries, tuple(answers), None)
+        return results.TestSet(whole.name, whole.shift, queries, tuple(answers), NAMES, None)
 
     found = _write(tmp_path, [withheld(QUERIES // 2)])["test_sets"][0]
     assert (found["queries"], found["judged"]) == (QUERIES, QUERIES // 2)
@@ -247,7 +250,9 @@ def test_one_query_has_a_report(tmp_path):
     answers = results.Answers(
         "raw query", "", ("",), np.array([[3]]), np.array([[4, 3, 0, -1, -1]])
     )
-    numbers = _write(tmp_path, [results.TestSet("test", "one", _queries()[:1], (answers,), None)])
+    numbers = _write(
+        tmp_path, [results.TestSet("test", "one", _queries()[:1], (answers,), NAMES, None)]
+    )
     (scores,) = numbers["test_sets"][0]["methods"]
     assert scores["recall_at_5"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert numbers["test_sets"][0]["lengths"] == []

@@ -168,7 +168,7 @@ def test_cirr_has_the_numbers_of_its_protocol(job, fused):
         found = search.search(job, job.retriever.embed_texts(texts), queries, "test", DEPTH)
     ranks, subset = (metrics.among_all(x) for x in (found.ranks_QxP, found.subset_QxP))
     answers = results.Answers("raw query", "", tuple(texts), ranks, found.rows_QxD[:, :5], subset)
-    (scores,) = results.numbers_of(results.TestSet("test", "cirr", queries, (answers,), None))[
+    (scores,) = results.numbers_of(results.TestSet("test", "cirr", queries, (answers,), [], None))[
         "methods"
     ]
     wanted = cirr_recalls(similarity, queries)
