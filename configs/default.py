@@ -116,6 +116,13 @@ def get_config() -> ConfigDict:
     config.evaluation.test_limit = 0  # 0: all
     config.evaluation.seen_limit = 256  # of seen concepts in unseen wording
     config.evaluation.max_tokens = 16  # of a rewrite; room for an untrained policy's manners
+    # Beside the rewrites themselves: "fused" (with the query's embedding; free), and what has the
+    # policy write several texts a query: "samples" (of the trained one), "hyde", "multi_query".
+    config.evaluation.methods = ("fused",)
+    config.evaluation.samples = 8  # how many texts
+    config.evaluation.caption_prompt = "Describe the picture in one line."  # system turn of "hyde"
+    config.evaluation.variant_prompt = "Say it in other words."  # system turn of "multi_query"
+    config.evaluation.run_depth = 1000  # of each query's list in the TREC run files; 0: none
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 10

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from grape_jax import captions, pretrained, ranking, retriever, rewards, sharding, text
+from grape_jax import captions, pretrained, ranking, results, retriever, rewards, sharding, text
 from grape_jax.data import benchmark, catalogue, emoji, xm3600
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
@@ -238,6 +238,8 @@ def check(config: ConfigDict) -> None:
     one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
     one_of("grpo.format_rule", config.grpo.format_rule, rewards.FORMAT_RULES)
     one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
+    for method in config.evaluation.methods:
+        one_of("evaluation.methods", method, results.EXTRAS)
     one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
     for target in config.lora.targets:
         one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
@@ -259,6 +261,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"there is no caption bank {config.prompt.caption_bank}: give a text file.")
     if config.prompt.format == "answer" and config.prompt.answer_start:
         raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
+    if config.evaluation.samples < 2:
+        raise UserError("evaluation.samples must be 2 or more: one text has nothing to fuse with.")
+    if config.evaluation.run_depth < 0:
+        raise UserError("evaluation.run_depth must be 0 or more.")
     if config.grpo.reward_k < 1:
         raise UserError("grpo.reward_k must be 1 or more.")
     if config.grpo.reward_temperature <= 0:

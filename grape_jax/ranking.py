@@ -128,6 +128,30 @@ def subset_ranks(
     return _over_shards(_rank_in_subset, mesh, index, emb_QxE, targets_QxP, subset_QxX)
 
 
+@functools.partial(jax.jit, static_argnames=("mesh", "size", "depth"))
+def nearest_rows(
+    emb_QxE: jax.Array,
+    index: Index,
+    excluded_QxX: jax.Array | None = None,
+    *,
+    mesh: Mesh,
+    size: int,
+    depth: int,
+) -> jax.Array:
+    """The beginning of each rewrite's ranked list, in the order that `target_ranks` counts in.
+
+    Args:
+      emb_QxE, index, excluded_QxX, mesh, size: as in `target_ranks`.
+      depth: D, how much of the list; at most `size`.
+
+    Returns:
+      int32 `[Q, D]` corpus rows, best first, ties by row; -1 where excluded items leave too few.
+    """
+    walk = functools.partial(_nearest_in_shard, size=size, depth=depth)
+    no_targets_Qx1 = jnp.full((len(emb_QxE), 1), -1)
+    return _over_shards(walk, mesh, index, emb_QxE, no_targets_Qx1, excluded_QxX)
+
+
 @flax.struct.dataclass
 class _Queries:
     """Some tiles of rewrites, ready to be compared. T tiles, Q = QUERY_TILE; or one, without T."""
@@ -206,6 +230,44 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
         similarity_QxP=own_TxPxQ,
         log_partition_Q=jnp.log(jax.lax.psum(scaled_TxQ, MESH_AXES)) + highest_TxQ / temperature,
     )
+
+
+def _nearest_in_shard(queries: _Queries, shard: Index, first_row, size: int, depth: int):
+    """`nearest_rows` of one shard, tile by tile of the corpus, then of all shards."""
+    rows = len(shard.rows_NxE)
+    tile = CORPUS_TILE if rows % CORPUS_TILE == 0 else rows
+
+    def best(scores_QxC, rows_QxC):
+        top_QxD, place_QxD = jax.lax.top_k(scores_QxC, depth)  # of equal ones the first
+        return top_QxD, jnp.take_along_axis(rows_QxC, place_QxD, axis=1)
+
+    def one_tile_of_queries(query: _Queries):
+        def next_tile(found, block_and_start):
+            block, start = block_and_start
+            rows_C = start + jnp.arange(tile)
+            counts_CxQ = (rows_C < size)[:, None]
+            if query.others_TxXxQ is not None:
+                counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
+            scores_CxQ = jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
+            # To a sort -0 is less than 0; to a comparison they are equal.
+            scores_QxC = jnp.where(scores_CxQ == 0, 0.0, scores_CxQ).T
+            rows_QxC = jnp.broadcast_to(rows_C, scores_QxC.shape)
+            joined = jax.tree.map(
+                lambda *x: jnp.concatenate(x, axis=1), found, (scores_QxC, rows_QxC)
+            )
+            return best(*joined), None
+
+        blocks = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), shard)
+        starts = first_row + jnp.arange(rows // tile) * tile
+        nothing = (jnp.full((QUERY_TILE, depth), -jnp.inf), jnp.full((QUERY_TILE, depth), -1))
+        return jax.lax.scan(next_tile, nothing, (blocks, starts))[0]
+
+    found_TxQxD = jax.lax.map(one_tile_of_queries, queries)
+    # Devices stand in the order of their rows, so the first of equal ones has the lowest.
+    gathered = jax.lax.all_gather(found_TxQxD, MESH_AXES, axis=2, tiled=True)
+    scores_TxQxD, rows_TxQxD = jax.lax.map(lambda x: best(*x), gathered)
+    # One row a rewrite for `_over_shards`: [T, D, Q].
+    return jnp.where(scores_TxQxD > -jnp.inf, rows_TxQxD, -1).swapaxes(1, 2)
 
 
 def _targets_ahead(queries: _Queries, own_TxPxQ):

@@ -5,13 +5,14 @@
 The same command again goes on where a run was stopped.
 """
 
+import contextlib
 import json
 import logging
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -92,7 +93,7 @@ def train(config, workdir: Path) -> None:
         evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
         with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
             state = learn(run, workdir, manager, stop)
-        method = "GRPO" if config.grpo.steps else "warm-up"
+        method = evaluation.trained_method(config)
         evaluate_policy(run, workdir, merged_variables(run, state.trained), method, stop)
     evaluation.write_report(run, workdir)
     counted = run.retriever.cut_texts
@@ -313,16 +314,18 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
 
 
 def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopSignal) -> None:
-    """Rewrites the test queries with one policy, with progress; nothing is done twice."""
-    sets = evaluation.test_sets(run)
-    total = 2 * sum(len(queries) for _, _, queries in sets)
+    """Has one policy answer the test queries, with progress; nothing is done twice."""
+    writings = evaluation.still_to_write(run, workdir, method)
+    if not writings:
+        return
+    total = sum(len(writing.queries) for writing in writings)
     with tqdm(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 
         def after_batch(done: int) -> None:
             bar.update(done)
             stop.raise_if_asked()
 
-        evaluation.policy_answers(run, workdir, variables, method, sets, after_batch)
+        evaluation.write_answers(run, variables, writings, after_batch)
 
 
 def sample_table(step: int, table: list[dict]) -> str:
@@ -397,11 +400,18 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     command_line.parse()
     if flags.FLAGS.workdir is None:
         raise UserError(f"no workdir is given: add --workdir={example}.")
+    with interruptible():
+        start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Quiet work that can be stopped: exit code 130 and a line on how to go on."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
     try:
-        start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+        yield
     except (Interrupted, KeyboardInterrupt):
         print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

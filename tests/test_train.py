@@ -43,6 +43,7 @@ def command(paths, workdir, *overrides):
         "evaluation.seen_limit": 32,
         "evaluation.validation_limit": 32,
         "evaluation.every": 4,
+        "evaluation.samples": 2,
         "checkpoint.every": 2,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -328,6 +329,14 @@ def test_a_trained_run_can_be_used(paths, undisturbed):
     before = json.loads((paths / "one" / "report.json").read_text())
     use("evaluate")
     assert json.loads((paths / "one" / "report.json").read_text()) == before
+    use("evaluate", "--methods=samples")
+    methods = json.loads((paths / "one" / "report.json").read_text())["test_sets"][0]["methods"]
+    assert [m["method"] for m in methods].count("GRPO, samples fused") == 1
+    first, second = (
+        json.loads((paths / "one" / "answers" / f"noisy-test-GRPO-{name}.json").read_text())
+        for name in ("sampled", "sampled-1")
+    )
+    assert first.keys() == second.keys() and first != second
 
 
 def test_an_exported_run_is_a_policy_to_train(paths, undisturbed):
