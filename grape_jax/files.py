@@ -1,12 +1,26 @@
 """Writing a file in one move."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def replace(path: str | Path, content: bytes | str) -> None:
     """Writes aside and moves: a reader sees the old file or the new one, never half of it."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """`replace` for what is written piece by piece; an exception leaves the old file."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

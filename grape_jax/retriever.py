@@ -37,6 +37,10 @@ BATCH = 128
 SHORTEST = 16  # token positions; longer texts get twice as many, up to the context
 PART = 8 * BATCH  # embeddings that are written to disk at one time: what a kill can cost
 
+# The cosine of two embeddings of one picture by one model, where only its decoding, its size on disk
+# or the arithmetic's precision differ.
+SAME_MODEL = 0.95
+
 
 @dataclasses.dataclass
 class CutTexts:
@@ -228,6 +232,39 @@ def corpus_bank(
             for row, emb_E in zip(rows, emb_NxE, strict=True):
                 bank_NxE[rows_of[digests[row]]] = emb_E
     return bank_NxE
+
+
+def check_given(
+    retriever: Retriever, name: str, items: Sequence[Picture], given_NxE: np.ndarray
+) -> None:
+    """Refuses embeddings of another model: what this one makes of a query has no place among them.
+
+    Args:
+      name: of the embeddings, for the sentence.
+      items: some pictures, or texts (str), which are embedded again; none: only the width is held.
+      given_NxE: their given embeddings, of any length.
+
+    Raises:
+      UserError: another width, or another direction.
+    """
+    width = retriever.config.projection
+    advice = "name the model that made them with --config.retriever.path"
+    if given_NxE.shape[1] != width:
+        raise UserError(
+            f"the embeddings in {name} have {given_NxE.shape[1]} numbers and the retriever's have "
+            f"{width}: {advice}."
+        )
+    if not items:
+        return
+    texts = isinstance(items[0], str)
+    again_NxE = retriever.embed_texts(items) if texts else retriever.embed_images(items)
+    cosine_N = (again_NxE * given_NxE).sum(axis=1) / np.linalg.norm(given_NxE, axis=1)
+    if np.median(cosine_N) < SAME_MODEL:
+        raise UserError(
+            f"the embeddings in {name} are not the retriever's: embedded again, {len(items)} "
+            f"{'texts' if texts else 'pictures'} have a median cosine of {np.median(cosine_N):.2f} "
+            f"with what is given: {advice}."
+        )
 
 
 def _is_open_clip(directory: Path) -> bool:
