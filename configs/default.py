@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # everything random comes from (seed, step)
     config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
+    config.benchmark = "emoji"  # what is searched, and with which queries
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
     config.shifts = ("noisy",)  # which query shifts: noisy, long, languages
 

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from grape_jax import files, report
+from grape_jax.data import catalogue
+from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.report import Answers, TestSet
@@ -15,30 +17,30 @@ from grape_jax.rewriter import nearest, ranks_of, rewrite
 
 # A caption that says nothing: what it finds, any query would have found.
 CONSTANT_CAPTION = "a picture"
-TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
 TOP = 5
 
 
 def test_sets(job: Job) -> list[tuple[str, str, list]]:
     """(shift, split, queries) of every test set of the run."""
-    limits = {
-        "test": job.config.evaluation.test_limit,
-        "test_seen": job.config.evaluation.seen_limit,
-    }
+    evaluation = job.config.evaluation
+    limit = lambda split: getattr(
+        evaluation, "seen_limit" if split == "test_seen" else "test_limit"
+    )
     return [
-        (shift, split, job.queries(shift, split, limits[split]))
-        for split in TEST_SETS
+        (shift, split, job.queries(shift, split, limit(split)))
+        for split in catalogue.module(job.config.benchmark).TEST_SETS
         for shift in job.config.shifts
     ]
 
 
 def answer(
-    job: Job, queries: Sequence, method: str, decoding: str, texts: Sequence[str]
+    job: Job, queries: Sequence[Query], split: str, method: str, decoding: str, texts: Sequence[str]
 ) -> Answers:
-    """Searches with these texts."""
+    """Searches the split's corpus with these texts."""
     emb_QxE = job.retriever.embed_texts(list(texts))
-    ranks = ranks_of(job, emb_QxE, [query.target for query in queries])
-    return Answers(method, decoding, tuple(texts), ranks, nearest(job, emb_QxE, TOP))
+    ranks = ranks_of(job, emb_QxE, queries, split)
+    found = nearest(job.gallery(split).bank_NxE, emb_QxE, TOP, excluded_of(queries))
+    return Answers(method, decoding, tuple(texts), ranks, found)
 
 
 def policy_answers(
@@ -58,7 +60,7 @@ def policy_answers(
             texts = rewrite(
                 job,
                 variables,
-                [query.text for query in queries],
+                job.prompt_texts(queries, split),
                 [shift] * len(queries),
                 temperature,
                 seed=job.config.seed,
@@ -74,16 +76,20 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
         baselines = {
             "raw query": [query.text for query in queries],
             "constant caption": [CONSTANT_CAPTION] * len(queries),
-            "English name": [query.reference for query in queries],
         }
-        answers = [answer(job, queries, name, "", texts) for name, texts in baselines.items()]
+        if all(query.reference for query in queries):
+            baselines["English name"] = [query.reference for query in queries]
+        answers = [
+            answer(job, queries, split, name, "", texts) for name, texts in baselines.items()
+        ]
         for method in ("untrained", "warm-up", "GRPO"):
             for decoding in ("greedy", "sampled"):
                 path = _path(workdir, shift, split, method, decoding)
                 if path.exists():
                     texts = _read(path, [query.id for query in queries])
-                    answers.append(answer(job, queries, method, decoding, texts))
-        found.append(TestSet(TEST_SETS[split], shift, queries, tuple(answers)))
+                    answers.append(answer(job, queries, split, method, decoding, texts))
+        name = catalogue.module(job.config.benchmark).TEST_SETS[split]
+        found.append(TestSet(name, shift, queries, tuple(answers), job.gallery(split).image))
     return found
 
 
@@ -97,15 +103,15 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
     texts = rewrite(
         job,
         variables,
-        [q.text for _, q in queries],
-        [s for s, _ in queries],
+        job.prompt_texts([query for _, query in queries], "validation"),
+        [shift for shift, _ in queries],
         0.0,
     )
     emb_QxE = job.retriever.embed_texts(texts)
-    targets = [q.target for _, q in queries]
-    ranks = ranks_of(job, emb_QxE, targets)
-    to_target_Q = (emb_QxE * job.bank_NxE[targets]).sum(-1)
-    to_rest_Q = (emb_QxE @ job.bank_NxE.sum(0) - to_target_Q) / max(1, len(job.bank_NxE) - 1)
+    ranks = ranks_of(job, emb_QxE, [query for _, query in queries], "validation")
+    bank_NxE = job.gallery("validation").bank_NxE
+    to_target_Q = (emb_QxE * bank_NxE[[query.targets[0] for _, query in queries]]).sum(-1)
+    to_rest_Q = (emb_QxE @ bank_NxE.sum(0) - to_target_Q) / max(1, len(bank_NxE) - 1)
     return {
         "validation_target_similarity": float(to_target_Q.mean()),
         "validation_rest_similarity": float(to_rest_Q.mean()),
@@ -130,7 +136,7 @@ def write_report(run: Job, workdir: Path) -> None:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "command": f"python -m grape_jax.evaluate --workdir={workdir}",
     }
-    report.write(workdir, all_answers(run, workdir), log, run.image, about)
+    report.write(workdir, all_answers(run, workdir), log, about)
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from grape_jax import pretrained, ranking, retriever, rewards, sharding, text
-from grape_jax.data import emoji
+from grape_jax.data import benchmark, catalogue, emoji
+from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
 from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
 from grape_jax.models import policy
@@ -22,7 +24,27 @@ from grape_jax.rollout import SamplingConfig
 from grape_jax.text import PromptConfig
 from grape_jax.types import Index
 
-SPLITS = ("train", "validation", "test", "test_seen")
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """A corpus, embedded and ready to be ranked in."""
+
+    corpus: Corpus
+    bank_NxE: np.ndarray
+    index: Index  # the bank, sharded by rows
+
+    def __len__(self) -> int:
+        return len(self.bank_NxE)
+
+    def image(self, row: int) -> Image.Image:
+        """The picture in this row.
+
+        Raises:
+          UserError: only embeddings are there.
+        """
+        if self.corpus.images is None:
+            raise UserError("this corpus is embeddings only: it has no pictures to show.")
+        return Image.open(io.BytesIO(self.corpus.images[row])).convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +57,41 @@ class Job:
     tokenizer: object
     prompts: dict[str, PromptConfig]  # one for each shift
     retriever: Retriever  # its parameters placed on the mesh
-    corpus: emoji.Corpus
-    bank_NxE: np.ndarray
-    index: Index  # the bank, sharded by rows
+    most_targets: int = 1  # P, the right pictures of the query that has most of them
+    galleries: dict[str, Gallery] = dataclasses.field(default_factory=dict)  # opened so far
 
-    def image(self, row: int) -> Image.Image:
-        """The picture in this row of the corpus."""
-        return Image.open(io.BytesIO(self.corpus.pngs[row])).convert("RGB")
+    def gallery(self, split: str) -> Gallery:
+        """The corpus that this split's queries are ranked in, embedded when it is first needed."""
+        name = self.gallery_name(split)
+        if name not in self.galleries:
+            self.galleries[name] = self._open(name)
+        return self.galleries[name]
 
-    def queries(self, shift: str, split: str, limit: int = 0) -> list[emoji.Query]:
+    def gallery_name(self, split: str) -> str:
+        """Which corpus this split's queries are ranked in; splits may share one."""
+        return catalogue.module(self.config.benchmark).gallery_of(split)
+
+    def _open(self, name: str) -> Gallery:
+        corpus = catalogue.load_corpus(self.config, name)
+        images = [Image.open(io.BytesIO(encoded)) for encoded in corpus.images]
+        bank_NxE = retriever.corpus_bank(
+            self.retriever, images, Path(self.config.data_dir) / "banks"
+        )
+        index = ranking.shard_corpus(self.mesh, bank_NxE, self.config.retriever.corpus_dtype)
+        return Gallery(corpus, bank_NxE, index)
+
+    def queries(self, shift: str, split: str, limit: int = 0) -> list[Query]:
         """The queries of a split; a limit takes a fixed subset, 0 all."""
-        data_dir = Path(self.config.data_dir)
-        return emoji.load_queries(data_dir, shift, split, limit or None)
+        return catalogue.load_queries(self.config, shift, split, limit)
+
+    def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
+        """What the policy reads of each query."""
+        del split
+        return [query.text for query in queries]
+
+    def targets(self, queries: Sequence[Query]) -> np.ndarray:
+        """The rows of their right pictures, padded with -1: int32 `[Q, P]`."""
+        return benchmark.targets_of(queries, self.most_targets)
 
     def learner(self, phase: str) -> Learner:
         """The step functions' fixed part, for the phase "warm_up" or "grpo"."""
@@ -63,7 +108,7 @@ class Job:
             optimizer=OptimizerConfig(**optimizer),
             grpo=GrpoConfig(**grpo, temperature=config.rollout.temperature),
             retriever=self.retriever.config,
-            corpus_size=len(self.bank_NxE),
+            corpus_size=len(self.gallery("train")),
             mesh=self.mesh,
             logprob_chunk=config.policy.logprob_chunk,
         )
@@ -90,9 +135,10 @@ def build(config: ConfigDict) -> Job:
       UserError: anything about config, files or devices that the user can mend.
     """
     check(config)
-    emoji.prepare(
-        Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
-    )
+    if config.benchmark == "emoji":
+        emoji.prepare(
+            Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
+        )
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
     check_chat(config, base.tokenizer)
@@ -102,10 +148,6 @@ def build(config: ConfigDict) -> Job:
             f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
             "pictures: name a CLIP or SigLIP."
         )
-    corpus = emoji.load_corpus(Path(config.data_dir))
-    images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
-    found = retriever.place(found, mesh)
-    bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")
     lora = config.lora
     run = Job(
         config=config,
@@ -115,13 +157,9 @@ def build(config: ConfigDict) -> Job:
         lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
         tokenizer=base.tokenizer,
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
-        retriever=found,
-        corpus=corpus,
-        bank_NxE=bank_NxE,
-        index=ranking.shard_corpus(mesh, bank_NxE, config.retriever.corpus_dtype),
+        retriever=retriever.place(found, mesh),
     )
-    _check_sizes(run)
-    return run
+    return dataclasses.replace(run, most_targets=_check_sizes(run))
 
 
 def build_again(stored: dict) -> Job:
@@ -137,10 +175,11 @@ def check(config: ConfigDict) -> None:
         if value not in known:
             raise UserError(f"{key}={value!r} is unknown: choose one of {', '.join(known)}.")
 
+    shifts = catalogue.module(config.benchmark).SHIFTS
     for shift in config.shifts:
-        one_of("shifts", shift, emoji.SHIFTS)
+        one_of("shifts", shift, shifts)
     if not config.shifts:
-        raise UserError(f"shifts is empty: choose from {', '.join(emoji.SHIFTS)}.")
+        raise UserError(f"shifts is empty: choose from {', '.join(shifts)}.")
     one_of("prompt.format", config.prompt.format, text.FORMATS)
     one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
     one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
@@ -184,19 +223,26 @@ def check_chat(config: ConfigDict, tokenizer) -> None:
         )
 
 
-def _check_sizes(run: Job) -> None:
-    """Refuses sizes that do not fit the data, the retriever or the mesh."""
+def _check_sizes(run: Job) -> int:
+    """Refuses sizes that do not fit the data, the retriever or the mesh.
+
+    Returns:
+      How many right pictures a query has at most.
+    """
     config = run.config
+    most_targets = 1
     for shift, prompt in run.prompts.items():
-        queries = [query for split in SPLITS for query in run.queries(shift, split)]
-        ranking.check_targets(np.asarray([[q.target] for q in queries]), len(run.bank_NxE))
-        texts = [query.text for query in queries]
-        longest = text.longest_prompt(run.tokenizer, prompt, texts)
-        if longest > config.prompt.max_tokens:
-            raise UserError(
-                f"the longest prompt of the shift {shift} has {longest} tokens, more than "
-                f"prompt.max_tokens={config.prompt.max_tokens}: raise it to {longest}."
-            )
+        for split in catalogue.module(config.benchmark).SPLITS:
+            queries = run.queries(shift, split)
+            _check_prompts(run, shift, prompt, run.prompt_texts(queries, split))
+            # Where the truth is withheld, it is withheld of the whole split.
+            most = max(len(query.targets) for query in queries)
+            if most and run.gallery_name(split) == run.gallery_name("train"):
+                targets = benchmark.targets_of(queries, most)
+                ranking.check_targets(targets, len(run.gallery("train")))
+            most_targets = max(most_targets, most)
+        if config.warm_up.steps and config.warm_up.towards == "references":
+            _check_references(run, shift)
     total = config.prompt.max_tokens + max(config.rollout.max_tokens, config.evaluation.max_tokens)
     if total > run.policy.max_length:
         raise UserError(
@@ -218,6 +264,24 @@ def _check_sizes(run: Job) -> None:
                 f"{key}={size} does not divide over data x fsdp = {parts} devices: make it a "
                 "multiple of that."
             )
+    return most_targets
+
+
+def _check_prompts(run: Job, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:
+    longest = text.longest_prompt(run.tokenizer, prompt, texts)
+    if longest > prompt.max_tokens:
+        raise UserError(
+            f"the longest prompt of the shift {shift} has {longest} tokens, more than "
+            f"prompt.max_tokens={prompt.max_tokens}: raise it to {longest}."
+        )
+
+
+def _check_references(run: Job, shift: str) -> None:
+    if not all(query.reference for query in run.queries(shift, "train")):
+        raise UserError(
+            f"the training queries of {shift} have no reference texts: set "
+            "warm_up.towards='own_best', or warm_up.steps=0."
+        )
 
 
 def policy_path(path: str) -> Path:

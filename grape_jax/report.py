@@ -66,13 +66,14 @@ class TestSet:
 
     name: str  # "unseen concepts" or "seen concepts, unseen wording"
     shift: str  # "noisy", "long" or "languages"
-    queries: Sequence[Any]  # each with .id .text .language .concept .target .reference
+    queries: Sequence[Any]  # each with .id .text .language .group .targets .reference
     answers: tuple[Answers, ...]
+    image: Callable[[int], Image.Image]  # the picture of a corpus row
 
     @property
     def concepts(self) -> np.ndarray:
         """str [n], the bootstrap's cluster of each query."""
-        return np.array([str(query.concept) for query in self.queries])
+        return np.array([str(query.group) for query in self.queries])
 
     def find(self, method: str, decoding: str = "") -> Answers | None:
         """A method's answers; one that decodes nothing is found whatever the decoding."""
@@ -86,7 +87,6 @@ def write(
     workdir: str | Path,
     test_sets: Sequence[TestSet],
     log: Sequence[dict],
-    corpus_images: Callable[[int], Image.Image],
     about: dict[str, Any],
 ) -> dict:
     """Writes report.json, report.md, curves.png and before_after.png, each in one move.
@@ -98,7 +98,6 @@ def write(
       test_sets: one for each name and shift; those named as the first are the main ones, which
         the headline and the examples are about.
       log: the lines of metrics.jsonl; unknown, missing and null entries are passed over.
-      corpus_images: gives the picture of a corpus row.
       about: what made these numbers, printed at the end; its entry "command", if any, is shown as
         the command that makes the report again.
 
@@ -116,7 +115,7 @@ def write(
     examples = [example for example in drawn if example is not None]
     has_curves = _write_curves(workdir / "curves.png", log)
     if examples:
-        _write_before_after(workdir / "before_after.png", examples, corpus_images)
+        _write_before_after(workdir / "before_after.png", examples)
     text = _markdown(workdir, numbers, examples, has_curves)
     files.replace(workdir / "report.md", text.encode(errors="replace"))
     as_json = json.dumps(numbers, indent=1, ensure_ascii=False, default=_plain)
@@ -203,7 +202,7 @@ def _record(test_set: TestSet, index: int) -> dict:
         "id": query.id,
         "query": query.text,
         "language": query.language,
-        "concept": query.concept,
+        "concept": query.group,
         "reference": query.reference,
         "searched": {a.label: a.texts[index] for a in _in_order(test_set)},
         "rank": {a.label: int(a.ranks[index]) for a in _in_order(test_set)},
@@ -259,14 +258,14 @@ def _split(gains: int, losses: int, count: int) -> tuple[int, int]:
     return total - share, share
 
 
-def _write_before_after(path: Path, examples: list[_Examples], corpus_images: Callable) -> None:
+def _write_before_after(path: Path, examples: list[_Examples]) -> None:
     rows, wanted = [], []
     for example in examples:
         for index in example.chosen:
             query = example.test_set.queries[index]
-            wanted.append((corpus_images(query.target), query.reference))
+            wanted.append((example.test_set.image(query.targets[0]), query.reference))
             rows += [
-                _row(example.test_set, answers, index, corpus_images)
+                _row(example.test_set, answers, index)
                 for answers in (example.before, example.after)
             ]
     rules = " ".join(example.rule for example in examples)
@@ -274,13 +273,13 @@ def _write_before_after(path: Path, examples: list[_Examples], corpus_images: Ca
     contact_sheet(rows, path, columns=2, wanted=wanted, note=note)
 
 
-def _row(test_set: TestSet, answers: Answers, index: int, corpus_images: Callable) -> Row:
+def _row(test_set: TestSet, answers: Answers, index: int) -> Row:
     query = test_set.queries[index]
     several = len({query.language for query in test_set.queries}) > 1
     title = f"“{query.text}”" + (f"  ({query.language})" if several else "")
     nearest = [int(row) for row in answers.nearest[index]]
-    right = nearest.index(query.target) if query.target in nearest else None
-    images = [corpus_images(row) for row in nearest]
+    right = next((place for place, row in enumerate(nearest) if row in query.targets), None)
+    images = [test_set.image(row) for row in nearest]
     caption = f"{answers.label}: rank {answers.ranks[index]}"
     return Row(title, answers.texts[index], images, right, caption)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from grape_jax import checkpoint, job, sharding, text
+from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.learner import TrainState
@@ -50,9 +51,14 @@ class Rewriter:
         shifts = [shift or self.job.config.shifts[0]] * len(queries)
         return rewrite(self.job, self.variables, list(queries), shifts, temperature=0.0)
 
-    def find(self, texts: Sequence[str], top: int = 5) -> np.ndarray:
-        """Corpus rows of the best matches of each text, best first: int `[n, top]`."""
-        return nearest(self.job, self.job.retriever.embed_texts(list(texts)), top)
+    def find(self, texts: Sequence[str], top: int = 5, split: str = "train") -> np.ndarray:
+        """Corpus rows of the best matches of each text, best first: int `[n, top]`.
+
+        Args:
+          split: whose corpus to search, where each split has its own.
+        """
+        gallery = self.job.gallery(split)
+        return nearest(gallery.bank_NxE, self.job.retriever.embed_texts(list(texts)), top)
 
 
 def restore(workdir: Path) -> tuple[Job, TrainState]:
@@ -128,28 +134,55 @@ def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, boo
     ]
 
 
-def ranks_of(job: Job, emb_QxE: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """Rank of one right picture for each text: int `[Q]`, by the kernel that training uses."""
+def ranks_of(job: Job, emb_QxE: np.ndarray, queries: Sequence[Query], split: str) -> np.ndarray:
+    """Rank of the best right picture for each text: int `[Q]`; 0 where the truth is withheld."""
+    rank_QxP = all_ranks_of(job, emb_QxE, queries, split)
+    last = np.iinfo(rank_QxP.dtype).max
+    best_Q = np.where(rank_QxP > 0, rank_QxP, last).min(axis=1)
+    return np.where(best_Q < last, best_Q, 0)
+
+
+def all_ranks_of(job: Job, emb_QxE: np.ndarray, queries: Sequence[Query], split: str) -> np.ndarray:
+    """Rank of every right picture, by the kernel that training uses: int `[Q, P]`, 0 is padding.
+
+    Args:
+      emb_QxE: one text a query, in the queries' order.
+      split: whose corpus to rank in; a query's own picture is left out of it.
+    """
+    gallery = job.gallery(split)
     # Whole tiles, one at a time: another number of texts compiles nothing.
-    missing = -len(emb_QxE) % QUERY_TILE
-    emb_QxE = np.pad(emb_QxE, ((0, missing), (0, 0)))
-    targets_Qx1 = np.pad(np.asarray(targets, np.int32), (0, missing), constant_values=-1)[:, None]
+    missing = -len(queries) % QUERY_TILE
+    fill = lambda x, value: np.pad(x, ((0, missing), (0, 0)), constant_values=value)
+    rows = {"emb_QxE": fill(emb_QxE, 0), "targets_QxP": fill(job.targets(queries), -1)}
+    excluded_Qx1 = excluded_of(queries)
+    if excluded_Qx1 is not None:
+        rows["excluded_QxX"] = fill(excluded_Qx1, -1)
     ranks = [
         target_ranks(
-            emb_QxE[start : start + QUERY_TILE],
-            job.index,
-            targets_Qx1[start : start + QUERY_TILE],
+            index=gallery.index,
+            **{name: x[start : start + QUERY_TILE] for name, x in rows.items()},
             mesh=job.mesh,
-            size=len(job.bank_NxE),
+            size=len(gallery),
         ).rank_QxP
-        for start in range(0, len(emb_QxE), QUERY_TILE)
+        for start in range(0, len(queries), QUERY_TILE)
     ]
-    return np.concatenate(jax.device_get(ranks))[: len(targets), 0]
+    return np.concatenate(jax.device_get(ranks))[: len(queries)]
 
 
-def nearest(job: Job, emb_QxE: np.ndarray, top: int) -> np.ndarray:
-    """Corpus rows of the `top` most similar pictures, best first, ties by row: int `[Q, top]`."""
-    rows = [np.argsort(-(job.bank_NxE @ emb), kind="stable")[:top] for emb in emb_QxE]
+def nearest(
+    bank_NxE: np.ndarray, emb_QxE: np.ndarray, top: int, excluded_Qx1: np.ndarray | None = None
+) -> np.ndarray:
+    """Corpus rows of the `top` most similar pictures, best first, ties by row: int `[Q, top]`.
+
+    Args:
+      excluded_Qx1: a row that each query may not find, -1 is none (`excluded_of`).
+    """
+    rows = []
+    for query, emb in enumerate(emb_QxE):
+        similarity_N = bank_NxE @ emb
+        if excluded_Qx1 is not None and excluded_Qx1[query, 0] >= 0:
+            similarity_N[excluded_Qx1[query, 0]] = -np.inf
+        rows.append(np.argsort(-similarity_N, kind="stable")[:top])
     return np.stack(rows) if rows else np.zeros((0, top), np.int64)
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from grape_jax import checkpoint, command_line, evaluation, files, job, retriever, sharding, text
 from grape_jax.data import pipeline
+from grape_jax.data.benchmark import excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
@@ -80,7 +81,7 @@ def train(config, workdir: Path) -> None:
     run = job.build(config)
     checkpoint.keep_config(workdir, config)
     print(
-        f"{len(run.bank_NxE)} pictures, policy of {run.policy.layers} layers, "
+        f"{len(run.gallery('train'))} pictures, policy of {run.policy.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s), "
         f"ready in {time.perf_counter() - started:.0f} s",
         flush=True,
@@ -169,7 +170,7 @@ def data_iterators(run: Job) -> dict:
 def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict]:
     """One supervised step, towards the reference texts or towards rewrites that did well."""
     shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, [q.text for q in queries], shifts)
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
     prompts = sharding.batch(run.mesh, host_prompts)
     if run.config.warm_up.towards == "references":
         goals = [q.reference.lower() for q in queries]
@@ -207,8 +208,8 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
         for query, group in zip(queries, answers, strict=True)
     ]
     texts = [words for row in candidates for words in row]
-    targets = np.repeat([query.target for query in queries], config.grpo.group_size + 1)
-    ranks = ranks_of(run, run.retriever.embed_texts(texts), targets)
+    asked = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
+    ranks = ranks_of(run, run.retriever.embed_texts(texts), asked, "train")
     best = ranks.reshape(len(queries), -1).argmin(axis=1)
     return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
 
@@ -217,9 +218,9 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
     config = run.config
     shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, [q.text for q in queries], shifts)
-    targets = np.asarray([[q.target] for q in queries], np.int32)
-    prompts, targets = sharding.batch(run.mesh, (host_prompts, targets))
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
+    rows = run.targets(queries), excluded_of(queries)
+    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
     key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
@@ -232,11 +233,12 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
         state,
         run.base,
         run.retriever.params,
-        run.index,
+        run.gallery("train").index,
         prompts,
         targets,
         rollout,
         rewrites,
+        excluded,
         raw_ranks(run, queries),
     )
     metrics = jax.device_get(metrics)
@@ -260,7 +262,7 @@ def raw_ranks(run: Job, queries) -> jax.Array | None:
     if run.config.grpo.reward_shape != "improvement":
         return None
     emb_QxE = run.retriever.embed_texts([query.text for query in queries])
-    return sharding.batch(run.mesh, ranks_of(run, emb_QxE, [query.target for query in queries]))
+    return sharding.batch(run.mesh, ranks_of(run, emb_QxE, queries, "train"))
 
 
 def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:

@@ -19,8 +19,8 @@ def _queries(languages=("en",)):
             id=f"q{i}",
             text=f"query | {i}",
             language=languages[i % len(languages)],
-            concept=f"c{i // 2}",
-            target=i,
+            group=f"c{i // 2}",
+            targets=(i,),
             reference=f"name {i}",
         )
         for i in range(QUERIES)
@@ -48,7 +48,7 @@ def _test_set(languages=("en",)):
         _answers("raw query", "", draw(40)),
         _answers("English name", "", np.ones(QUERIES, int)),
     ]
-    return report.TestSet("unseen concepts", "noisy", _queries(languages), tuple(answers))
+    return report.TestSet("unseen concepts", "noisy", _queries(languages), tuple(answers), _picture)
 
 
 def _picture(row):
@@ -64,7 +64,7 @@ LOG = [
 
 
 def _write(path, test_sets, log=LOG):
-    return report.write(path, test_sets, log, _picture, {"seed": np.int64(7)})
+    return report.write(path, test_sets, log, {"seed": np.int64(7)})
 
 
 def test_json_holds_the_numbers_of_the_ranks(tmp_path):
@@ -104,7 +104,7 @@ def test_headline_says_when_zero_is_inside(tmp_path, gain, said):
     before[::3] = 1
     after = before - np.where(before > 1, gain, 0)
     answers = (_answers("untrained", "greedy", before), _answers("GRPO", "greedy", after))
-    _write(tmp_path, [report.TestSet("unseen concepts", "long", _queries(), answers)])
+    _write(tmp_path, [report.TestSet("unseen concepts", "long", _queries(), answers, _picture)])
     text = (tmp_path / "report.md").read_text()
     assert said in text.split("##")[0]
     assert ("cannot be told from zero" in text) == (gain == 0)
@@ -113,7 +113,7 @@ def test_headline_says_when_zero_is_inside(tmp_path, gain, said):
 def test_an_evaluation_before_training(tmp_path):
     test_set = _test_set()
     untrained = tuple(a for a in test_set.answers if a.method in ("raw query", "untrained"))
-    before = report.TestSet(test_set.name, test_set.shift, test_set.queries, untrained)
+    before = report.TestSet(test_set.name, test_set.shift, test_set.queries, untrained, _picture)
     _write(tmp_path, [before], log=[])
     text = (tmp_path / "report.md").read_text()
     assert "Nothing has been trained yet" in text and "GRPO" not in text
@@ -131,8 +131,8 @@ def test_languages_appear_where_there_are_several(tmp_path):
 
 def test_every_shift_has_its_headline_and_examples(tmp_path):
     first = _test_set()
-    second = report.TestSet(first.name, "long", first.queries, first.answers)
-    seen = report.TestSet("seen concepts", "long", first.queries, first.answers)
+    second = report.TestSet(first.name, "long", first.queries, first.answers, _picture)
+    seen = report.TestSet("seen concepts", "long", first.queries, first.answers, _picture)
     _write(tmp_path, [first, second, seen])
     text = (tmp_path / "report.md").read_text()
     assert text.split("##")[0].count("**Training ") == 2

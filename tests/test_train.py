@@ -129,7 +129,7 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
 
     def ranks(texts):
         emb_QxE = loaded.retriever.embed_texts(texts)
-        return ranks_of(loaded, emb_QxE, [queries[i].target for i in taught])
+        return ranks_of(loaded, emb_QxE, [queries[i] for i in taught], "train")
 
     assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
     overrides = ("warm_up.towards=own_best", "grpo.reward_shape=improvement", "grpo.steps=1")
