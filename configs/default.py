@@ -14,6 +14,18 @@ def get_config() -> ConfigDict:
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
     config.shifts = ("noisy",)  # which query shifts: noisy, long, languages
 
+    # Your own data, for benchmark="local"; grape_jax/data/local.py says what the files hold.
+    config.local = ConfigDict()
+    config.local.images = ""  # the directory of the pictures
+    # Instead of embedding them here, or without them: .npy, .npz, .parquet, or the directory that
+    # clip-retrieval wrote.
+    config.local.embeddings = ""
+    config.local.queries = ""  # .jsonl, .csv, .tsv or .parquet
+    # Of the pictures that queries ask for, where the queries name no splits.
+    config.local.validation_share = 0.1
+    config.local.test_share = 0.2
+    config.local.split_seed = 0  # another one is another split
+
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that are left
     config.mesh.fsdp = 1
@@ -41,6 +53,7 @@ def get_config() -> ConfigDict:
     config.prompt.system.noisy = "Correct the spelling."
     config.prompt.system.long = "Name the thing in a few words."
     config.prompt.system.languages = "Translate to English."
+    config.prompt.system.local = "Say in a few English words what the picture shows."
     config.prompt.user = "{query}"  # the user's turn
     config.prompt.answer_start = ""  # what the assistant's turn starts with
     config.prompt.max_tokens = 64  # longer prompts are refused

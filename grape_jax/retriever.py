@@ -37,8 +37,8 @@ BATCH = 128
 SHORTEST = 16  # token positions; longer texts get twice as many, up to the context
 PART = 8 * BATCH  # embeddings that are written to disk at one time: what a kill can cost
 
-# The cosine of two embeddings of one picture by one model, where only its decoding, its size on disk
-# or the arithmetic's precision differ.
+# The cosine of two embeddings of one picture by one model, where only its decoding, its size on
+# disk or the arithmetic's precision differ.
 SAME_MODEL = 0.95
 
 

@@ -75,6 +75,9 @@ def train(config, workdir: Path) -> None:
     job.check(config)
     # So that the run can be used from any folder.
     config.data_dir = str(Path(config.data_dir).resolve())
+    for name in ("images", "embeddings", "queries"):
+        path = config.local[name]
+        config.local[name] = path and str(Path(path).expanduser().resolve())
     checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
@@ -353,6 +356,7 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
         start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except (Interrupted, KeyboardInterrupt):

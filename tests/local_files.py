@@ -8,7 +8,6 @@ import io
 import sys
 from pathlib import Path
 
-
 from grape_jax.data import openmoji
 
 LANGUAGES = ("en", "de", "fr", "zh")

@@ -5,11 +5,12 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from grape_jax.data import emoji
+from grape_jax.data import emoji, local
 from grape_jax.data.benchmark import Corpus, Query
+from grape_jax.data.local import Precomputed
 from grape_jax.errors import UserError
 
-NAMES = ("emoji",)
+NAMES = ("emoji", "local")
 
 
 def module(name: str) -> ModuleType:
@@ -21,14 +22,28 @@ def module(name: str) -> ModuleType:
     match name:
         case "emoji":
             return emoji
+        case "local":
+            return local
     raise UserError(f"benchmark={name!r} is unknown: choose one of {', '.join(NAMES)}.")
 
 
 def load_queries(config: ConfigDict, shift: str, split: str, limit: int = 0) -> list[Query]:
     """The queries of one split as a run's config asks for them; a limit takes a fixed subset."""
-    return module(config.benchmark).load_queries(Path(config.data_dir), shift, split, limit or None)
+    return module(config.benchmark).load_queries(_place(config), shift, split, limit or None)
 
 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
     """The pictures of one gallery of a run's benchmark."""
-    return module(config.benchmark).load_corpus(Path(config.data_dir), gallery)
+    return module(config.benchmark).load_corpus(_place(config), gallery)
+
+
+def load_precomputed(config: ConfigDict) -> Precomputed | None:
+    """The embeddings that a user gave with the pictures or instead of them, or None."""
+    return local.load_precomputed(_place(config)) if config.benchmark == "local" else None
+
+
+def _place(config: ConfigDict) -> Path:
+    """Where the benchmark's sets lie; a user's own data has a folder for each choice of files."""
+    if config.benchmark == "local":
+        return local.folder(config.local, config.data_dir)
+    return Path(config.data_dir)
