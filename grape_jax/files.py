@@ -1,10 +1,13 @@
-"""Writing a file in one move."""
+"""Writing a file in one move, and letting go of one that is mapped."""
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 
 def replace(path: str | Path, content: bytes | str) -> None:
@@ -24,3 +27,10 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Gives back the memory of what was read of a memory-mapped file; of other arrays, nothing."""
+    mapped = isinstance(array.base, mmap.mmap) and not array.flags.writeable
+    if mapped and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)

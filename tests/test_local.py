@@ -174,7 +174,14 @@ def test_every_layout_of_embeddings_gives_its_rows(mine, tmp_path, layout, dtype
         path.name for path in sorted((mine / "pictures").rglob("*.*"))[:2]
     ]
     prepared(config, tmp_path / "data")
-    assert len(list(tmp_path.glob("data/banks/*"))) == (0 if in_place else 1)
+    copies = list(tmp_path.glob("data/banks/*"))
+    assert len(copies) == (0 if in_place else 1)
+    for copy in copies:
+        copy.write_bytes(copy.read_bytes()[:-1])
+        with pytest.warns(UserWarning, match="is damaged"):
+            prepared(config, tmp_path / "data")
+        again = local.load_precomputed(local.folder(config, tmp_path / "data")).bank_NxE
+        np.testing.assert_allclose(again, want_NxE, atol=2e-7)
 
 
 def test_rows_of_other_lengths_are_scaled_with_a_note(mine, tmp_path):
@@ -188,16 +195,21 @@ def test_rows_of_other_lengths_are_scaled_with_a_note(mine, tmp_path):
     assert corpus.images is None
 
 
-def test_an_index_streamed_from_disk_is_that_of_the_array(tmp_path):
+def test_an_index_streamed_from_disk_is_that_of_the_array(tmp_path, monkeypatch):
     """In blocks that end within shards, over eight devices, in every dtype."""
     rows_NxE = unit_rows(3000)
     np.save(tmp_path / "rows.npy", rows_NxE)
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    for dtype in ranking.CORPUS_DTYPES:
-        whole = ranking.shard_corpus(mesh, rows_NxE, dtype)
-        streamed = ranking.shard_corpus(mesh, mapped, dtype)
-        jax.tree.map(np.testing.assert_array_equal, whole, streamed)
+    whole = [ranking.shard_corpus(mesh, rows_NxE, dtype) for dtype in ranking.CORPUS_DTYPES]
+    monkeypatch.setattr(ranking, "STREAM_BLOCK", 200)
+    streamed = [ranking.shard_corpus(mesh, mapped, dtype) for dtype in ranking.CORPUS_DTYPES]
+    jax.tree.map(np.testing.assert_array_equal, whole, streamed)
+    np.testing.assert_array_equal(streamed[0].rows_NxE[: len(rows_NxE)], rows_NxE)
+    broken = rows_NxE.copy()
+    broken[2345, 6] = np.inf
+    with pytest.raises(UserError, match="corpus row 2345 is not finite"):
+        ranking.shard_corpus(mesh, broken)
 
 
 def test_embeddings_of_another_model_are_refused(mine, tmp_path):
@@ -340,12 +352,15 @@ BROKEN = {
     "not a picture": (broken_file("note.png", b"hello"), r"cannot be read \(1\): note\.png"),
     "half a picture": (half_a_picture, r"pictures that cannot be read \(1\): folder 1/.*jpg"),
     "empty picture": (broken_file("empty.jpg", b""), r"cannot be read \(1\): empty\.jpg"),
-    "empty text": (broken_line(" ,1F600.png,en"), r"without a text \(1\): line 98"),
+    "empty text": (broken_line(" ,002A-FE0F-20E3.jpg,en"), r"without a text \(1\): line 98"),
     "no picture": (broken_line("soup,,en"), r"without a picture \(1\): line 98"),
     "target outside": (broken_line("soup,soup.png,en"), r"not in the corpus \(1\): 'soup\.png'"),
-    "more cells": (broken_line("soup,salt,pepper,1F600.png"), "more cells than the header"),
+    "more cells": (
+        broken_line("soup,salt,pepper,a.jpg"),
+        "more cells than the header",
+    ),
     "no columns": (
-        broken_queries("q.csv", b"query,picture\nsoup,1F600.png\n"),
+        broken_queries("q.csv", b"query,picture\nsoup,002A-FE0F-20E3.jpg\n"),
         "needs the columns",
     ),
     "no JSON": (broken_queries("q.jsonl", b'{"text": "soup"\n'), r"no JSON object \(1\): line 1"),
@@ -406,7 +421,69 @@ def test_broken_data_is_refused_in_a_sentence(mine, tmp_path, capsys, kind):
     said = said[said.index("error: ") :]
     assert (said.count("error: ") == 1 and said.rstrip().endswith((".", ")"))) or "(1): " in said
     assert re.search(sentence, said), said
-    assert not (tmp_path / "data").exists() and not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "data").exists() and not list(tmp_path.glob("run/*"))
+
+
+def cut_weights(folder, config):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def no_tokenizer(folder, config):
+    (folder / "tokenizer.json").unlink()
+
+
+def half_a_config(folder, config):
+    (folder / "config.json").write_text('{"model_type": "clip"')
+
+
+def another_family(folder, config):
+    (folder / "config.json").write_text('{"model_type": "resnet"}')
+
+
+def only_pickled(folder, config):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def another_width(folder, config):
+    ids = [path.name for path in Path(config.local.images).rglob("*.*")]
+    path = write_embeddings(folder, "npz", ids, unit_rows(COUNT, 64))
+    config.local.embeddings = str(path)
+
+
+def another_model(folder, config):
+    ids = [path.name for path in Path(config.local.images).rglob("*.*")]
+    config.local.embeddings = str(write_embeddings(folder, "npz", ids, unit_rows(COUNT)))
+
+
+def too_few_queries(folder, config):
+    config.grpo.batch_size = 4096
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (cut_weights, "model.safetensors is damaged"),
+        (no_tokenizer, "tokenizer.json is missing"),
+        (half_a_config, "config.json is damaged"),
+        (another_family, "model_type='resnet' is not supported"),
+        (only_pickled, "pytorch_model.bin is pickled"),
+        (another_width, "have 64 numbers and the retriever's have 192"),
+        (another_model, "pictures have a median cosine"),
+        (too_few_queries, "more than the"),
+    ],
+)
+def test_broken_retrievers_are_refused_in_a_sentence(mine, tmp_path, capsys, edit, sentence):
+    config = load_config(mine, tmp_path)
+    folder = tmp_path / "retriever"
+    shutil.copytree(retriever.SHIPPED, folder)
+    config.retriever.path = str(folder)
+    edit(folder, config)
+    with pytest.raises(SystemExit) as stopped:
+        exit_with_sentence(lambda: train.train(config, tmp_path / "run"))
+    assert stopped.value.code == 2 and not list(tmp_path.glob("run/*"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(said) == 1 and sentence in said[0]
 
 
 def test_mistakes_are_told_together_and_ten_of_a_kind(mine, tmp_path):
@@ -414,7 +491,7 @@ def test_mistakes_are_told_together_and_ten_of_a_kind(mine, tmp_path):
     shutil.copytree(mine, folder, ignore=shutil.ignore_patterns("*.gguf"))
     for number in range(12):
         broken_line(f"soup,nowhere-{number}.png,en")(folder, None)
-    broken_line(",1F600.png,en")(folder, None)
+    broken_line(",002A-FE0F-20E3.jpg,en")(folder, None)
     broken_file("note.png", b"hello")(folder, None)
     with pytest.raises(UserError) as refused:
         local.prepare(settings(folder), tmp_path)

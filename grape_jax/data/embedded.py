@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grape_jax import files
@@ -113,7 +114,8 @@ def bank(given: Given, checked: Checked, data_dir: str | Path) -> Path:
     if given.single and checked.unit:
         return given.path.resolve()
     path = Path(data_dir).resolve() / "banks" / f"given-{checked.digest}.npy"
-    if path.exists():
+    shape = (len(given.ids), given.width)
+    if path.exists() and _is_bank(path, shape):
         return path
     if not checked.unit:
         low, high = checked.norms
@@ -123,7 +125,6 @@ def bank(given: Given, checked: Checked, data_dir: str | Path) -> Path:
             stacklevel=2,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (len(given.ids), given.width)
     with files.replacing(path) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -159,6 +160,15 @@ def _of_npy(path: Path, parts: list[Path], ids: list[str], single: bool = False,
                 yield np.array(np.load(part, mmap_mode="r")[start : start + BLOCK])
 
     return Given(path, ids, headers[0].shape[1], blocks, single, tuple(texts))
+
+
+def _is_bank(path: Path, shape: tuple[int, int]) -> bool:
+    try:
+        header = _header(path)
+    except UNREADABLE as error:
+        warnings.warn(f"{path} is damaged ({error}): it is made anew.", stacklevel=3)
+        return False
+    return header.shape == shape and header.dtype == np.float32
 
 
 def _header(path: Path) -> np.memmap:
@@ -219,7 +229,7 @@ def _parquet(path: Path) -> Given:
 
     def blocks() -> Iterator[np.ndarray]:
         for batch in pq.ParquetFile(path).iter_batches(BLOCK, ["embedding"]):
-            lengths = np.asarray(pa.compute.list_value_length(batch.column(0)).fill_null(0))
+            lengths = np.asarray(pc.list_value_length(batch.column(0)).fill_null(0))
             if (lengths != width).any():
                 raise ValueError(f"a row has {lengths[lengths != width][0]} numbers, not {width}")
             yield batch.column(0).flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
