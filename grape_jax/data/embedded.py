@@ -228,13 +228,13 @@ def _parquet(path: Path) -> Given:
     ids = [str(one) for one in file.read([key]).column(0).to_pylist()]
 
     def blocks() -> Iterator[np.ndarray]:
-        for batch in pq.ParquetFile(path).iter_batches(BLOCK, ["embedding"]):
+        for batch in pq.ParquetFile(path).iter_batches(BLOCK, columns=["embedding"]):
             lengths = np.asarray(pc.list_value_length(batch.column(0)).fill_null(0))
             if (lengths != width).any():
                 raise ValueError(f"a row has {lengths[lengths != width][0]} numbers, not {width}")
             yield batch.column(0).flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
 
-    first = next(file.iter_batches(1, ["embedding"]), None)
+    first = next(file.iter_batches(1, columns=["embedding"]), None)
     width = len(first.column(0)[0]) if first is not None else 0
     return Given(path, ids, width, blocks, single=False)
 
