@@ -36,7 +36,7 @@ ROW_UNIT = 256  # every tile of the corpus has a multiple of this many rows
 # it stays in a near cache.
 LARGEST_WHOLE = 32768
 CORPUS_TILE = 4096
-STREAM_BLOCK = 16384  # rows on their way to a device
+STREAM_BLOCK = 4096  # rows on their way to a device
 
 
 def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> Index:
@@ -89,7 +89,8 @@ def _stream_shard(corpus_NxE: np.ndarray, start: int, stop: int, dtype, device):
         whole = lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype, device=device)
         shard = _put_rows(jax.tree.map(whole, shard), shard, 0)
     for first in range(start + STREAM_BLOCK, stop, STREAM_BLOCK):
-        shard = _put_rows(shard, block(first), first - start)
+        # Waited for: dispatch would run ahead, with a block in hand for each call.
+        shard = jax.block_until_ready(_put_rows(shard, block(first), first - start))
     return shard
 
 

@@ -25,7 +25,7 @@ from grape_jax import files
 from grape_jax.errors import UserError
 
 SUFFIXES = (".npy", ".npz", ".parquet")
-BLOCK = 16384  # rows in memory at one time
+BLOCK = 4096  # rows in memory at one time
 UNIT = 1e-4  # how far from 1 a norm may be, to be used as it is
 TEXTS = 16  # captions that the model is recognised by
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pa.ArrowException)
