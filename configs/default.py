@@ -10,14 +10,26 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # everything random comes from (seed, step)
     config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
-    # What is searched, and with which queries: emoji, flickr30k_cn, cvlue, xm3600, wikipedia, cirr.
-    # All but emoji are written to data_dir by `python -m grape_jax.prepare`.
+    # What is searched, and with which queries: emoji, flickr30k_cn, cvlue, xm3600, wikipedia, cirr,
+    # local. Of the five archives the sets are written to data_dir by `python -m grape_jax.prepare`.
     config.benchmark = "emoji"
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
     config.shifts = ("noisy",)  # which sets of queries; of emoji: noisy, long, languages
     config.xm3600 = ConfigDict()
     config.xm3600.languages = ()  # which of the 36, such as ("de", "th"); (): all
     config.xm3600.captions = "all"  # "first": one of each picture and language
+
+    # Your own data, for benchmark="local"; grape_jax/data/local.py says what the files hold.
+    config.local = ConfigDict()
+    config.local.images = ""  # the directory of the pictures
+    # Instead of embedding them here, or without them: .npy, .npz, .parquet, or the directory that
+    # clip-retrieval wrote.
+    config.local.embeddings = ""
+    config.local.queries = ""  # .jsonl, .csv, .tsv or .parquet
+    # Of the pictures that queries ask for, where the queries name no splits.
+    config.local.validation_share = 0.1
+    config.local.test_share = 0.2
+    config.local.split_seed = 0  # another one is another split
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that are left
@@ -50,6 +62,7 @@ def get_config() -> ConfigDict:
     config.prompt.system.multilingual = "Translate the caption to English."
     config.prompt.system.articles = "Say in one sentence what a picture of this article shows."
     config.prompt.system.edits = "Describe the picture that the change leads to."
+    config.prompt.system.local = "Say in a few English words what the picture shows."
     config.prompt.user = "{query}"  # the user's turn
     # What {query} stands for where a query has a picture of its own: the policy reads no pixels.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"

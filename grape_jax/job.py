@@ -5,6 +5,8 @@ import functools
 import importlib.util
 import io
 import itertools
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from grape_jax import captions, pretrained, ranking, results, retriever, rewards, sharding, text
-from grape_jax.data import benchmark, catalogue, emoji, xm3600
+from grape_jax.data import benchmark, catalogue, local, xm3600
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
 from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
@@ -39,13 +41,11 @@ class Gallery:
         return len(self.bank_NxE)
 
     def image(self, row: int) -> Image.Image:
-        """The picture in this row.
-
-        Raises:
-          UserError: only embeddings are there.
-        """
+        """The picture in this row; its name, where only embeddings are there."""
         if self.corpus.images is None:
-            raise UserError("this corpus is embeddings only: it has no pictures to show.")
+            blank = Image.new("RGB", (128, 128), "white")
+            ImageDraw.Draw(blank).text((4, 56), self.corpus.names[row][-20:], fill="black")
+            return blank
         return Image.open(io.BytesIO(self.corpus.images[row])).convert("RGB")
 
 
@@ -76,10 +76,13 @@ class Job:
 
     def _open(self, name: str) -> Gallery:
         corpus = catalogue.load_corpus(self.config, name)
-        images = [Image.open(io.BytesIO(encoded)) for encoded in corpus.images]
-        bank_NxE = retriever.corpus_bank(
-            self.retriever, images, Path(self.config.data_dir) / "banks"
-        )
+        given = catalogue.load_precomputed(self.config)
+        if given is None:
+            cache_dir = Path(self.config.data_dir) / "banks"
+            bank_NxE = retriever.corpus_bank(self.retriever, corpus.images, cache_dir)
+        else:
+            _check_precomputed(self.retriever, given)
+            bank_NxE = given.bank_NxE
         index = ranking.shard_corpus(self.mesh, bank_NxE, self.config.retriever.corpus_dtype)
         return Gallery(corpus, bank_NxE, index)
 
@@ -175,18 +178,12 @@ def build(config: ConfigDict) -> Job:
       UserError: anything about config, files or devices that the user can mend.
     """
     check(config)
-    if config.benchmark == "emoji":
-        emoji.prepare(
-            Path(config.data_dir),
-            shifts=config.shifts,
-            wordnet_dir=config.wordnet_dir or None,
-            with_words=config.warm_up.words,
-        )
+    catalogue.prepare(config)
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
     check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
-    if found.preprocess is None:
+    if found.preprocess is None and catalogue.load_precomputed(config) is None:
         raise UserError(
             f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
             "pictures: name a CLIP or SigLIP."
@@ -203,7 +200,10 @@ def build(config: ConfigDict) -> Job:
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=retriever.place(found, mesh),
     )
-    return dataclasses.replace(run, most_targets=_check_sizes(run))
+    run = dataclasses.replace(run, most_targets=_check_sizes(run))
+    if catalogue.load_precomputed(config) is not None:
+        _warn_of_chance(run)
+    return run
 
 
 def build_again(stored: dict) -> Job:
@@ -225,6 +225,8 @@ def check(config: ConfigDict) -> None:
     if not config.shifts:
         raise UserError(f"shifts is empty: choose from {', '.join(shifts)}.")
     one_of("xm3600.captions", config.xm3600.captions, xm3600.CAPTIONS)
+    if config.benchmark == "local":
+        local.check(config.local)
     one_of("prompt.format", config.prompt.format, text.FORMATS)
     one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
     if config.warm_up.words and (config.benchmark, config.warm_up.towards) != (
@@ -336,6 +338,13 @@ def _check_sizes(run: Job) -> int:
         raise UserError(
             f"retriever.text_length must be {retriever.said(lengths)}, what the retriever reads."
         )
+    known = sum(len(run.queries(shift, "train")) for shift in config.shifts)
+    for phase in ("warm_up", "grpo"):
+        if config[phase].steps and config[phase].batch_size > known:
+            raise UserError(
+                f"{phase}.batch_size={config[phase].batch_size} is more than the {known} training "
+                "queries: lower it, or give more queries."
+            )
     parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     sizes = {"warm_up.batch_size": config.warm_up.batch_size}
     sizes |= {"grpo.batch_size": config.grpo.batch_size}
@@ -364,6 +373,37 @@ def _check_references(run: Job, shift: str) -> None:
             f"the training queries of {shift} have no reference texts: set "
             "warm_up.towards='own_best', or warm_up.steps=0."
         )
+
+
+def _check_precomputed(found: Retriever, given: local.Precomputed) -> None:
+    """Holds the embeddings that a user gave to the retriever that reads the queries."""
+    if found.preprocess is not None:
+        given_NxE = given.bank_NxE[given.rows]
+        retriever.check_given(found, given.name, list(given.pictures), given_NxE)
+    retriever.check_given(found, given.name, given.texts, given.texts_NxE)
+
+
+def _warn_of_chance(run: Job) -> None:
+    """Says so where the queries as they are find no more than chance: it may be another model."""
+    for shift in run.config.shifts:
+        queries = run.queries(shift, "train", ranking.QUERY_TILE)
+        if len(queries) < ranking.QUERY_TILE // 2:
+            continue
+        gallery = run.gallery("train")
+        emb_QxE = run.retriever.embed_texts([query.text for query in queries])
+        targets_Qx1 = np.asarray([query.targets[:1] for query in queries], np.int32)
+        ranks = ranking.target_ranks(
+            emb_QxE, gallery.index, targets_Qx1, mesh=run.mesh, size=len(gallery)
+        )
+        mean = float(np.mean(ranks.rank_QxP)) / len(gallery)
+        # By chance ranks are uniform; three deviations of the mean of so many.
+        if mean > 0.5 - 3 / math.sqrt(12 * len(queries)):
+            warnings.warn(
+                f"the right pictures of {len(queries)} queries rank at {100 * mean:.0f} % of the "
+                "corpus on average, no better than chance: either the retriever cannot read such "
+                "queries at all, or another model made the embeddings.",
+                stacklevel=2,
+            )
 
 
 def policy_path(path: str) -> Path:

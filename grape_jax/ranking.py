@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from grape_jax import files
 from grape_jax.errors import UserError
 from grape_jax.sharding import MESH_AXES, logical
 from grape_jax.types import Index, Ranks
@@ -35,6 +36,7 @@ ROW_UNIT = 256  # every tile of the corpus has a multiple of this many rows
 # it stays in a near cache.
 LARGEST_WHOLE = 32768
 CORPUS_TILE = 4096
+STREAM_BLOCK = 4096  # rows on their way to a device
 
 
 def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> Index:
@@ -48,18 +50,54 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> 
     """
     if corpus_NxE.ndim != 2 or not len(corpus_NxE):
         raise UserError(f"the corpus must be [items, width] and not empty, not {corpus_NxE.shape}.")
-    if not np.isfinite(corpus_NxE).all():
-        row = int(np.argmin(np.isfinite(corpus_NxE).all(axis=1)))
-        raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
     rows_a_device = -(-len(corpus_NxE) // mesh.size)
     # A small shard is not worth cutting, and would gain many rows of padding.
     unit = ROW_UNIT if rows_a_device <= 2 * CORPUS_TILE else CORPUS_TILE
-    padding = -len(corpus_NxE) % (unit * mesh.size)
-    padded = np.pad(corpus_NxE.astype(np.float32), ((0, padding), (0, 0)))
-    rows, scale = _in_dtype(padded, jnp.dtype(dtype), np)
-    by_row = logical(mesh, "corpus")
-    placed = None if scale is None else jax.device_put(scale, by_row)
-    return Index(jax.device_put(rows, logical(mesh, "corpus", None)), placed)
+    shape = (len(corpus_NxE) + -len(corpus_NxE) % (unit * mesh.size), corpus_NxE.shape[1])
+    by_row = logical(mesh, "corpus", None)
+    shards = {
+        device: _stream_shard(corpus_NxE, *rows.indices(shape[0])[:2], jnp.dtype(dtype), device)
+        for device, (rows, _) in by_row.addressable_devices_indices_map(shape).items()
+    }
+    joined = jax.make_array_from_single_device_arrays
+    rows = joined(shape, by_row, [rows for rows, _ in shards.values()])
+    if dtype != "int8":
+        return Index(rows, None)
+    scales = [scale for _, scale in shards.values()]
+    return Index(rows, joined(shape[:1], logical(mesh, "corpus"), scales))
+
+
+def _stream_shard(corpus_NxE: np.ndarray, start: int, stop: int, dtype, device):
+    """These rows on one device, with padding, and their scales or None.
+
+    They go there block by block: the host never holds more than one beside the device's copy.
+    """
+
+    def block(first: int):
+        block_RxE = np.zeros((min(STREAM_BLOCK, stop - first), corpus_NxE.shape[1]), np.float32)
+        real = corpus_NxE[first : first + len(block_RxE)]
+        block_RxE[: len(real)] = real
+        files.let_go(corpus_NxE)
+        finite_R = np.isfinite(block_RxE).all(axis=1)
+        if not finite_R.all():
+            row = first + int(np.argmin(finite_R))
+            raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
+        return jax.device_put(_in_dtype(block_RxE, dtype, np), device)
+
+    shard = block(start)
+    if stop - start > STREAM_BLOCK:
+        whole = lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype, device=device)
+        shard = _put_rows(jax.tree.map(whole, shard), shard, 0)
+    for first in range(start + STREAM_BLOCK, stop, STREAM_BLOCK):
+        # Waited for: dispatch would run ahead, with a block in hand for each call.
+        shard = jax.block_until_ready(_put_rows(shard, block(first), first - start))
+    return shard
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(shard, block, first):
+    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=0)
+    return jax.tree.map(put, shard, block)
 
 
 def check_targets(targets_QxP: np.ndarray, size: int) -> None:

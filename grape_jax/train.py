@@ -78,6 +78,9 @@ def train(config, workdir: Path) -> None:
     job.check(config)
     # So that the run can be used from any folder.
     config.data_dir = str(Path(config.data_dir).resolve())
+    for name in ("images", "embeddings", "queries"):
+        path = config.local[name]
+        config.local[name] = path and str(Path(path).expanduser().resolve())
     checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
@@ -410,6 +413,7 @@ def interruptible() -> Iterator[None]:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
