@@ -33,6 +33,7 @@ class Job:
     base: dict  # frozen parameters, placed on the mesh
     lora: LoraConfig | None
     tokenizer: object
+    stop_ids: tuple[int, ...]  # tokens that end a completion
     prompts: dict[str, PromptConfig]  # one for each shift
     retriever: Retriever  # its parameters placed on the mesh
     corpus: emoji.Corpus
@@ -78,7 +79,7 @@ class Job:
             group_size=group_size,
             max_tokens=max_tokens,
             temperature=temperature,
-            stop_ids=(self.tokenizer.eos_token_id,),
+            stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
         )
 
@@ -114,6 +115,7 @@ def build(config: ConfigDict) -> Job:
         base=base.params,
         lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
         tokenizer=base.tokenizer,
+        stop_ids=(base.tokenizer.eos_token_id,),
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=found,
         corpus=corpus,
