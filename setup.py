@@ -22,9 +22,11 @@ TEST = [
 # Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
 PARITY = [
     "accelerate>=1.15,<2",
+    "datasets>=5.2,<6",
     "open_clip_torch>=3.3,<4",
     "peft>=0.21,<0.22",
     "torch==2.13.0",
+    "trl==1.16.0",
 ]
 
 setup(
