@@ -75,6 +75,8 @@ def train(config, workdir: Path) -> None:
     job.check(config)
     # So that the run can be used from any folder.
     config.data_dir = str(Path(config.data_dir).resolve())
+    if config.prompt.caption_bank:
+        config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
     checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
@@ -159,11 +161,12 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
 
 
 def data_iterators(run: Job) -> dict:
-    """One endless stream of (shift, query) for each phase."""
+    """One endless stream of (shift, query) for each phase that has steps."""
     queries = [(s, query) for s in run.config.shifts for query in run.queries(s, "train")]
     return {
         phase: pipeline.train_iterator(queries, run.config[phase].batch_size, run.config.seed + i)
         for i, phase in enumerate(("warm_up", "grpo"))
+        if run.config[phase].steps
     }
 
 
