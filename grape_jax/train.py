@@ -81,6 +81,8 @@ def train(config, workdir: Path) -> None:
     for name in ("images", "embeddings", "queries"):
         path = config.local[name]
         config.local[name] = path and str(Path(path).expanduser().resolve())
+    if config.prompt.caption_bank:
+        config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
     checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
@@ -165,13 +167,19 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
 
 
 def data_iterators(run: Job) -> dict:
-    """One endless stream of batches of (shift, query) for each phase; a batch is of one shift."""
-    shifts, seed = run.config.shifts, run.config.seed
-    lessons = [[(shift, query) for query in run.lessons(shift)] for shift in shifts]
-    queries = [[(shift, query) for query in run.queries(shift, "train")] for shift in shifts]
+    """One endless stream of batches of (shift, query) for each phase that has steps.
+
+    A batch is of one shift.
+    """
+    config, shifts = run.config, run.config.shifts
+    sets = {
+        "warm_up": [[(shift, query) for query in run.lessons(shift)] for shift in shifts],
+        "grpo": [[(shift, query) for query in run.queries(shift, "train")] for shift in shifts],
+    }
     return {
-        "warm_up": pipeline.train_iterator(lessons, run.config.warm_up.batch_size, seed),
-        "grpo": pipeline.train_iterator(queries, run.config.grpo.batch_size, seed + 1),
+        phase: pipeline.train_iterator(sets[phase], config[phase].batch_size, config.seed + i)
+        for i, phase in enumerate(("warm_up", "grpo"))
+        if config[phase].steps
     }
 
 

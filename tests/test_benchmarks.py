@@ -483,7 +483,8 @@ def test_composed_queries_are_trained_on_and_reported(folders, tiny, tmp_path):
         "data_dir": data_dir, "policy.path": tiny, "retriever.path": "",
         "retriever.text_length": 16, "prompt.max_tokens": 160, "rollout.max_tokens": 6,
         "grpo.steps": 2, "grpo.batch_size": 2, "grpo.group_size": 2, "grpo.format_rule": "sum",
-        "evaluation.max_tokens": 6, "evaluation.batch_size": 16, "evaluation.every": 0,
+        "evaluation.max_tokens": 6, "evaluation.batch_size": 8, "evaluation.test_limit": 8,
+        "evaluation.every": 2, "evaluation.validation_limit": 8,
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     done = subprocess.run(
@@ -499,4 +500,4 @@ def test_composed_queries_are_trained_on_and_reported(folders, tiny, tmp_path):
     assert len(rows) == 4 and all(1 <= r["rank"] <= 17 for row in rows for r in row["rewrites"])
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert [s["name"] for s in report["test_sets"]] == ["validation split"]
-    assert report["test_sets"][0]["queries"] == 12
+    assert report["test_sets"][0]["queries"] == 8
