@@ -78,9 +78,8 @@ def speed(run: Run, rows: int) -> dict:
         "slowest": float(seconds.max()),
         "completion_tokens_per_second": float(np.median(tokens / seconds)),
         "steps_peak_bytes": max(
-            (s["peak_bytes"] for s in run.steps if "peak_bytes" in s), default=0
-        )
-        or None,
+            (s["peak_bytes"] for s in timed if "peak_bytes" in s), default=None
+        ),
         "process_peak_bytes": run.process_bytes,
     }
 
@@ -163,7 +162,7 @@ def _speed_table(speeds: list[dict]) -> str:
             speed["run"],
             str(speed["steps_timed"]),
             f"{speed['seconds_per_step']:.2f} ({speed['fastest']:.2f}-{speed['slowest']:.2f})",
-            f"{speed['completion_tokens_per_second']:.0f}",
+            f"{speed['completion_tokens_per_second']:.3g}",
             _gigabytes(speed["steps_peak_bytes"]),
             _gigabytes(speed["process_peak_bytes"]),
         ]

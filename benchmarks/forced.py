@@ -47,15 +47,17 @@ def timed_steps(run: Job, batches: list) -> Iterator[dict]:
     """Takes one GRPO step for each batch of (shift, query).
 
     Yields:
-      The step from 1, its seconds, the peak of memory so far, and some of what a step logs.
+      The step from 1, its seconds, its peak of memory, and some of what a step logs.
     """
     state = begin_grpo(run.learner("grpo"), run.fresh_state("grpo"))
-    memory.forget_peak()
     for step, batch in enumerate(batches):
+        memory.forget_peak()
         began = time.perf_counter()
         state, metrics, _ = train.explore(run, state, batch, step)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began
+        if metrics["length"] != run.config.rollout.max_tokens:
+            raise RuntimeError(f"completions of {metrics['length']} tokens: some ended early")
         line = {"step": step + 1, "seconds": seconds, "peak_bytes": memory.peak_bytes()}
         yield line | {name: metrics[name] for name in LOGGED if name in metrics}
 

@@ -78,19 +78,17 @@ def measure_all(
             raise UserError(f"{out} holds other measurements: choose another --out.")
     # The policy does not stop where a rewrite would.
     warnings.filterwarnings("ignore", message="a text is longer than")
-    run = forced.build(config)
     known = {(point["prompt"], point["group"]) for point in found["points"]}
-    for group in groups:
-        for prompt in prompts:
-            if (prompt, group) in known:
-                continue
-            seconds = measure(run, prompt, group, completion, steps)
-            found["points"].append({"prompt": prompt, "group": group, "seconds": seconds})
-            print(f"prompt {prompt}, group {group}: {np.median(seconds):.2f} s", flush=True)
-            found["cost"] = prompt_cost(found["points"])
-            files.replace(out / "growth.json", json.dumps(found, indent=1))
-            files.replace(out / "growth.png", draw(found["points"]))
-            files.replace(out / "growth.md", markdown(found))
+    missing = [(p, g) for g in groups for p in prompts if (p, g) not in known]
+    run = forced.build(config) if missing else None
+    for prompt, group in missing:
+        seconds = measure(run, prompt, group, completion, steps)
+        found["points"].append({"prompt": prompt, "group": group, "seconds": seconds})
+        print(f"prompt {prompt}, group {group}: {np.median(seconds):.2f} s", flush=True)
+        found["cost"] = prompt_cost(found["points"])
+        files.replace(out / "growth.json", json.dumps(found, indent=1))
+        files.replace(out / "growth.png", draw(found["points"]))
+        files.replace(out / "growth.md", markdown(found))
     print(f"report: {out / 'growth.md'}")
     return found
 

@@ -13,14 +13,14 @@ import optax
 import pytest
 import tiny_policy
 import torch
+from ml_collections import ConfigDict
 
-from benchmarks import comparison, forced, growth, task
+from benchmarks import comparison, growth, task
 from benchmarks.comparison import OURS, THEIRS, Run
 from benchmarks.pytorch import keys, prompts, reward, run, settings
 from grape_jax import command_line, grpo, job, learner, ranking, retriever, rewards, text
 from grape_jax.errors import UserError
 from grape_jax.models import policy
-from grape_jax.rewriter import encode
 
 TEXTS = ["red apple", "a dog", "", "smiling face", "rocket ship to the moon", "tree", "Red apple"]
 
@@ -218,13 +218,17 @@ def compare(folder, out, *overrides):
         *(f"--out={folder / out}", "--steps=2", "--batch=2", "--group=4", "--seeds=3"),
         *(f"--config.{key}={value}" for key, value in config.items()),
     ]
-    environment = os.environ | {
+    return subprocess.run(
+        [*argv, *overrides], env=environment(folder), capture_output=True, text=True, check=False
+    )
+
+
+def environment(folder):
+    """One device; the processes of this file share what they compile."""
+    return os.environ | {
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
-    return subprocess.run(
-        [*argv, *overrides], env=environment, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -320,28 +324,27 @@ def test_mistakes_are_one_sentence(folder, override, sentence):
     assert not (folder / "mistake").exists()
 
 
-def test_forced_steps_have_their_lengths(tiny):
-    never_ends = forced.of_shape(dataclasses.replace(tiny, stop_ids=()), 40, 5, 2)
-    order = {"prompt_tokens": 40, "steps": 2}
-    batches = task.forced_batches(never_ends, order)
-    for batch in batches:
-        shifts, queries = zip(*batch, strict=True)
-        assert encode(never_ends, [query.text for query in queries], shifts).mask_BxS.all()
-    steps = list(forced.timed_steps(never_ends, batches))
-    assert [step["length"] for step in steps] == [5, 5]
-    ends = forced.of_shape(tiny, 40, 5, 2)
-    assert next(forced.timed_steps(ends, batches))["length"] < 5
-
-
-def test_growth_is_measured_once(tiny, tmp_path):
-    config = tiny.config.copy_and_resolve_references()
-    config.prompt.max_tokens = 48
-    found = growth.measure_all(config, tmp_path, [40, 48], [2], 5, 2)
+def test_growth_is_measured_once(folder):
+    """Steps whose completions do not have the asked length end the command with an error."""
+    argv = [
+        *(sys.executable, "-m", "benchmarks.growth", "--config=configs/emoji.py"),
+        *(f"--out={folder / 'growth'}", "--prompts=40,48", "--groups=2", "--completion_tokens=5"),
+        *("--batch=2", "--steps=2", f"--config.data_dir={folder / 'data'}"),
+        f"--config.policy.path={folder / 'tiny.gguf'}",
+    ]
+    done = subprocess.run(
+        argv, env=environment(folder), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((folder / "growth" / "growth.json").read_text())
     assert [(p["prompt"], p["group"]) for p in found["points"]] == [(40, 2), (48, 2)]
-    assert growth.measure_all(config, tmp_path, [40, 48], [2], 5, 2) == found
-    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert all(len(point["seconds"]) == 1 for point in found["points"])
+    assert (folder / "growth" / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "ms a prompt token" in (folder / "growth" / "growth.md").read_text()
+    config = ConfigDict(found["settings"]["config"])
+    assert growth.measure_all(config, folder / "growth", [40, 48], [2], 5, 2) == found
     with pytest.raises(UserError, match="other measurements"):
-        growth.measure_all(config, tmp_path, [40], [2], 5, 3)
+        growth.measure_all(config, folder / "growth", [40], [2], 5, 3)
 
 
 def test_the_cost_of_a_prompt_token_is_a_slope():

@@ -85,26 +85,26 @@ def reward_functions(config: dict, tokenizer, gallery: Gallery) -> list:
 
 
 class Recorder(TrainerCallback):
-    """One line for each step: what TRL logs, and how long the whole step took."""
+    """One line for each step: what TRL logs, and what the whole step took in time and memory."""
 
     def __init__(self, path: Path, steps: int):
         self.path, self.steps = path, steps
 
     def on_train_begin(self, *_, **__):
         self.path.write_text("")
-        memory.forget_peak()
 
     def on_step_begin(self, *_, **__):
+        memory.forget_peak()
         self.began = time.perf_counter()
 
     def on_step_end(self, *_, **__):
         self.seconds = time.perf_counter() - self.began
+        self.peak = memory.peak_bytes()
 
     def on_log(self, args, state, control, logs, **_):
         if "reward" not in logs:  # the summary at the end
             return
-        line = {"step": state.global_step, "seconds": self.seconds}
-        line |= {"peak_bytes": memory.peak_bytes()}
+        line = {"step": state.global_step, "seconds": self.seconds, "peak_bytes": self.peak}
         line |= {ours: logs[theirs] for ours, theirs in LOGGED.items() if theirs in logs}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

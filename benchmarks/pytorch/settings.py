@@ -45,6 +45,7 @@ def trainer_config(config: dict, steps: int, forced_tokens: int | None, out: Pat
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
 
 
