@@ -29,6 +29,7 @@ from benchmarks import comparison
 from benchmarks.comparison import OURS, THEIRS, Run
 from benchmarks.pytorch import keys
 from grape_jax import command_line, files, job
+from grape_jax.data import catalogue
 from grape_jax.errors import UserError, exit_with_sentence
 
 FLAGS = flags.FLAGS
@@ -83,6 +84,11 @@ def refuse(config: ConfigDict) -> None:
         raise UserError("--steps must be 1 or more.")
     if config.prompt.answer_start:
         raise UserError("prompt.answer_start must be empty: TRL cannot begin an answer.")
+    if config.rollout.stop:
+        raise UserError("rollout.stop must be empty: TRL masks nothing after another stop token.")
+    corpus_of = catalogue.module(config.benchmark).gallery_of
+    if corpus_of("train") != corpus_of("test"):
+        raise UserError("the two versions are compared on a benchmark with one corpus for all.")
     if passed_over := keys.unknown(config.to_dict()):
         raise UserError(
             f"the PyTorch version does not know {', '.join(passed_over)}: teach it in "

@@ -36,10 +36,11 @@ def write(order: dict) -> None:
     policy = directory.parent / "policy"
     if not (policy / "config.json").exists():
         huggingface.save(policy, run.policy, variables["params"], run.tokenizer)
-    gallery = directory / "gallery"
-    gallery.mkdir(parents=True, exist_ok=True)
-    for row in range(len(run.bank_NxE)):
-        run.image(row).save(gallery / f"{row:06d}.png", compress_level=1)
+    pictures = run.gallery("train")
+    folder = directory / "gallery"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in range(len(pictures)):
+        pictures.image(row).save(folder / f"{row:06d}.png", compress_level=1)
     batches = forced_batches(run, order) if order["forced_tokens"] else own_batches(run, order)
     lines = [json.dumps([_row(*pair) for pair in batch], ensure_ascii=False) for batch in batches]
     files.replace(directory / "batches.jsonl", "\n".join(lines) + "\n")

@@ -7,7 +7,7 @@ KNOWN = {
         *("reward_shape", "reward_normalised", "reward_k", "reward_temperature", "reward_weight"),
         *("format_weight", "format_rule", "malformed_reward"),
     },
-    "rollout": {"temperature", "max_tokens"},
+    "rollout": {"temperature", "max_tokens", "top_k", "top_p", "min_p", "stop"},
     "lora": {"rank", "alpha", "targets"},
 }
 
