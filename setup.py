@@ -55,6 +55,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
+        "pyarrow>=15",
         "protobuf>=5",  # like sentencepiece, for SigLIP's tokenizer
         "safetensors>=0.6,<1",
         "sentencepiece>=0.2,<1",

@@ -45,6 +45,7 @@ def score_rewrites(
     targets_BxP: jax.Array,
     rollout: Rollout,
     rewrites: Rewrites,
+    excluded_BxX: jax.Array | None = None,
     raw_rank_B: jax.Array | None = None,
 ) -> Scores:
     """What each rewrite is paid. Ranks and rewards are computed once, however often they teach.
@@ -52,10 +53,11 @@ def score_rewrites(
     Args:
       index: from `ranking.shard_corpus`.
       targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
+      excluded_BxX: int32 corpus rows that leave the corpus for a query, -1 is padding.
       raw_rank_B: int32, what the queries themselves rank; of the reward "improvement" only.
     """
     config = scorer.reward
-    ranks = rank_rewrites(scorer, retriever_params, index, rewrites, targets_BxP)
+    ranks = rank_rewrites(scorer, retriever_params, index, rewrites, targets_BxP, excluded_BxX)
     shaped_BxK = reward_score(scorer, ranks, raw_rank_B)
     parts = rewards.parts(
         shaped_BxK,
@@ -85,7 +87,9 @@ def score_rewrites(
     return jax.lax.with_sharding_constraint(scores, sharding.logical(scorer.mesh, "batch"))
 
 
-def rank_rewrites(scorer: Scorer, retriever_params, index, rewrites: Rewrites, targets_BxP):
+def rank_rewrites(
+    scorer: Scorer, retriever_params, index, rewrites: Rewrites, targets_BxP, excluded_BxX=None
+):
     """Ranks of each rewrite's targets over the whole corpus, with `[B, K]` for Q."""
     B, K, L = rewrites.tokens_BxKxL.shape
     emb_QxE = towers.embed_texts(
@@ -98,6 +102,7 @@ def rank_rewrites(scorer: Scorer, retriever_params, index, rewrites: Rewrites, t
         emb_QxE,
         index,
         jnp.repeat(targets_BxP, K, axis=0),
+        None if excluded_BxX is None else jnp.repeat(excluded_BxX, K, axis=0),
         mesh=scorer.mesh,
         size=scorer.corpus_size,
         temperature=scorer.reward.reward_temperature,
