@@ -1,6 +1,7 @@
 """The two steps: against a naive dense loss, their guard against bad numbers, one compilation."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -101,6 +102,17 @@ def step(world, scores, made, state):
     return learner.grpo_step(made, state, base, prompts, rollout, scores)
 
 
+@pytest.fixture(scope="module")
+def start(world):
+    """A function that makes a state at step 0 of `make()`: a step donates what it is given."""
+    kept = jax.device_get(learner.init_state(make(), jax.random.key(0), world[-1]))
+    shardings = learner.state_shardings(make())
+    return lambda: jax.device_put(jax.tree.map(np.copy, kept), shardings)
+
+
+read_lesson = jax.jit(learner.read_lesson, static_argnums=0)
+
+
 def near(loss):
     """A loss is what is left of terms of about 1 and of both signs: that is what rounds."""
     return pytest.approx(float(loss), rel=1e-5, abs=1e-6)
@@ -115,18 +127,19 @@ def naive_loss(params, reference, world, rewards_BxK):
     total = 0.0
     for b in range(B):
         prompt = prompts.tokens_BxS[b][prompts.mask_BxS[b]]
+        rows = np.concatenate([np.tile(prompt, (K, 1)), rollout.tokens_BxKxT[b]], axis=1)
+        of_rows, of_reference = row_logprobs(params, rows), row_logprobs(reference, rows)
         for k in range(K):
-            tokens, kept = rollout.tokens_BxKxT[b, k], rollout.mask_BxKxT[b, k]
-            row = np.concatenate([prompt, tokens])
-            new = row_logprobs(params, row)
+            kept, new = rollout.mask_BxKxT[b, k], of_rows[k]
             ratio = jnp.exp(new - rollout.logprobs_BxKxT[b, k])
             gain = jnp.minimum(ratio * adv[b, k], jnp.clip(ratio, 0.8, 1.2) * adv[b, k])
-            kl = grpo.kl_to_reference(new, row_logprobs(reference, row))
+            kl = jnp.exp(of_reference[k] - new) - (of_reference[k] - new) - 1
             total += jnp.sum((-gain + GRPO.kl_weight * kl) * kept)
     return total / rollout.mask_BxKxT.sum()
 
 
 @jax.jit
+@functools.partial(jax.vmap, in_axes=(None, 0))
 def row_logprobs(params, row):
     """Log-probs of a row's last T tokens, the row read as one token and what follows it."""
     first = Prompts(row[None, :1], jnp.ones((1, 1), bool))
@@ -135,11 +148,11 @@ def row_logprobs(params, row):
     return jnp.take_along_axis(jax.nn.log_softmax(scores), row[-T:, None], axis=-1)[:, 0]
 
 
-def test_the_step_follows_the_naive_loss(world, scores):
+def test_the_step_follows_the_naive_loss(world, scores, start):
     """Loss and update of a full-parameter step equal those of the loss written out by hand."""
     made = make()
     base = world[-1]
-    state = learner.init_state(made, jax.random.key(0), base)
+    state = start()
     # A reference that is not the policy, so that the KL has a gradient.
     reference = jax.tree.map(lambda x: np.asarray(x) * np.float32(1.05), base)
     before = jax.device_get(state.trained)
@@ -162,13 +175,13 @@ gradients = jax.jit(learner.policy_gradient, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
-def lesson(world, scores):
+def lesson(world, scores, start):
     """The batch as the loss reads it, with a reference that is not the policy."""
     prompts, rollout, *_, base = world
     made = make()
-    state = learner.init_state(made, jax.random.key(0), base)
+    state = start()
     state = state.replace(reference=jax.tree.map(lambda x: x * 1.05, base))
-    return jax.device_get(learner.read_lesson(made, state, base, prompts, rollout, scores))
+    return jax.device_get(read_lesson(made, state, base, prompts, rollout, scores))
 
 
 @pytest.fixture(scope="module")
@@ -258,22 +271,22 @@ def test_devices_change_neither_ranks_nor_gradients(found, world, scores, lesson
     assert_same(gradients(made, world[-1], None, sharding.batch(made.mesh, lesson)), plain)
 
 
-def test_an_adapter_starts_as_the_base_and_only_it_is_trained(world, scores):
+def test_an_adapter_starts_as_the_base_and_only_it_is_trained(world, scores, start):
     base = world[-1]
     made = make(lora.LoraConfig(4, 8.0, ("q", "v", "down")), reference="base")
     state = learner.init_state(made, jax.random.key(0), base)
     assert set(state.trained) == {"q", "v", "down"} and state.reference is None
     state, first = step(world, scores, made, state)
     assert first["kl"] == pytest.approx(0, abs=1e-6)  # the base is what the adapter starts from
-    _, whole = step(world, scores, make(), learner.init_state(make(), jax.random.key(0), base))
+    _, whole = step(world, scores, make(), start())
     assert first["loss"] == near(whole["loss"])
     _, second = step(world, scores, made, state)
     assert second["kl"] > 1e-6  # and stays, while the adapter moves on
 
 
-def test_a_bad_number_changes_nothing_but_the_step(world, scores):
+def test_a_bad_number_changes_nothing_but_the_step(world, scores, start):
     made = make()
-    state = learner.init_state(made, jax.random.key(0), world[-1])
+    state = start()
     before = jax.device_get(state)
     prompts, rollout, *rest = world
     broken = dataclasses.replace(rollout, logprobs_BxKxT=rollout.logprobs_BxKxT * np.nan)
@@ -283,9 +296,8 @@ def test_a_bad_number_changes_nothing_but_the_step(world, scores):
     jax.tree.map(np.testing.assert_array_equal, before.optimizer, jax.device_get(state.optimizer))
 
 
-def test_two_passes_are_two_steps_on_one_batch(world, scores):
+def test_two_passes_are_two_steps_on_one_batch(world, scores, start):
     base = world[-1]
-    start = lambda: learner.init_state(make(), jax.random.key(0), base)
     state, first = step(world, scores, make(), start())
     state, second = step(world, scores, make(), state)
     together, metrics = step(world, scores, make(passes=2), start())
@@ -309,7 +321,7 @@ def test_what_is_masked_or_dropped_weighs_nothing(world, scores):
 
     def weights(**options):
         made = make(kl_weight=0.0, **options)
-        lesson = learner.read_lesson(made, None, base, prompts, rollout, scores)
+        lesson = read_lesson(made, None, base, prompts, rollout, scores)
         return np.asarray(lesson.weight_BxKxT)
 
     everything = weights()
@@ -338,15 +350,15 @@ def test_a_reference_follows_every_few_steps():
     assert [moved(n)[0] for n in (1, 2, 3, 4, 6)] == [5, 5, 4, 5, 4]
 
 
-def test_bfloat16_is_computed_in_and_float32_is_kept(world, scores):
+def test_bfloat16_is_computed_in_and_float32_is_kept(world, scores, start):
     made, base = make(dtype="bfloat16"), world[-1]
     hidden = policy.hidden_states(made.policy, {"params": base}, world[0], world[1].tokens_BxKxT)
     assert hidden.dtype == jnp.bfloat16
-    state = learner.init_state(made, jax.random.key(0), base)
+    state = start()
     state, metrics = step(world, scores, made, state)
     assert {x.dtype.name for x in jax.tree.leaves(state.trained)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(state.optimizer)} == {"float32", "int32"}
-    _, exact = step(world, scores, make(), learner.init_state(make(), jax.random.key(0), base))
+    _, exact = step(world, scores, make(), start())
     assert metrics["loss"] != exact["loss"]
     assert metrics["loss"] == pytest.approx(float(exact["loss"]), abs=0.02)
 
@@ -398,9 +410,9 @@ def test_every_reward_is_what_its_ranks_say(shape):
     np.testing.assert_allclose(got, [wanted], rtol=1e-6)
 
 
-def test_every_part_of_the_reward_is_logged(world, scores):
+def test_every_part_of_the_reward_is_logged(world, scores, start):
     made = make()
-    state = learner.init_state(made, jax.random.key(0), world[-1])
+    state = start()
     _, metrics = step(world, scores, made, state)
     ok, mask = world[2].well_formed_BxK, world[1].mask_BxKxT
     rank = 1 - np.log(np.asarray(scores.rank_BxK)) / np.log(N)
