@@ -10,8 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-from grape_jax import grpo, learner, optimizer, ranking, retriever, rewards, scoring, sharding
+from grape_jax import (
+    grpo,
+    learner,
+    optimizer,
+    ranking,
+    retriever,
+    rewards,
+    scoring,
+    sharding,
+)
 from grape_jax.models import lora, policy
+from grape_jax.rollout import SamplingConfig, sample
 from grape_jax.types import Prompts, Ranks, Rewrites, Rollout
 
 B, K, T, S, N = 8, 3, 5, 6, 300
@@ -350,17 +360,27 @@ def test_a_reference_follows_every_few_steps():
     assert [moved(n)[0] for n in (1, 2, 3, 4, 6)] == [5, 5, 4, 5, 4]
 
 
-def test_bfloat16_is_computed_in_and_float32_is_kept(world, scores, start):
+def test_bfloat16_is_computed_in_and_float32_is_kept(world, scores, lesson, plain, start):
+    """The step's dtypes; loss near float32's, not equal; sampler and learner agree on tokens."""
     made, base = make(dtype="bfloat16"), world[-1]
-    hidden = policy.hidden_states(made.policy, {"params": base}, world[0], world[1].tokens_BxKxT)
-    assert hidden.dtype == jnp.bfloat16
-    state = start()
-    state, metrics = step(world, scores, made, state)
+    stepped = lambda state: step(world, scores, made, state)[0]
+    state = jax.eval_shape(stepped, start())
     assert {x.dtype.name for x in jax.tree.leaves(state.trained)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(state.optimizer)} == {"float32", "int32"}
-    _, exact = step(world, scores, make(), start())
-    assert metrics["loss"] != exact["loss"]
-    assert metrics["loss"] == pytest.approx(float(exact["loss"]), abs=0.02)
+    loss, grads, _ = gradients(made, base, None, lesson)
+    assert {x.dtype.name for x in jax.tree.leaves(grads)} == {"float32"}
+    assert loss != plain[0] and loss == pytest.approx(float(plain[0]), abs=0.02)
+    sampling = SamplingConfig(K, T, GRPO.temperature, (END,), END)
+    drawn = sample(made.policy, sampling, {"params": base}, world[0], jax.random.key(0))
+    logprobs = lambda made: token_logprobs(made, base, world[0], drawn.tokens_BxKxT)
+    gap = lambda other: np.abs((other - drawn.logprobs_BxKxT) * drawn.mask_BxKxT).max()
+    assert gap(logprobs(made)) < gap(logprobs(make())) < 0.1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def token_logprobs(made, params, prompts, tokens):
+    variables = {"params": params}
+    return learner.token_logprobs(made, variables, prompts, tokens, GRPO.temperature)[0]
 
 
 def test_warm_up_learns_and_nothing_compiles_twice(world, scores):

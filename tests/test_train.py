@@ -199,7 +199,7 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
     assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
     overrides = ("warm_up.towards=own_best", "grpo.reward_shape=improvement", "grpo.steps=1")
     # And a step with everything that the others leave out.
-    overrides += ("policy.dtype=bfloat16", "grpo.passes=2", "grpo.microbatches=2")
+    overrides += ("grpo.passes=2", "grpo.microbatches=2")
     overrides += ("grpo.drop_flat_groups=True", "grpo.refills=2", "grpo.reference=base")
     overrides += ("grpo.truncated_penalty=0.5", "warm_up.microbatches=4")
     run(paths, "own", *(f"--config.{override}" for override in overrides))
