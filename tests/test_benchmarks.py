@@ -427,7 +427,7 @@ def test_a_benchmark_is_a_job(folders, tiny, composed, name):
     (split,), (shift,) = catalogue.module(name).TEST_SETS, built.config.shifts
     queries = built.queries(shift, split)
     assert built.most_targets == max(len(query.targets) for query in queries)
-    assert built.learner("grpo").corpus_size == len(built.gallery("train"))
+    assert built.scorer().corpus_size == len(built.gallery("train"))
     assert len(built.gallery(split)) == len(built.gallery(split).corpus.images)
     assert built.gallery(split).image(0).mode == "RGB"
     emb_QxE = built.retriever.embed_texts([query.text for query in queries])
