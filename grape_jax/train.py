@@ -27,7 +27,7 @@ from grape_jax.data import pipeline
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
-from grape_jax.rewriter import encode, merged_variables, ranks_of, read_answers
+from grape_jax.rewriter import encode, merged_variables, ranks_of, read_answers, sampling_variables
 from grape_jax.rollout import sample
 from grape_jax.types import Rewrites
 
@@ -86,7 +86,7 @@ def train(config, workdir: Path) -> None:
         flush=True,
     )
     with StopSignal() as stop:
-        evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
+        evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", stop)
         with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
             state = learn(run, workdir, manager, stop)
         method = "GRPO" if config.grpo.steps else "warm-up"
@@ -199,7 +199,7 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     sampling = run.sampling(
         config.grpo.group_size, config.rollout.temperature, config.evaluation.max_tokens
     )
-    rollout = sample(run.policy, sampling, {"params": run.base}, prompts, key)
+    rollout = sample(run.policy, sampling, sampling_variables(run, run.base), prompts, key)
     answers = read_answers(run, *jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT)))
     # The query stands first: a rewrite that only ties with it teaches nothing.
     candidates = [
@@ -224,8 +224,8 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
 
     temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
     sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
-    variables = merged_variables(run, state.trained)
-    rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
+    # Nothing keeps the merged copy: the step needs its memory.
+    rollout = sample(run.policy, sampling, merged_variables(run, state.trained), prompts, key)
     answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
     state, metrics = grpo_step(  # jit, state donated
         run.learner("grpo"),

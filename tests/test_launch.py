@@ -221,6 +221,8 @@ def test_pod_watch_goes_on_after_a_preemption(tools, tmp_path):
     result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
     assert result.returncode == 0, result.stderr
     assert "The run has ended" in result.stdout
+    kinds = [re.search(r" (delete|create) |tpu_worker.sh\\+ (start) ", call) for call in calls()]
+    assert [k[1] or k[2] for k in kinds if k] == ["start", "delete", "create", "start"]
 
 
 def test_pod_watch_reports_a_failure(tools, tmp_path):

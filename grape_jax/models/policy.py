@@ -16,7 +16,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from grape_jax import sharding
 from grape_jax.models import attention
 from grape_jax.models.lora import Linear, LoraConfig
 from grape_jax.models.rope import RopeScaling, rotate
@@ -45,6 +47,7 @@ class PolicyConfig:
     qk_norm: bool = False  # queries and keys normed for each head, before their rotation
     windows: tuple[int, ...] | None = None  # tokens that each layer sees, 0: all; None: all, always
     remat: bool = False  # recompute a layer's activations in the backward pass
+    mesh: Mesh | None = None  # over which activations are split; None: as the compiler likes
 
 
 @flax.struct.dataclass
@@ -83,11 +86,14 @@ class Layer(nn.Module):
         def linear(name: str, features: int, axes: tuple[str, str], bias: bool) -> Linear:
             return Linear(features, axes, self.lora, bias, name=name)
 
+        held = lambda y, *names: sharding.constrain(c.mesh, y, "batch", None, *names)
+
+        x_BxNxD = held(x_BxNxD, None)
         h = RmsNorm(c.norm_eps, name="attention_norm")(x_BxNxD)
         q = linear("q", c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         k = linear("k", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         v = linear("v", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
-        split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
+        split = lambda y: held(y.reshape(*y.shape[:-1], -1, c.head_dim), "heads", None)
         q, k, v = split(q), split(k), split(v)
         if c.qk_norm:
             q = RmsNorm(c.norm_eps, name="q_norm")(q)
@@ -97,12 +103,13 @@ class Layer(nn.Module):
         )
         mixed, kept = attend(q, k, v)
         mixed = mixed.reshape(*x_BxNxD.shape[:2], -1)
-        x_BxNxD += linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed)
+        x_BxNxD += held(linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed), None)
 
         h = RmsNorm(c.norm_eps, name="mlp_norm")(x_BxNxD)
         gate = nn.silu(linear("gate", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h))
         up = linear("up", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h)
-        x_BxNxD += linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gate * up)
+        gated = held(gate * up, "mlp")
+        x_BxNxD += held(linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gated), None)
         return x_BxNxD, kept
 
 
