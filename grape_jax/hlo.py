@@ -111,15 +111,22 @@ def _called(instruction: _Instruction) -> list[str]:
 
 
 def _length(computations, loop: _Instruction) -> int:
-    """How often a loop runs at most: what its counter, which starts at 0, is compared with."""
+    """How often a loop runs at most: what its counter, which starts at 0, stays below."""
     condition = computations[re.search(r"condition=%([^\s,})]+)", loop.rest)[1]]
     reached = condition + [i for c in condition for name in _called(c) for i in computations[name]]
-    bounds = [
-        int(i.rest.split(")")[0])
+    numbers = {
+        i.name: int(i.rest.split(")")[0])
         for i in reached
-        if i.opcode == "constant" and i.shapes[0][0] in ("s32", "u32") and i.shapes[0][1] == ()
-    ]
-    return max(bounds, default=1)
+        if i.opcode == "constant" and i.shapes in ([("s32", ())], [("u32", ())])
+    }
+    compared = [i for i in reached if i.opcode == "compare" and "direction=LT" in i.rest]
+    bounds = [numbers[name] for i in compared for name in _operands(i) if name in numbers]
+    # Inside a fusion the bound may be a parameter; then it stands in the condition itself.
+    return max(bounds or [numbers[i.name] for i in condition if i.name in numbers], default=1)
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([^\s,)]+)", instruction.rest.split(")")[0])
 
 
 def _result_bytes(instruction: _Instruction) -> float:
@@ -135,8 +142,8 @@ def _bytes(dtype: str) -> float:
 def _product_flops(instruction: _Instruction, known) -> float:
     """Two for each product of numbers. The TPU compiler writes every matrix product as one
     convolution, batch axes as spatial axes that are spread so far that no two of them meet."""
-    operands = [known[name][0][1] for name in re.findall(r"%([^\s,)]+)", instruction.rest)[:2]]
-    (left, right), result = operands, instruction.shapes[0][1]
+    left, right = (known[name][0][1] for name in _operands(instruction)[:2])
+    result = instruction.shapes[0][1]
     if instruction.opcode == "dot":
         summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
         return 2 * math.prod(result) * math.prod(left[int(n)] for n in summed.split(",") if n)
