@@ -16,6 +16,9 @@ CONFIG_FILE = "config.json"
 FREE_KEYS = (
     "evaluation.every",
     "evaluation.validation_limit",
+    "evaluation.methods",
+    "evaluation.samples",
+    "evaluation.run_depth",
     "checkpoint.",
     "log.",
     "data_dir",
@@ -30,6 +33,11 @@ def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+
+
+def holds_any(workdir: Path) -> bool:
+    """Whether the run has come to a checkpoint."""
+    return (workdir / "checkpoints").is_dir()
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, positions: dict) -> None:

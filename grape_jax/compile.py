@@ -30,7 +30,7 @@ from grape_jax import command_line, hlo, job, learner, pretrained, ranking, retr
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.models import policy, towers
 from grape_jax.rewriter import gather, merge
-from grape_jax.rollout import SamplingConfig, sample
+from grape_jax.rollout import sample
 from grape_jax.types import Index, Prompts, Rewrites
 
 GIB = 2**30
@@ -282,7 +282,14 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     )
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
     # Which tokens they are does not change the program.
-    sampling = SamplingConfig(K, T, config.rollout.temperature, stop_ids=(0,), pad_id=0)
+    sampling = job.make_sampling(
+        config,
+        group_size=K,
+        max_tokens=T,
+        temperature=config.rollout.temperature,
+        stop_ids=(0,),
+        pad_id=0,
+    )
     trained = base if made.lora else state.trained
     whole = sharding.of_parameters(mesh, _boxed(model), sharding.SAMPLING_RULES)
     variables = {"params": placed(trained, whole)}
@@ -309,6 +316,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         in_batch(B, 1),
         rollout,
         rewrites,
+        in_batch(B, 1),  # a query's own picture; where none has one, the step does a little less
         in_batch(B) if config.grpo.reward_shape == "improvement" else None,
     )
     # Without an adapter the step does not touch the base.

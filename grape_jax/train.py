@@ -5,13 +5,14 @@
 The same command again goes on where a run was stopped.
 """
 
+import contextlib
 import json
 import logging
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -24,14 +25,24 @@ from tqdm import tqdm
 
 from grape_jax import checkpoint, command_line, evaluation, files, job, retriever, sharding, text
 from grape_jax.data import pipeline
+from grape_jax.data.benchmark import excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
-from grape_jax.rewriter import encode, merged_variables, ranks_of, read_answers, sampling_variables
-from grape_jax.rollout import sample
+from grape_jax.rewriter import (
+    Answer,
+    encode,
+    merged_variables,
+    ranks_of,
+    read_answers,
+    sampling_variables,
+)
+from grape_jax.rollout import filtered_mass, sample
 from grape_jax.types import Rewrites
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
+SHOWN_QUERIES = 3  # of a step, in the table of rewrites
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, cached programs included
 MAX_SKIPPED = 5  # steps in a row without a finite loss, before the run stops
 
 
@@ -74,13 +85,18 @@ def train(config, workdir: Path) -> None:
     job.check(config)
     # So that the run can be used from any folder.
     config.data_dir = str(Path(config.data_dir).resolve())
+    for name in ("images", "embeddings", "queries"):
+        path = config.local[name]
+        config.local[name] = path and str(Path(path).expanduser().resolve())
+    if config.prompt.caption_bank:
+        config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
     checkpoint.refuse_other_config(workdir, config)
     started = time.perf_counter()
     print("preparing data, policy and retriever ...", flush=True)
     run = job.build(config)
     checkpoint.keep_config(workdir, config)
     print(
-        f"{len(run.bank_NxE)} pictures, policy of {run.policy.layers} layers, "
+        f"{len(run.gallery('train'))} pictures, policy of {run.policy.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s), "
         f"ready in {time.perf_counter() - started:.0f} s",
         flush=True,
@@ -89,7 +105,7 @@ def train(config, workdir: Path) -> None:
         evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", stop)
         with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
             state = learn(run, workdir, manager, stop)
-        method = "GRPO" if config.grpo.steps else "warm-up"
+        method = evaluation.trained_method(config)
         evaluate_policy(run, workdir, merged_variables(run, state.trained), method, stop)
     evaluation.write_report(run, workdir)
     counted = run.retriever.cut_texts
@@ -133,7 +149,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             state, metrics, table = explore(run, state, next(batches["grpo"]), step)
             log.keep_rewrites(step, table)
             if step % config.log.sample_every == 0:
-                tqdm.write(sample_line(table))
+                tqdm.write(sample_table(step, table))
         skipped = skipped + 1 if metrics.pop("skipped") else 0
         if skipped >= MAX_SKIPPED:
             raise UserError(
@@ -158,18 +174,26 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
 
 
 def data_iterators(run: Job) -> dict:
-    """One endless stream of (shift, query) for each phase."""
-    queries = [(s, query) for s in run.config.shifts for query in run.queries(s, "train")]
+    """One endless stream of batches of (shift, query) for each phase that has steps.
+
+    A batch is of one shift.
+    """
+    config, shifts = run.config, run.config.shifts
+    sets = {
+        "warm_up": [[(shift, query) for query in run.lessons(shift)] for shift in shifts],
+        "grpo": [[(shift, query) for query in run.queries(shift, "train")] for shift in shifts],
+    }
     return {
-        phase: pipeline.train_iterator(queries, run.config[phase].batch_size, run.config.seed + i)
+        phase: pipeline.train_iterator(sets[phase], config[phase].batch_size, config.seed + i)
         for i, phase in enumerate(("warm_up", "grpo"))
+        if config[phase].steps
     }
 
 
 def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict]:
     """One supervised step, towards the reference texts or towards rewrites that did well."""
     shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, [q.text for q in queries], shifts)
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
     prompts = sharding.batch(run.mesh, host_prompts)
     if run.config.warm_up.towards == "references":
         goals = [q.reference.lower() for q in queries]
@@ -182,6 +206,7 @@ def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     tokens, mask = sharding.batch(run.mesh, (tokens, mask))
     state, metrics = warm_up_step(run.learner("warm_up"), state, run.base, prompts, tokens, mask)
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
     return state, metrics | {"pairs": float(mask.any(axis=(1, 2)).sum())}
 
 
@@ -191,7 +216,8 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     Self-distillation (ConvSearch-R1's warm-up): it needs the right pictures and no reference text.
 
     Returns:
-      Texts; "" where none of the K ranks the picture better than the query itself does.
+      Texts; "" where none of the K ranks the picture better than the query itself does. One that
+      would not end within rollout.max_tokens does not count: cut off, it would teach not to end.
     """
     config = run.config
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -203,13 +229,19 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     answers = read_answers(run, *jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT)))
     # The query stands first: a rewrite that only ties with it teaches nothing.
     candidates = [
-        [query.text, *(words for words, _ in group)]
+        [query.text, *(answer.text for answer in group)]
         for query, group in zip(queries, answers, strict=True)
     ]
     texts = [words for row in candidates for words in row]
-    targets = np.repeat([query.target for query in queries], config.grpo.group_size + 1)
-    ranks = ranks_of(run, run.retriever.embed_texts(texts), targets)
-    best = ranks.reshape(len(queries), -1).argmin(axis=1)
+    asked = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
+    ranks = ranks_of(run, run.retriever.embed_texts(texts), asked, "train")
+    limit = config.rollout.max_tokens
+    _, mask = text.encode_references(run.tokenizer, texts, config.prompt.format, limit + 1)
+    usable = (mask.sum(axis=(1, 2)) <= limit) & np.asarray([bool(words) for words in texts])
+    shape = len(queries), config.grpo.group_size + 1
+    ranks, usable = ranks.reshape(shape), usable.reshape(shape)
+    usable[:, 0] = True
+    best = np.where(usable, ranks, len(run.gallery("train")) + 1).argmin(axis=1)
     return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
 
 
@@ -217,9 +249,9 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
     config = run.config
     shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, [q.text for q in queries], shifts)
-    targets = np.asarray([[q.target] for q in queries], np.int32)
-    prompts, targets = sharding.batch(run.mesh, (host_prompts, targets))
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
+    rows = run.targets(queries), excluded_of(queries)
+    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
     key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
@@ -232,27 +264,45 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
         state,
         run.base,
         run.retriever.params,
-        run.index,
+        run.gallery("train").index,
         prompts,
         targets,
         rollout,
         rewrites,
+        excluded,
         raw_ranks(run, queries),
     )
+    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
+    if sampling.filtered:
+        metrics["sampler_filtered_mass"] = filtered_mass(rollout)
     metrics = jax.device_get(metrics)
     rank_BxK, reward_BxK = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
     table = [
         {
+            "shift": shift,
+            "id": query.id,
             "query": query.text,
             "reference": query.reference,
-            "rewrites": [
-                {"text": words, "rank": int(rank), "reward": float(reward)}
-                for (words, _), rank, reward in zip(group, ranks, rewards, strict=True)
-            ],
+            "targets": list(query.targets),
+            "rewrites": [table_entry(*of_one) for of_one in zip(*of_group, strict=True)],
         }
-        for query, group, ranks, rewards in zip(queries, answers, rank_BxK, reward_BxK, strict=True)
+        for shift, query, *of_group in zip(
+            shifts, queries, answers, rank_BxK, reward_BxK, strict=True
+        )
     ]
     return state, {name: float(value) for name, value in metrics.items()}, table
+
+
+def table_entry(answer: Answer, rank, reward) -> dict:
+    """One rewrite for the log; a malformed one with everything that was written."""
+    entry = {
+        "text": answer.text,
+        "rank": int(rank),
+        "reward": float(reward),
+        "well_formed": answer.well_formed,
+        "length": answer.length,
+    }
+    return entry if answer.well_formed else entry | {"completion": answer.completion}
 
 
 def raw_ranks(run: Job, queries) -> jax.Array | None:
@@ -260,14 +310,14 @@ def raw_ranks(run: Job, queries) -> jax.Array | None:
     if run.config.grpo.reward_shape != "improvement":
         return None
     emb_QxE = run.retriever.embed_texts([query.text for query in queries])
-    return sharding.batch(run.mesh, ranks_of(run, emb_QxE, [query.target for query in queries]))
+    return sharding.batch(run.mesh, ranks_of(run, emb_QxE, queries, "train"))
 
 
 def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     """The one host hop: completions to texts, texts to the retriever's tokens."""
     tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(run, tokens, mask)
-    words = [words for group in answers for words, _ in group]
+    words = [answer.text for group in answers for answer in group]
     tokens_QxL, mask_QxL = retriever.tokenize(
         run.retriever, words, run.config.retriever.text_length
     )
@@ -275,34 +325,45 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     rewrites = Rewrites(
         tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
         mask_BxKxL=mask_QxL.reshape(B, K, -1),
-        well_formed_BxK=np.asarray([[ok for _, ok in group] for group in answers]),
-        has_text_BxK=np.asarray([[bool(words) for words, _ in group] for group in answers]),
+        well_formed_BxK=np.asarray([[one.well_formed for one in group] for group in answers]),
+        has_text_BxK=np.asarray([[bool(one.text) for one in group] for group in answers]),
     )
     return answers, sharding.batch(run.mesh, rewrites)
 
 
 def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopSignal) -> None:
-    """Rewrites the test queries with one policy, with progress; nothing is done twice."""
-    sets = evaluation.test_sets(run)
-    total = 2 * sum(len(queries) for _, _, queries in sets)
+    """Has one policy answer the test queries, with progress; nothing is done twice."""
+    writings = evaluation.still_to_write(run, workdir, method)
+    if not writings:
+        return
+    total = sum(len(writing.queries) for writing in writings)
     with tqdm(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 
         def after_batch(done: int) -> None:
             bar.update(done)
             stop.raise_if_asked()
 
-        evaluation.policy_answers(run, workdir, variables, method, sets, after_batch)
+        evaluation.write_answers(run, variables, writings, after_batch)
 
 
-def sample_line(table: list[dict]) -> str:
-    """The query of the step with the widest spread of ranks, and its best and worst rewrite."""
-    ranks = lambda row: [rewrite["rank"] for rewrite in row["rewrites"]]
-    row = max(table, key=lambda row: max(ranks(row)) - min(ranks(row)))
-    best, worst = (pick(row["rewrites"], key=lambda r: r["rank"]) for pick in (min, max))
-    return (
-        f"  {row['query']!r}: {best['text']!r} finds it at {best['rank']}, "
-        f"{worst['text']!r} at {worst['rank']}"
-    )
+def sample_table(step: int, table: list[dict]) -> str:
+    """For the terminal: the queries of widest spread, each with its best, middle and worst rewrite.
+
+    Texts stand last: those of other scripts are of any width.
+    """
+    by_rank = lambda row: sorted(row["rewrites"], key=lambda rewrite: rewrite["rank"])
+    spread = lambda row: by_rank(row)[-1]["rank"] - by_rank(row)[0]["rank"]
+    lines = [f"step {step + 1}" + f"{'rank':>9}{'reward':>9}  rewrite"]
+    for row in sorted(table, key=spread, reverse=True)[:SHOWN_QUERIES]:
+        lines.append(f"  {row['query']!r}, which is {row['reference']!r}")
+        ranked = by_rank(row)
+        for i in sorted({0, len(ranked) // 2, len(ranked) - 1}):
+            one = ranked[i]
+            said = repr(one["text"])
+            if not one["well_formed"]:
+                said = f"malformed: {one['completion']!r}"
+            lines.append(f"{one['rank']:15d}{one['reward']:9.3f}  {said}")
+    return "\n".join(lines)
 
 
 class Log:
@@ -313,8 +374,16 @@ class Log:
         _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
         _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self.compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, *_, **__) -> None:
+        self.compiled += event == COMPILED
 
     def write(self, step: int, phase: str, metrics: dict) -> None:
+        # Since the line before: a step that goes on compiling is a step of ever new shapes.
+        metrics = metrics | {"compilations": self.compiled}
+        self.compiled = 0
         line = {"step": step, "phase": phase} | metrics
         with (self.workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -327,6 +396,7 @@ class Log:
                 file.write(json.dumps({"step": step + 1} | row, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count)
         self.events.close()
 
 
@@ -348,11 +418,19 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     command_line.parse()
     if flags.FLAGS.workdir is None:
         raise UserError(f"no workdir is given: add --workdir={example}.")
+    with interruptible():
+        start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Quiet work that can be stopped: exit code 130 and a line on how to go on."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
-        start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+        yield
     except (Interrupted, KeyboardInterrupt):
         print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -15,7 +15,7 @@ from grape_jax.errors import UserError
 
 
 def train_iterator(
-    queries: Sequence[Any],
+    sets: Sequence[Sequence[Any]],
     batch_size: int,
     seed: int,
     process_index: int = 0,
@@ -23,11 +23,13 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Endless batches of queries, in a new order every epoch.
 
-    Epochs follow each other without a gap: a batch at the boundary holds the last queries of one
-    epoch and the first of the next, so every query is seen equally often whatever the batch size.
+    A batch is of one set, and the sets take turns: queries of one kind have prompts of one length,
+    and a small set is heard as often as a large one. Epochs of a set follow each other without a
+    gap: a batch at the boundary holds the last queries of one epoch and the first of the next, so
+    every query of a set is seen equally often whatever the batch size.
 
     Args:
-      queries: any objects; never copied or changed.
+      sets: any objects; never copied or changed.
       batch_size: B, queries in a global batch, over all processes.
       seed: 0 <= seed < 2**32, decides the order of all epochs.
       process_index: which slice of each global batch this process takes.
@@ -41,19 +43,24 @@ def train_iterator(
     Raises:
       UserError: the batch is larger than the data, or does not divide among the processes.
     """
-    _refuse_impossible(len(queries), batch_size, seed, process_index, process_count)
+    smallest = min(len(queries) for queries in sets)
+    _refuse_impossible(smallest, batch_size, seed, process_index, process_count)
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
-    batches = (
-        grain.MapDataset.source(queries)
-        .shuffle(seed=seed)
-        .repeat()
-        # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
-        .batch(batch_size, drop_remainder=True, batch_fn=list)
-        .map(lambda batch: batch[mine])
-    )
+
+    def batches(queries: Sequence[Any]) -> grain.MapDataset:
+        return (
+            grain.MapDataset.source(queries)
+            .shuffle(seed=seed)
+            .repeat()
+            # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
+            .batch(batch_size, drop_remainder=True, batch_fn=list)
+            .map(lambda batch: batch[mine])
+        )
+
+    in_turn = grain.MapDataset.mix([batches(queries) for queries in sets])
     in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches.to_iter_dataset(in_this_thread))
+    return iter(in_turn.to_iter_dataset(in_this_thread))
 
 
 def _refuse_impossible(
