@@ -94,6 +94,8 @@ def refuse(config: ConfigDict) -> None:
             f"the PyTorch version does not know {', '.join(passed_over)}: teach it in "
             "benchmarks/pytorch/settings.py, then name them in keys.py."
         )
+    if sentence := keys.without_peer(config.to_dict()):
+        raise UserError(sentence)
     job.check(config)
 
 

@@ -31,6 +31,7 @@ from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.models import policy, towers
 from grape_jax.rewriter import gather, merge
 from grape_jax.rollout import sample
+from grape_jax.scoring import Scorer, score_rewrites
 from grape_jax.types import Index, Prompts, Rewrites
 
 GIB = 2**30
@@ -60,6 +61,7 @@ class Shapes:
     """What a run works with, as shapes that say where they live."""
 
     learner: learner.Learner  # of the GRPO phase
+    scorer: Scorer
     base: dict
     state: learner.TrainState
     retriever: dict
@@ -148,9 +150,14 @@ def compile_all(config: ConfigDict, shapes: Shapes, chip: Chip) -> list[Needs]:
         for kind, (times, size) in one.work.collectives.items():
             print(f"{one.name}: {kind} runs {times:,} times, {size / GIB:.3f} GiB a chip")
     if len(compiled) == len(found):
-        whole = sum(seconds(one.work, chip) for one in compiled)
-        ranks = sum(seconds(one.ranking, chip) for one in compiled) / whole
-        print(f"A GRPO step: {whole:.3f} s estimated, of which ranking {100 * ranks:.1f} %.")
+        took = {one.name: seconds(one.work, chip) for one in compiled}
+        step = sum(took.values())
+        scoring = 100 * took["score_rewrites"] / step
+        ranks = 100 * sum(seconds(one.ranking, chip) for one in compiled) / step
+        print(
+            f"A GRPO step: {step:.3f} s estimated, of which scoring {scoring:.2f} %, "
+            f"in it the ranks {ranks:.2f} %."
+        )
     return found
 
 
@@ -247,14 +254,17 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
     model = pretrained.read_config(job.policy_path(config.policy.path))
     model = job.policy_settings(config, model, mesh)
     tower = retriever.read_config(config.retriever.path or None)
-    made = job.make_learner(
-        config, "grpo", model, retriever_config=tower, corpus_size=corpus_size, mesh=mesh
+    made = job.make_learner(config, "grpo", model, mesh)
+    # Which tokens end a completion does not change the programs.
+    scorer = job.make_scorer(
+        config, retriever=tower, corpus_size=corpus_size, stop_ids=(0,), mesh=mesh
     )
     dtype = jnp.dtype(job.held_dtype(config))
     base = placed(_boxed(model), sharding.of_parameters(mesh, _boxed(model)), dtype)
     state = jax.eval_shape(lambda: learner.init_state(made, jax.random.key(0), base))
     return Shapes(
         learner=made,
+        scorer=scorer,
         base=base,
         state=placed(state, learner.state_shardings(made)),
         retriever=placed(towers.shapes(tower), towers.shardings(tower, mesh)),
@@ -281,50 +291,52 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         has_text_BxK=in_batch(B, K, dtype=bool),
     )
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
-    # Which tokens they are does not change the program.
     sampling = job.make_sampling(
         config,
         group_size=K,
         max_tokens=T,
         temperature=config.rollout.temperature,
-        stop_ids=(0,),
+        stop_ids=shapes.scorer.stop_ids,
         pad_id=0,
     )
     trained = base if made.lora else state.trained
     whole = sharding.of_parameters(mesh, _boxed(model), sharding.SAMPLING_RULES)
-    variables = {"params": placed(trained, whole)}
-    rollout = jax.eval_shape(lambda: sample(model, sampling, variables, prompts, key))
-    rollout = jax.tree.map(lambda x: in_batch(*x.shape, dtype=x.dtype), rollout)
+    cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x), trained)
+    variables = {"params": placed(cast, whole)}
+    result = lambda function: jax.tree.map(
+        lambda x: in_batch(*x.shape, dtype=x.dtype), jax.eval_shape(function)
+    )
+    rollout = result(lambda: sample(model, sampling, variables, prompts, key))
+    ranked = (
+        shapes.retriever,
+        shapes.index,
+        in_batch(B, 1),
+        rollout,
+        rewrites,
+        in_batch(B, 1),  # a query's own picture; where none has one, there is a little less to do
+        in_batch(B) if config.grpo.reward_shape == "improvement" else None,
+    )
+    scores = result(lambda: score_rewrites(shapes.scorer, *ranked))
 
     programs = []
     if made.lora:
         lower = lambda: merge.lower(made.lora, model, base, state.trained)
         programs.append(Program("merge", lower, (base, state.trained)))
-    elif mesh.shape["fsdp"] > 1:
+    elif mesh.shape["fsdp"] > 1 or cast["embedding"].dtype != trained["embedding"].dtype:
         lower = lambda: gather.lower(model, state.trained)
         programs.append(Program("gather", lower, (state.trained,)))
     # Without such a copy it samples from the trained parameters themselves.
     held = () if programs else (state.trained,)
     lower_sample = lambda: sample.lower(model, sampling, variables, prompts, key)
-    lower_step = lambda: learner.grpo_step.lower(
-        made,
-        state,
-        base,
-        shapes.retriever,
-        shapes.index,
-        prompts,
-        in_batch(B, 1),
-        rollout,
-        rewrites,
-        in_batch(B, 1),  # a query's own picture; where none has one, the step does a little less
-        in_batch(B) if config.grpo.reward_shape == "improvement" else None,
-    )
-    # Without an adapter the step does not touch the base.
-    step_holds = (state, shapes.retriever, shapes.index) + ((base,) if made.lora else ())
+    lower_score = lambda: score_rewrites.lower(shapes.scorer, *ranked)
+    lower_step = lambda: learner.grpo_step.lower(made, state, base, prompts, rollout, scores)
+    # Without an adapter the step does not touch the base, unless that is its reference.
+    reads_base = made.lora or (made.grpo.kl_weight and made.grpo.reference == "base")
     return [
         *programs,
         Program("sample", lower_sample, held),
-        Program("grpo_step", lower_step, step_holds),
+        Program("score_rewrites", lower_score, (shapes.retriever, shapes.index)),
+        Program("grpo_step", lower_step, (state, base) if reads_base else (state,)),
     ]
 
 

@@ -85,9 +85,9 @@ def merged_variables(job: Job, trained) -> dict:
 
 
 def sampling_variables(job: Job, params) -> dict:
-    """All parameters of a policy, where sampling wants them: whole along "fsdp"."""
-    if job.mesh.shape["fsdp"] == 1:
-        return {"params": params}  # they are there already
+    """All parameters of a policy, as sampling wants them: whole along "fsdp", cast once."""
+    if job.mesh.shape["fsdp"] == 1 and params["embedding"].dtype == job.policy.dtype:
+        return {"params": params}  # they are so already
     return gather(job.policy, params)
 
 
@@ -99,7 +99,8 @@ def merge(adapter: lora.LoraConfig, config: policy.PolicyConfig, base, trained) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gather(config: policy.PolicyConfig, params) -> dict:
-    """`sampling_variables` of a mesh that splits parameters along "fsdp"."""
+    """`sampling_variables` of parameters that are split along "fsdp", or held in another dtype."""
+    params = policy.in_compute_dtype(config, params)
     boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
     where = sharding.of_parameters(config.mesh, boxed, sharding.SAMPLING_RULES)
     return {"params": jax.lax.with_sharding_constraint(params, where)}

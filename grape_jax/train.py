@@ -6,6 +6,8 @@ The same command again goes on where a run was stopped.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import signal
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -23,7 +26,17 @@ from orbax.checkpoint import CheckpointManager
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from grape_jax import checkpoint, command_line, evaluation, files, job, retriever, sharding, text
+from grape_jax import (
+    checkpoint,
+    command_line,
+    evaluation,
+    files,
+    grpo,
+    job,
+    retriever,
+    sharding,
+    text,
+)
 from grape_jax.data import pipeline
 from grape_jax.data.benchmark import excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
@@ -38,7 +51,8 @@ from grape_jax.rewriter import (
     sampling_variables,
 )
 from grape_jax.rollout import filtered_mass, sample
-from grape_jax.types import Rewrites
+from grape_jax.scoring import score_rewrites
+from grape_jax.types import Prompts, Rewrites, Rollout, Scores
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
 SHOWN_QUERIES = 3  # of a step, in the table of rewrites
@@ -146,7 +160,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             state, metrics = warm_up(run, state, next(batches["warm_up"]), step)
         else:
             phase = "grpo"
-            state, metrics, table = explore(run, state, next(batches["grpo"]), step)
+            state, metrics, table = explore(run, state, batches["grpo"], step)
             log.keep_rewrites(step, table)
             if step % config.log.sample_every == 0:
                 tqdm.write(sample_table(step, table))
@@ -245,39 +259,44 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
 
 
-def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict, list[dict]]:
-    """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
-    config = run.config
-    shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
-    rows = run.targets(queries), excluded_of(queries)
-    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A batch of queries, what the policy wrote for them, and what that is worth."""
 
-    temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
-    sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
-    # Nothing keeps the merged copy: the step needs its memory.
-    rollout = sample(run.policy, sampling, merged_variables(run, state.trained), prompts, key)
-    answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
+    batch: list  # (shift, query)
+    answers: list[list[Answer]]
+    prompts: Prompts
+    rollout: Rollout
+    scores: Scores
+
+
+def explore(run: Job, state: TrainState, batches, step: int) -> tuple[TrainState, dict, list[dict]]:
+    """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
+    key = jax.random.key(run.config.seed)
+    variables = merged_variables(run, state.trained)
+    found = experience(run, variables, next(batches), jax.random.fold_in(key, step))
+    rollouts, refilled = 1, 0
+    while rollouts <= run.config.grpo.refills and flat_groups(found).any():
+        # Beyond the last step's number: no two rollouts of a run share a key.
+        steps = run.config.warm_up.steps + run.config.grpo.steps
+        again = jax.random.fold_in(key, step + rollouts * steps)
+        found, replaced = refill(run, found, experience(run, variables, next(batches), again))
+        rollouts, refilled = rollouts + 1, refilled + replaced
+    del variables  # the step needs the merged copy's memory
     state, metrics = grpo_step(  # jit, state donated
-        run.learner("grpo"),
-        state,
-        run.base,
-        run.retriever.params,
-        run.gallery("train").index,
-        prompts,
-        targets,
-        rollout,
-        rewrites,
-        excluded,
-        raw_ranks(run, queries),
+        run.learner("grpo"), state, run.base, found.prompts, found.rollout, found.scores
     )
-    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
-    if sampling.filtered:
-        metrics["sampler_filtered_mass"] = filtered_mass(rollout)
-    metrics = jax.device_get(metrics)
-    rank_BxK, reward_BxK = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
-    table = [
+    metrics |= {"rollouts": rollouts, "groups_refilled": refilled}
+    metrics["prompt_length"] = found.prompts.tokens_BxS.shape[1]
+    if found.rollout.filtered_logprobs_BxKxT is not None:
+        metrics["sampler_filtered_mass"] = filtered_mass(found.rollout)
+    metrics, paid = jax.device_get((metrics, found.scores))
+    return state, {name: float(value) for name, value in metrics.items()}, table_of(found, paid)
+
+
+def table_of(found: Experience, paid: Scores) -> list[dict]:
+    """What was written for each query of a step; the scores on the host."""
+    return [
         {
             "shift": shift,
             "id": query.id,
@@ -286,11 +305,71 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
             "targets": list(query.targets),
             "rewrites": [table_entry(*of_one) for of_one in zip(*of_group, strict=True)],
         }
-        for shift, query, *of_group in zip(
-            shifts, queries, answers, rank_BxK, reward_BxK, strict=True
+        for (shift, query), *of_group in zip(
+            found.batch, found.answers, paid.rank_BxK, paid.reward_BxK, strict=True
         )
     ]
-    return state, {name: float(value) for name, value in metrics.items()}, table
+
+
+def experience(run: Job, variables, batch, key) -> Experience:
+    """Samples rewrites of a batch of queries, reads them, and ranks what they say."""
+    config = run.config
+    shifts, queries = zip(*batch, strict=True)
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
+    rows = run.targets(queries), excluded_of(queries)
+    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
+    temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
+    sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
+    rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
+    answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
+    scores = score_rewrites(  # jit
+        run.scorer(),
+        run.retriever.params,
+        run.gallery("train").index,
+        targets,
+        rollout,
+        rewrites,
+        excluded,
+        raw_ranks(run, queries),
+    )
+    return Experience(list(batch), answers, prompts, rollout, scores)
+
+
+def flat_groups(found: Experience) -> np.ndarray:
+    """Which groups have no variance in their rewards: bool `[B]`, on the host."""
+    return np.asarray(grpo.flat_groups(found.scores.reward_BxK))
+
+
+def refill(run: Job, found: Experience, more: Experience) -> tuple[Experience, int]:
+    """Groups without variance make way for groups with some (DAPO's dynamic sampling, 2503.14476).
+
+    Returns:
+      The batch, of the same size, and how many groups were replaced.
+    """
+    free, good = np.flatnonzero(flat_groups(found)), np.flatnonzero(~flat_groups(more))
+    replaced = min(len(free), len(good))
+    size = len(found.batch)
+    row_B = np.arange(size)
+    row_B[free[:replaced]] = size + good[:replaced]
+    choose = lambda one, other: [(one + other)[row] for row in row_B]
+    length = max(one.prompts.tokens_BxS.shape[1] for one in (found, more))
+    arrays_of = lambda one: (_widened(one.prompts, length), one.rollout, one.scores)
+    prompts, rollout, scores = _choose_rows(run.mesh, arrays_of(found), arrays_of(more), row_B)
+    batch, answers = choose(found.batch, more.batch), choose(found.answers, more.answers)
+    return Experience(batch, answers, prompts, rollout, scores), replaced
+
+
+def _widened(prompts: Prompts, length: int) -> Prompts:
+    """Prompts of one bucket, padded on the left to the length of another."""
+    more = ((0, 0), (length - prompts.tokens_BxS.shape[1], 0))
+    return jax.tree.map(lambda x: jnp.pad(x, more), prompts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _choose_rows(mesh, one, other, row_B):
+    """Rows of two batches laid end to end, placed as a batch."""
+    chosen = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[row_B], one, other)
+    return jax.lax.with_sharding_constraint(chosen, sharding.logical(mesh, "batch"))
 
 
 def table_entry(answer: Answer, rank, reward) -> dict:
