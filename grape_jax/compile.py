@@ -205,12 +205,16 @@ def advice(config: ConfigDict, largest: Needs) -> str:
         if config.retriever.corpus_dtype != "int8":
             keys.append("set retriever.corpus_dtype='int8' where the corpus is what fills it")
     elif largest.name == "grpo_step":
-        keys = ["lower grpo.batch_size or grpo.group_size", "raise mesh.data or mesh.fsdp"]
+        keys = ["raise grpo.microbatches", "raise mesh.data or mesh.fsdp"]
         if not config.policy.remat:
             keys.insert(0, "set policy.remat=True")
+    elif largest.name == "score_rewrites":
+        keys = ["lower grpo.batch_size or grpo.group_size"]
     else:
         # Sampling keeps the weights whole along the other axes.
         keys = ["raise mesh.tensor", "lower grpo.batch_size or grpo.group_size"]
+        if config.policy.dtype == "float32":
+            keys.insert(0, "set policy.dtype='bfloat16'")
     return "To change: " + ", or ".join(keys) + "."
 
 

@@ -61,7 +61,7 @@ def work(text: str, inside: str = "") -> Work:
         nonlocal flops, cycles
         known = {i.name: i.shapes for i in computations[name]}
         for i in computations[name]:
-            loop = times * _length(computations, i) if i.opcode == "while" else times
+            loop = times * _length(computations, name, i) if i.opcode == "while" else times
             # A reduction's scalar function is no work of its own.
             if i.opcode in ("fusion", "while", "call", "conditional") or "async" in i.opcode:
                 for called in _called(i):
@@ -110,8 +110,22 @@ def _called(instruction: _Instruction) -> list[str]:
     return _CALLED.findall(instruction.rest) + listed
 
 
-def _length(computations, loop: _Instruction) -> int:
-    """How often a loop runs at most: what its counter, which starts at 0, stays below."""
+def _length(computations, where: str, loop: _Instruction) -> int:
+    """How often a loop runs at most: from where its counter starts to what that stays below."""
+    return _bound(computations, loop) - _start(computations[where], loop)
+
+
+def _start(around: list[_Instruction], loop: _Instruction) -> int:
+    """What the counter, which is the first thing that a loop carries, starts from; else 0."""
+    known = {i.name: i for i in around}
+    found = known.get(_operands(loop)[0])
+    while found and found.opcode in ("tuple", "copy"):
+        found = known.get(_operands(found)[0])
+    return int(found.rest.split(")")[0]) if found and found.opcode == "constant" else 0
+
+
+def _bound(computations, loop: _Instruction) -> int:
+    """What a loop's counter stays below."""
     condition = computations[re.search(r"condition=%([^\s,})]+)", loop.rest)[1]]
     reached = condition + [i for c in condition for name in _called(c) for i in computations[name]]
     numbers = {

@@ -61,14 +61,16 @@ def test_flops_of_products_are_exact(mesh):
     assert hlo.work(halves).flops == 2 * 256 * 256 * 384
 
 
-def test_loops_count_as_often_as_they_run(mesh):
-    def early_end(x, w):
+@pytest.mark.parametrize("first", [0, 3])
+def test_loops_count_as_often_as_they_run(mesh, first):
+    def early_end(first, x, w):
         done = lambda carry: (carry[0] < 12) & (jnp.abs(carry[1]).max() < 100)
         inner = lambda x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
-        return jax.lax.while_loop(done, lambda c: (c[0] + 1, inner(c[1])), (0, x))[1]
+        return jax.lax.while_loop(done, lambda c: (c[0] + 1, inner(c[1])), (first, x))[1]
 
-    work = hlo.work(compiled(early_end, mesh, ((256, 128), ()), ((5, 128, 128), ())))
-    assert work.flops == 12 * 5 * 2 * 256 * 128 * 128
+    shapes = ((256, 128), ()), ((5, 128, 128), ())
+    work = hlo.work(compiled(functools.partial(early_end, first), mesh, *shapes))
+    assert work.flops == (12 - first) * 5 * 2 * 256 * 128 * 128
     once = hlo.work(
         compiled(lambda x, w: jnp.tanh(x @ w), mesh, ((256, 128), ()), ((128,) * 2, ()))
     )
@@ -99,21 +101,23 @@ def test_a_step_fits_and_is_described(config, capsys):
     assert aot.report(config, "v5e:2x2", corpus_size=20_000)
     out = capsys.readouterr().out
     assert re.search(r"^fits: 0\.\d of 15\.75 GiB a chip \(\w+\)$", out, re.M)
-    assert re.search(r"^A GRPO step: .* of which ranking [\d.]+ %\.$", out, re.M)
-    for program in ("merge", "sample", "grpo_step"):
+    assert re.search(r"^A GRPO step: .* scoring [\d.]+ %, in it the ranks [\d.]+ %\.$", out, re.M)
+    for program in ("merge", "sample", "score_rewrites", "grpo_step"):
         assert re.search(rf"^\| {program} \|( [\d.]+ \|){{5}}$", out, re.M), program
 
 
 def test_sampling_reads_whole_weights_and_its_flops_are_known(config, mesh):
     shapes = aot.shapes_of(config, mesh, corpus_size=20_000)
-    _, sample, _ = aot.programs_of(config, shapes)
+    _, sample, *_ = aot.programs_of(config, shapes)
     work = aot.compile_one(sample, shapes).work
     B, K = config.grpo.batch_size, config.grpo.group_size
     S, T = config.prompt.max_tokens, config.rollout.max_tokens
     token = 2 * (256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 512)
     pair = 2 * 2 * 4 * 64  # of a query and a key, all heads: their product, and the value
     read = 4 * B * (S * token + S * S * pair)
-    written = T * (4 * B * K * (token + (S + T) * pair) + B * K * 2 * 256 * 1024)
+    head = 2 * 256 * 1024
+    # The first token of a whole group comes from the prompt's own state.
+    written = B * head + (T - 1) * B * K * (4 * (token + (S + T) * pair) + head)
     assert work.flops == (read + written) / 4
     # No layer's weights are gathered: those of one token alone would be more than this.
     weights = 4 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) / 2
