@@ -174,6 +174,23 @@ def test_recomputing_activations_changes_no_gradient(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
+def test_cast_once_is_cast_at_every_use():
+    config = dataclasses.replace(TINY, dtype="bfloat16", tied_embeddings=False, qkv_bias=True)
+    params = nn.unbox(policy.init(config, jax.random.key(2)))["params"]
+    # Scales and biases that bfloat16 would round.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), params)
+    cast = policy.in_compute_dtype(config, params)
+    assert cast["layers"]["q"]["kernel"].dtype == cast["head"].dtype == jnp.bfloat16
+    assert cast["layers"]["mlp_norm"]["scale"].dtype == jnp.float32
+
+    @jax.jit
+    def logits(params):
+        states, _, _ = policy.prefill(config, {"params": params}, prompts_of([[3, 4, 5]], 4))
+        return policy.logits({"params": params}, states)
+
+    np.testing.assert_array_equal(logits(cast), logits(params))
+
+
 def on_mesh(tiny, *sizes):
     """TINY over a mesh of these sizes, with base parameters and a batch where they belong."""
     mesh = sharding.make_mesh(*sizes)
