@@ -232,14 +232,16 @@ def our_run(workdir: Path, seed: int) -> Run:
     if (workdir / "report.json").exists():
         for test in json.loads((workdir / "report.json").read_text())["test_sets"]:
             ranks = lambda method, test=test: {
-                decoding: [answer["rank"][f"{method}, {decoding}"] for answer in test["answers"]]
+                decoding: [
+                    answer["ranks"][f"{method}, {decoding}"][0] for answer in test["answers"]
+                ]
                 for decoding in ("greedy", "sampled")
             }
             tests.append(
                 {
                     "name": test["name"],
                     "shift": test["shift"],
-                    "concepts": [answer["concept"] for answer in test["answers"]],
+                    "groups": [answer["group"] for answer in test["answers"]],
                     "ranks": ranks("GRPO"),
                     "ranks_at_start": ranks("untrained"),
                 }
@@ -255,7 +257,7 @@ def their_run(directory: Path, seed: int) -> Run:
                 {
                     "name": test["name"],
                     "shift": test["shift"],
-                    "concepts": [query["concept"] for query in test["queries"]],
+                    "groups": [query["group"] for query in test["queries"]],
                     "ranks": {how: found["ranks"] for how, found in test["answers"].items()},
                 }
             )

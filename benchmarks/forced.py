@@ -72,7 +72,7 @@ def main() -> None:
     like = run.queries(run.config.shifts[0], "train", 1)[0]
     batches = [
         [
-            (row["shift"], dataclasses.replace(like, text=row["query"], target=row["target"]))
+            (row["shift"], dataclasses.replace(like, text=row["query"], targets=(row["target"],)))
             for row in json.loads(line)
         ]
         for line in (task / "batches.jsonl").read_text().splitlines()

@@ -96,9 +96,8 @@ def test_rewards_are_ours(tiny, gallery, shape, rule):
     targets = [5, 5, 5, 5, 17, 17, 17, 17]
     theirs = sum(reward.reward_parts(config.to_dict(), gallery, answers, targets, queries))
 
-    ours = our_rewards(
-        tiny, tiny.gallery("test").bank_NxE[:300:3], config, answers, targets, queries
-    )
+    bank_NxE = tiny.gallery("test").bank_NxE
+    ours = our_rewards(tiny, bank_NxE[:300:3], config, answers, targets, queries)
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, rtol=1e-5, atol=2e-5)
 
 
@@ -319,15 +318,14 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
     config = json.loads((compared / "task" / "config.json").read_text())
     pictures = sorted((compared / "task" / "gallery").glob("*.png"))
     gallery = reward.load_gallery(config["retriever"]["path"], pictures, 16)
-    np.testing.assert_allclose(gallery.rows_NxE, tiny.gallery("test").bank_NxE, atol=1e-5)
+    bank_NxE = tiny.gallery("test").bank_NxE
+    np.testing.assert_allclose(gallery.rows_NxE, bank_NxE, atol=1e-5)
     trainer = run.make_trainer(
         compared / "task", config, {"forced_tokens": None}, gallery, tmp_path
     )
     trainer.train()
     answers, targets, queries = seen[-1]
-    ours = our_rewards(
-        tiny, tiny.gallery("test").bank_NxE, tiny.config.grpo, answers, targets, queries
-    )
+    ours = our_rewards(tiny, bank_NxE, tiny.config.grpo, answers, targets, queries)
     theirs = np.sum([list(part) for part in trainer._logs["rewards"].values()], axis=0)
     assert theirs.std() > 0
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, atol=1e-5)
