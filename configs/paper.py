@@ -23,6 +23,7 @@ def get_config():
     config.policy.path = "Qwen/Qwen2.5-7B-Instruct"
     config.policy.dtype = "bfloat16"
     config.policy.remat = True
+    config.policy.logprob_chunk = 16  # every chunk gathers the vocabulary's table along fsdp
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 4  # its key and value heads
