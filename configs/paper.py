@@ -8,8 +8,11 @@ LoRA, group size, learning rate, weights, prompts, lengths. Other backbones are 
     --config.retriever.path=openai/clip-vit-base-patch32 or openai/clip-vit-base-patch16,
                                                          any CLIP or SigLIP
 
-A retriever with another context needs --config.retriever.text_length too. None of these configs
-has been run at this size yet; no result is claimed for them.
+A retriever with another context needs --config.retriever.text_length too. The mesh is for four
+devices and multiples of four, up to 256; on fewer add --config.mesh.tensor=1. None of these configs
+has been run at this size yet; no result is claimed for them. What they need of a TPU slice:
+
+    python -m grape_jax.compile --config=configs/flickr30k_cn.py --topology=v5e:16x16
 """
 
 from configs import default
@@ -18,9 +21,12 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.policy.path = "Qwen/Qwen2.5-7B-Instruct"
+    config.policy.dtype = "bfloat16"
     config.policy.remat = True
-    config.mesh.fsdp = -1
+    config.policy.logprob_chunk = 16  # every chunk gathers the vocabulary's table along fsdp
     config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 4  # its key and value heads
     config.retriever.path = "openai/clip-vit-large-patch14"
     config.retriever.text_length = 77
     config.prompt.format = "answer"

@@ -15,7 +15,7 @@ from grape_jax import checkpoint, command_line, evaluation, job
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.results import EXTRAS, UNTRAINED
-from grape_jax.rewriter import merged_variables
+from grape_jax.rewriter import merged_variables, sampling_variables
 from grape_jax.train import StopSignal, evaluate_policy, interruptible
 
 
@@ -43,7 +43,7 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
         run = job.build(config)
         checkpoint.keep_config(workdir, config)
     with StopSignal() as stop:
-        evaluate_policy(run, workdir, {"params": run.base}, UNTRAINED, stop)
+        evaluate_policy(run, workdir, sampling_variables(run, run.base), UNTRAINED, stop)
         evaluate_trained(run, workdir, stop)
     evaluation.write_report(run, workdir)
 

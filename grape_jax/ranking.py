@@ -50,10 +50,7 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> 
     """
     if corpus_NxE.ndim != 2 or not len(corpus_NxE):
         raise UserError(f"the corpus must be [items, width] and not empty, not {corpus_NxE.shape}.")
-    rows_a_device = -(-len(corpus_NxE) // mesh.size)
-    # A small shard is not worth cutting, and would gain many rows of padding.
-    unit = ROW_UNIT if rows_a_device <= 2 * CORPUS_TILE else CORPUS_TILE
-    shape = (len(corpus_NxE) + -len(corpus_NxE) % (unit * mesh.size), corpus_NxE.shape[1])
+    shape = (padded_size(mesh, len(corpus_NxE)), corpus_NxE.shape[1])
     by_row = logical(mesh, "corpus", None)
     shards = {
         device: _stream_shard(corpus_NxE, *rows.indices(shape[0])[:2], jnp.dtype(dtype), device)
@@ -98,6 +95,23 @@ def _stream_shard(corpus_NxE: np.ndarray, start: int, stop: int, dtype, device):
 def _put_rows(shard, block, first):
     put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=0)
     return jax.tree.map(put, shard, block)
+
+
+def padded_size(mesh: Mesh, size: int) -> int:
+    """Rows of the index of a corpus of `size` items: whole tiles on every device."""
+    # A small shard is not worth cutting, and would gain many rows of padding.
+    unit = ROW_UNIT if -(-size // mesh.size) <= 2 * CORPUS_TILE else CORPUS_TILE
+    return size + -size % (unit * mesh.size)
+
+
+def index_shapes(mesh: Mesh, size: int, width: int, dtype: str) -> Index:
+    """What `shard_corpus` would give, as shapes with their shardings."""
+    rows, dtype = padded_size(mesh, size), jnp.dtype(dtype)
+    shape = lambda dims, dtype, *names: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=logical(mesh, *names)
+    )
+    scale = shape((rows,), jnp.float32, "corpus") if dtype == jnp.int8 else None
+    return Index(shape((rows, width), dtype, "corpus", None), scale)
 
 
 def check_targets(targets_QxP: np.ndarray, size: int) -> None:

@@ -104,19 +104,13 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
     if _is_open_clip(directory):
         return _load_open_clip(directory, dtype)
     config_file = directory / clip.CONFIG_FILE
-    kind = tensors.read_json(config_file).get("model_type")
+    kind = _model_type(config_file)
     if kind == "clip":
         config, params = clip.load(directory, dtype)
     elif kind == "siglip":
         config, params = siglip.load(directory, dtype)
-    elif kind == "bert":
-        config, params = sentence.load(directory, dtype)
     else:
-        raise UserError(
-            f"{config_file}: model_type={kind!r} is not supported: give a CLIPModel (clip), a "
-            "SiglipModel (siglip, SigLIP 2 at a fixed resolution too), a BERT sentence encoder "
-            "(bert), or an open_clip directory."
-        )
+        config, params = sentence.load(directory, dtype)
     texts = tokenizer.read(directory)
     end = config.end_token if kind == "clip" else None
     _check_vocabulary(config, texts, config_file, end)
@@ -130,6 +124,36 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
         fingerprint=_fingerprint(dtype, directory / clip.WEIGHTS_FILE),
         cut_texts=CutTexts(),
     )
+
+
+def read_config(path_or_hub_id: str | Path | None = None) -> RetrieverConfig:
+    """The shapes of what `load` would load, for which its config file is enough.
+
+    Raises:
+      UserError: as `load`.
+    """
+    configs = [clip.CONFIG_FILE, open_clip.CONFIG_FILE]
+    directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, configs)
+    if _is_open_clip(directory):
+        return open_clip.read_config(directory)
+    match _model_type(directory / clip.CONFIG_FILE):
+        case "clip":
+            return clip.read_config(directory)
+        case "siglip":
+            return siglip.read_config(directory)
+        case "bert":
+            return sentence.read_config(directory)
+
+
+def _model_type(config_file: Path) -> str:
+    kind = tensors.read_json(config_file).get("model_type")
+    if kind not in ("clip", "siglip", "bert"):
+        raise UserError(
+            f"{config_file}: model_type={kind!r} is not supported: give a CLIPModel (clip), a "
+            "SiglipModel (siglip, SigLIP 2 at a fixed resolution too), a BERT sentence encoder "
+            "(bert), or an open_clip directory."
+        )
+    return kind
 
 
 def place(retriever: Retriever, mesh: Mesh) -> Retriever:

@@ -1,6 +1,7 @@
 """What a user takes away: load a run, rewrite queries, find the best matches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.learner import TrainState
-from grape_jax.models import lora
+from grape_jax.models import lora, policy
 from grape_jax.ranking import QUERY_TILE, target_ranks
 from grape_jax.rollout import sample
 from grape_jax.types import Prompts
@@ -77,13 +78,32 @@ def restore(workdir: Path) -> tuple[Job, TrainState]:
 
 
 def merged_variables(job: Job, trained) -> dict:
-    """The current policy with its adapter added in, for sampling."""
+    """The current policy with its adapter added in, where sampling wants it."""
     if job.lora is None:
-        return {"params": trained}
-    return {"params": _merge(job.base, trained, job.lora)}
+        return sampling_variables(job, trained)
+    return merge(job.lora, job.policy, job.base, trained)
 
 
-_merge = jax.jit(lora.merge, static_argnums=2)
+def sampling_variables(job: Job, params) -> dict:
+    """All parameters of a policy, as sampling wants them: whole along "fsdp", cast once."""
+    if job.mesh.shape["fsdp"] == 1 and params["embedding"].dtype == job.policy.dtype:
+        return {"params": params}  # they are so already
+    return gather(job.policy, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def merge(adapter: lora.LoraConfig, config: policy.PolicyConfig, base, trained) -> dict:
+    """`merged_variables` of a base and its adapter."""
+    return gather(config, lora.merge(base, trained, adapter))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gather(config: policy.PolicyConfig, params) -> dict:
+    """`sampling_variables` of parameters that are split along "fsdp", or held in another dtype."""
+    params = policy.in_compute_dtype(config, params)
+    boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
+    where = sharding.of_parameters(config.mesh, boxed, sharding.SAMPLING_RULES)
+    return {"params": jax.lax.with_sharding_constraint(params, where)}
 
 
 def rewrite(

@@ -23,6 +23,9 @@ RULES = (
     ("rank", None),
     ("norm", None),
 )
+# Where sampling finds the parameters: it reads all of them for every token, too often to gather
+# them each time.
+SAMPLING_RULES = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -54,7 +57,20 @@ def logical(mesh: Mesh, *names: str | None) -> NamedSharding:
     return NamedSharding(mesh, nn.logical_to_mesh_axes(names, RULES))
 
 
-def of_parameters(mesh: Mesh, boxed) -> object:
+def constrain(mesh: Mesh | None, x: jax.Array, *names: str | None) -> jax.Array:
+    """Holds an activation inside a jitted function to the table; None leaves it to the compiler.
+
+    Left alone, the compiler splits activations as the weights are split that they meet, and then
+    sums them over the mesh after every product. An axis that the mesh does not divide stays whole.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    axes = nn.logical_to_mesh_axes(names, RULES)
+    fitting = [a if _divides(mesh, a, n) else None for a, n in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fitting)))
+
+
+def of_parameters(mesh: Mesh, boxed, rules=RULES) -> object:
     """Shardings of a tree whose leaves declare logical axes (`nn.with_logical_partitioning`).
 
     An axis that the mesh does not divide is kept whole, so that odd head counts still load.
@@ -63,7 +79,7 @@ def of_parameters(mesh: Mesh, boxed) -> object:
     shapes = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(boxed))
 
     def sharding(spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-        axes = nn.logical_to_mesh_axes(spec, RULES)
+        axes = nn.logical_to_mesh_axes(spec, rules)
         fitting = [a if _divides(mesh, a, n) else None for a, n in zip(axes, shape, strict=False)]
         # The form in which a compiled step gives an array back: the same array in another form
         # would compile the step again.

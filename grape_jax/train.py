@@ -42,7 +42,14 @@ from grape_jax.data.benchmark import excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
-from grape_jax.rewriter import Answer, encode, merged_variables, ranks_of, read_answers
+from grape_jax.rewriter import (
+    Answer,
+    encode,
+    merged_variables,
+    ranks_of,
+    read_answers,
+    sampling_variables,
+)
 from grape_jax.rollout import filtered_mass, sample
 from grape_jax.scoring import score_rewrites
 from grape_jax.types import Prompts, Rewrites, Rollout, Scores
@@ -109,7 +116,7 @@ def train(config, workdir: Path) -> None:
         flush=True,
     )
     with StopSignal() as stop:
-        evaluate_policy(run, workdir, {"params": run.base}, "untrained", stop)
+        evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", stop)
         with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
             state = learn(run, workdir, manager, stop)
         method = evaluation.trained_method(config)
@@ -232,7 +239,7 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     sampling = run.sampling(
         config.grpo.group_size, config.rollout.temperature, config.evaluation.max_tokens
     )
-    rollout = sample(run.policy, sampling, {"params": run.base}, prompts, key)
+    rollout = sample(run.policy, sampling, sampling_variables(run, run.base), prompts, key)
     answers = read_answers(run, *jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT)))
     # The query stands first: a rewrite that only ties with it teaches nothing.
     candidates = [
@@ -275,6 +282,7 @@ def explore(run: Job, state: TrainState, batches, step: int) -> tuple[TrainState
         again = jax.random.fold_in(key, step + rollouts * steps)
         found, replaced = refill(run, found, experience(run, variables, next(batches), again))
         rollouts, refilled = rollouts + 1, refilled + replaced
+    del variables  # the step needs the merged copy's memory
     state, metrics = grpo_step(  # jit, state donated
         run.learner("grpo"), state, run.base, found.prompts, found.rollout, found.scores
     )

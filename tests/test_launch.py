@@ -1,15 +1,20 @@
-"""The launch scripts, with a stand-in for Python that writes down what it is asked to do."""
+"""The launch scripts, with stand-ins for what they call that write down what they are asked."""
 
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [ROOT / "launch" / "quickstart.sh", ROOT / "launch" / "test.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").iterdir()), ROOT / ".ci" / "run"]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 PYTHON = """#!/bin/bash
 echo "$@" >> "{calls}"
 case "$1 $2" in
@@ -89,3 +94,350 @@ def test_ci_runs_the_tests_and_nothing_else():
     assert [line for line in lines if line and not line.startswith("#")] == [
         "exec bash launch/test.sh"
     ]
+
+
+# A program that writes down its arguments, one call a line, and answers from files beside it.
+RECORDER = """#!/bin/bash
+printf '%s' "{name}" >> "$RECORD/calls"
+printf ' %q' "$@" >> "$RECORD/calls"
+echo >> "$RECORD/calls"
+"""
+# The slice is missing, until it is made; then it is in the states that $RECORD/states lists.
+GCLOUD = """
+case "$*" in
+  *" create "*) touch "$RECORD/made";;
+  *" delete "*) rm -f "$RECORD/made";;
+  *" describe "*)
+    [[ -f $RECORD/made ]] || exit 1
+    state=$(head -n 1 "$RECORD/states")
+    if (($(wc -l < "$RECORD/states") > 1)); then sed -i 1d "$RECORD/states"; fi
+    echo "$state";;
+  *"tpu_worker.sh status"*)
+    cat "$RECORD/workers"
+    if [[ -f $RECORD/later ]]; then mv "$RECORD/later" "$RECORD/workers"; fi;;
+esac
+"""
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """Stand-ins on PATH; gives a function that makes one, and one that reads what was called."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(tmp_path))
+
+    def make(name, answers=""):
+        (folder / name).write_text(RECORDER.replace("{name}", name) + answers)
+        (folder / name).chmod(0o755)
+        return folder / name
+
+    def calls():
+        path = tmp_path / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    return make, calls
+
+
+def _launch(script, *arguments, **options):
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+TRAINING = (
+    "--config=configs/emoji.py",
+    "--workdir=gs://bucket/run",
+    "--config.prompt.user=a {query}",
+)
+SLICE = ("--name=run", "--zone=z", "--type=v5litepod-256", "--project=p", "--poll=0.01")
+
+
+def test_pod_start_makes_installs_and_starts(tools, tmp_path):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    (tmp_path / "states").write_text("CREATING\nREADY\n")
+    result = _launch("tpu_pod.sh", "start", *SLICE, "--spot", "--", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    told = [call for call in calls() if " describe " not in call]
+    assert all("--zone=z --project=p" in call for call in told)
+    assert "tpu-vm create run" in told[0]
+    assert told[0].endswith("--accelerator-type=v5litepod-256 --version=v2-alpha-tpuv5-lite --spot")
+    assert " scp " in told[1] and "run:grape_jax-run.tar.gz" in told[1]
+    assert all("--worker=all" in call for call in told[1:])
+    steps = [re.search(r"tpu_worker.sh\\+ (\w+)", call)[1] for call in told[3:]]
+    assert steps == ["install", "stop", "start"]
+    # What the shell of the worker will read, after the two shells before it.
+    words = shlex.split(shlex.split(told[-1])[-1].removeprefix("--command="))
+    assert words[2:] == ["start", "run", *TRAINING]
+
+
+def test_pod_takes_a_slice_that_is_there(tools, tmp_path):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    (tmp_path / "states").write_text("READY\n")
+    (tmp_path / "made").touch()
+    assert _launch("tpu_pod.sh", "start", *SLICE, "--", *TRAINING).returncode == 0
+    assert not any(" create " in call for call in calls())
+
+
+def test_pod_makes_a_preempted_slice_anew(tools, tmp_path):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    (tmp_path / "states").write_text("PREEMPTED\nACTIVE\nREADY\n")
+    (tmp_path / "made").touch()
+    assert _launch("tpu_pod.sh", "start", *SLICE, "--", *TRAINING).returncode == 0
+    made = [call.split()[3:5] for call in calls() if " delete " in call or " create " in call]
+    assert made == [["queued-resources", "delete"], ["tpu-vm", "create"]]
+
+
+def test_pod_waits_in_the_queue(tools, tmp_path):
+    make, calls = tools
+    # The queue answers with the first states, the slice with the last.
+    make(
+        "gcloud",
+        GCLOUD.replace(
+            'echo "$state"', '[[ "$*" == *queued* || $state == READY ]] && echo "$state"'
+        ),
+    )
+    states = "-\nWAITING_FOR_RESOURCES\n-\nPROVISIONING\nREADY\n"
+    (tmp_path / "states").write_text(states)
+    result = _launch("tpu_pod.sh", "start", *SLICE, "--queued", "--", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    made = [call for call in calls() if " create " in call]
+    assert len(made) == 1 and "queued-resources create run --node-id=run" in made[0]
+    assert "--runtime-version=v2-alpha-tpuv5-lite" in made[0]
+    assert "is in the queue" in result.stdout
+
+
+def test_pod_watch_goes_on_after_a_preemption(tools, tmp_path):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    # Ready for the start and for one look; gone at the next, and asked for twice more to delete it.
+    (tmp_path / "states").write_text("READY\nREADY\nPREEMPTED\nPREEMPTED\nACTIVE\nREADY\n")
+    (tmp_path / "made").touch()
+    (tmp_path / "workers").write_text("w-0: ended 0; done\nw-1: active; step 3\n")
+    (tmp_path / "later").write_text("w-0: ended 0; done\nw-1: ended 0; done\n")
+    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    assert "The run has ended" in result.stdout
+    kinds = [re.search(r" (delete|create) |tpu_worker.sh\\ (start)\\", call) for call in calls()]
+    assert [k[1] or k[2] for k in kinds if k] == ["start", "delete", "create", "start"]
+
+
+def test_pod_watch_reports_a_failure(tools, tmp_path):
+    make, _ = tools
+    make("gcloud", GCLOUD)
+    (tmp_path / "states").write_text("READY\n")
+    (tmp_path / "made").touch()
+    (tmp_path / "workers").write_text("w-0: ended 0; done\nw-1: ended 2; error: no\n")
+    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    assert result.returncode == 1
+    assert "w-1: ended 2; error: no" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["start", "watch", "logs", "status", "stop", "delete"])
+def test_pod_dry_run_prints_and_runs_nothing(tools, command):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    result = _launch("tpu_pod.sh", command, *SLICE, "--dry-run", "--", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    assert calls() == []
+    wanted = {"start": "create", "watch": "create", "logs": "tail", "delete": "delete"}
+    assert wanted.get(command, command) in result.stdout
+    assert result.stdout.count("gcloud compute tpus ") >= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ([], "give a command first"),
+        (["start", "--zone=z"], "give --name=RUN and --zone=ZONE"),
+        (["start", "--name=A_b", "--zone=z"], "lower-case letters"),
+        (["start", "--name=a", "--zone=z"], "give --type=TYPE"),
+        (["start", "--name=a", "--zone=z", "--config=x"], "goes after --"),
+        (["start", "--name=a", "--zone=z", "--type=v9-8", "--", "--workdir=x"], "no runtime"),
+        (["watch", "--name=a", "--zone=z", "--type=v4-8", "--", "--workdir=x"], "is lost with"),
+        (["start", "--name=a", "--zone=z", "--type=v4-8"], "give training its --workdir"),
+    ],
+)
+def test_pod_refuses_in_one_sentence(tools, arguments, sentence):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    result = _launch("tpu_pod.sh", *arguments)
+    assert result.returncode == 2 and calls() == []
+    assert sentence in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_worker_starts_a_unit_that_saves_when_stopped(tools, tmp_path):
+    make, calls = tools
+    make("sudo")
+    home, code = tmp_path / "home", tmp_path / "home" / "grape_jax" / "run" / "code"
+    shutil.copytree(ROOT / "launch", code / "launch")
+    options = {"env": os.environ | {"HOME": str(home)}, "capture_output": True, "text": True}
+    worker = ["bash", str(code / "launch" / "tpu_worker.sh")]
+    result = subprocess.run([*worker, "start", "run", *TRAINING], **options)
+    assert result.returncode == 0, result.stderr
+    stop, reset, start = (shlex.split(call) for call in calls())
+    assert stop == ["sudo", "systemctl", "stop", "grape_jax-run"]
+    assert reset == ["sudo", "systemctl", "reset-failed", "grape_jax-run"]
+    assert start[:2] == ["sudo", "systemd-run"] and "--unit=grape_jax-run" in start
+    assert f"--working-directory={code}" in start
+    assert "--property=KillSignal=SIGTERM" in start
+    assert f"--property=StandardOutput=append:{code.parent}/log" in start
+    assert start[-6:-3] == [
+        str(home / "grape_jax-venv" / "bin" / "python"),
+        "-m",
+        "grape_jax.train",
+    ]
+    assert tuple(start[-3:]) == TRAINING
+    make("systemctl", "echo inactive; exit 3")
+    (code.parent / "ended").write_text("0\n")
+    (code.parent / "log").write_text("first\nlast line\n")
+    status = subprocess.run([*worker, "status", "run"], **options)
+    assert status.stdout.endswith(": ended 0; last line\n")
+
+
+SBATCH_STEP = """
+trap 'echo saved >> "$RECORD/calls"; exit 0' TERM
+touch "$RECORD/started"
+for ((i = 0; i < SECONDS_OF_STEP * 20; i++)); do sleep 0.05; done
+exit "$STEP_STATUS"
+"""
+
+
+def _slurm(tmp_path, **environment):
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--config=configs/emoji.py"],
+        env=os.environ
+        | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "7"}
+        | {"PYTHON": "python", "SECONDS_OF_STEP": "0", "STEP_STATUS": "0"}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_slurm_runs_one_process_a_task(tools, tmp_path):
+    make, calls = tools
+    make("srun", SBATCH_STEP)
+    make("scontrol")
+    process = _slurm(tmp_path)
+    assert process.wait(timeout=30) == 0
+    train = "srun --kill-on-bad-exit=1 python -m grape_jax.train"
+    assert calls() == [f"{train} --config=configs/emoji.py --workdir=runs/run"]
+
+
+def test_slurm_hands_on_a_failure(tools, tmp_path):
+    make, calls = tools
+    make("srun", SBATCH_STEP)
+    make("scontrol")
+    assert _slurm(tmp_path, STEP_STATUS="3").wait(timeout=30) == 3
+    assert len(calls()) == 1
+
+
+def test_slurm_saves_before_the_limit_and_queues_again(tools, tmp_path):
+    make, calls = tools
+    make("srun", SBATCH_STEP)
+    make("scontrol")
+    process = _slurm(tmp_path, SECONDS_OF_STEP="30")
+    _wait_for(tmp_path / "started")
+    process.terminate()
+    assert process.wait(timeout=30) == 0
+    assert calls()[1:] == ["saved", "scontrol requeue 7"]
+
+
+def test_slurm_header_asks_for_the_signal():
+    header = (ROOT / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
+    for option in ("requeue", "signal=B:TERM@300", "dependency=singleton", "open-mode=append"):
+        assert f"#SBATCH --{option}\n" in header
+
+
+# Stands for Python in local.sh: each process says its number, and process 1 can fail.
+LOCAL = """
+case "$1" in
+  -c) echo 12345; exit 0;;
+esac
+echo "process $*"
+number=${*: -2:1}
+if [[ $number == "--process_id=${FAILS:-none}" ]]; then exit 3; fi
+trap 'echo saved; exit 0' TERM
+touch "$RECORD/started${number#--process_id=}"
+for ((i = 0; i < SECONDS_OF_RUN * 20; i++)); do sleep 0.05; done
+"""
+
+
+def _local(tmp_path, python, **environment):
+    return subprocess.Popen(
+        [
+            "bash",
+            str(ROOT / "launch" / "local.sh"),
+            "2",
+            "--config=c.py",
+            f"--workdir={tmp_path}/w",
+        ],
+        env=os.environ | {"PYTHON": str(python), "SECONDS_OF_RUN": "0"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(path, seconds=20):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_local_starts_n_processes_that_know_each_other(tools, tmp_path):
+    make, calls = tools
+    process = _local(tmp_path, make("fake-python", LOCAL))
+    assert process.wait(timeout=30) == 0
+    runs = sorted(call for call in calls() if "grape_jax.train" in call)
+    assert len(runs) == 2
+    for number, call in enumerate(runs):
+        assert call.endswith(
+            f"--coordinator=127.0.0.1:12345 --process_id={number} --process_count=2"
+        )
+        log = (tmp_path / "w" / "logs" / f"process-{number}.log").read_text()
+        assert f"--process_id={number} " in log and f", process {number} of 2" in log
+
+
+def test_local_stops_the_others_where_one_fails(tools, tmp_path):
+    make, _ = tools
+    process = _local(tmp_path, make("fake-python", LOCAL), SECONDS_OF_RUN="30", FAILS="1")
+    assert process.wait(timeout=30) == 3
+    assert "ended with 3" in process.stderr.read()
+
+
+def test_local_lets_all_save_on_a_signal(tools, tmp_path):
+    make, _ = tools
+    process = _local(tmp_path, make("fake-python", LOCAL), SECONDS_OF_RUN="30")
+    for number in range(2):
+        _wait_for(tmp_path / f"started{number}")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    for number in range(2):
+        assert "saved" in (tmp_path / "w" / "logs" / f"process-{number}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [([], "number of processes"), (["0"], "number of processes"), (["2"], "--workdir=")],
+)
+def test_local_refuses_in_one_sentence(arguments, sentence):
+    result = _launch("local.sh", *arguments)
+    assert result.returncode == 2 and sentence in result.stderr
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script):
+    result = subprocess.run([SHELLCHECK, str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

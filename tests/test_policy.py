@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import job, load_policy
+from grape_jax import job, load_policy, sharding
 from grape_jax.errors import UserError
 from grape_jax.models import lora, policy
 from grape_jax.types import Prompts
@@ -172,6 +172,61 @@ def test_recomputing_activations_changes_no_gradient(tiny):
 
     plain, again = gradient(TINY), gradient(dataclasses.replace(TINY, remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+
+
+def test_cast_once_is_cast_at_every_use():
+    config = dataclasses.replace(TINY, dtype="bfloat16", tied_embeddings=False, qkv_bias=True)
+    params = nn.unbox(policy.init(config, jax.random.key(2)))["params"]
+    # Scales and biases that bfloat16 would round.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), params)
+    cast = policy.in_compute_dtype(config, params)
+    assert cast["layers"]["q"]["kernel"].dtype == cast["head"].dtype == jnp.bfloat16
+    assert cast["layers"]["mlp_norm"]["scale"].dtype == jnp.float32
+
+    @jax.jit
+    def logits(params):
+        states, _, _ = policy.prefill(config, {"params": params}, prompts_of([[3, 4, 5]], 4))
+        return policy.logits({"params": params}, states)
+
+    np.testing.assert_array_equal(logits(cast), logits(params))
+
+
+def on_mesh(tiny, *sizes):
+    """TINY over a mesh of these sizes, with base parameters and a batch where they belong."""
+    mesh = sharding.make_mesh(*sizes)
+    boxed = jax.eval_shape(lambda: policy.init(TINY, jax.random.key(0)))["params"]
+    params = jax.device_put(tiny["params"], sharding.of_parameters(mesh, boxed))
+    rows = [[5, 6, 7], [11, 12], [13], [1, 2, 3]] * 2
+    tokens = np.random.default_rng(2).integers(1, 97, (8, 3, 4))
+    batch = sharding.batch(mesh, (prompts_of(rows, 4), tokens))
+    return dataclasses.replace(TINY, mesh=mesh), params, *batch
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_a_mesh_changes_no_state_and_no_gradient(tiny, sizes):
+    config, params, prompts, tokens = on_mesh(tiny, *sizes)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def states_and_gradient(config, params, prompts, tokens):
+        def loss(params):
+            states = policy.hidden_states(config, {"params": params}, prompts, tokens)
+            return jnp.mean(states**2), states
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    got = states_and_gradient(config, params, prompts, tokens)
+    whole = jax.device_get((params, prompts, tokens))
+    wanted = states_and_gradient(TINY, *whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
+
+
+def test_weights_come_to_the_activations_and_not_the_other_way(tiny):
+    """Split along fsdp alone, the forward pass gathers weights and sums nothing over devices."""
+    config, params, prompts, tokens = on_mesh(tiny, 1, 8, 1)
+    states = jax.jit(lambda *args: policy.hidden_states(config, {"params": args[0]}, *args[1:]))
+    text = states.lower(params, prompts, tokens).compile().as_text()
+    assert "all-gather" in text
+    assert "all-reduce" not in text and "reduce-scatter" not in text
 
 
 def test_damaged_gguf_is_one_sentence(tmp_path):

@@ -16,7 +16,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from grape_jax import sharding
 from grape_jax.models import attention
 from grape_jax.models.lora import Linear, LoraConfig
 from grape_jax.models.rope import RopeScaling, rotate
@@ -46,6 +48,7 @@ class PolicyConfig:
     windows: tuple[int, ...] | None = None  # tokens that each layer sees, 0: all; None: all, always
     remat: bool = False  # recompute a layer's activations in the backward pass
     dtype: str | None = None  # what is computed in; None: what the weights are held in
+    mesh: Mesh | None = None  # over which activations are split; None: as the compiler likes
 
 
 @flax.struct.dataclass
@@ -84,11 +87,14 @@ class Layer(nn.Module):
         def linear(name: str, features: int, axes: tuple[str, str], bias: bool) -> Linear:
             return Linear(features, axes, self.lora, bias, name=name)
 
+        held = lambda y, *names: sharding.constrain(c.mesh, y, "batch", None, *names)
+
+        x_BxNxD = held(x_BxNxD, None)
         h = RmsNorm(c.norm_eps, name="attention_norm")(x_BxNxD)
         q = linear("q", c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         k = linear("k", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         v = linear("v", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
-        split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
+        split = lambda y: held(y.reshape(*y.shape[:-1], -1, c.head_dim), "heads", None)
         q, k, v = split(q), split(k), split(v)
         if c.qk_norm:
             q = RmsNorm(c.norm_eps, name="q_norm")(q)
@@ -98,12 +104,13 @@ class Layer(nn.Module):
         )
         mixed, kept = attend(q, k, v)
         mixed = mixed.reshape(*x_BxNxD.shape[:2], -1)
-        x_BxNxD += linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed)
+        x_BxNxD += held(linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed), None)
 
         h = RmsNorm(c.norm_eps, name="mlp_norm")(x_BxNxD)
         gate = nn.silu(linear("gate", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h))
         up = linear("up", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h)
-        x_BxNxD += linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gate * up)
+        gated = held(gate * up, "mlp")
+        x_BxNxD += held(linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gated), None)
         return x_BxNxD, kept
 
 
@@ -254,6 +261,13 @@ def embed(config: PolicyConfig, variables, tokens: jax.Array) -> jax.Array:
     """The tokens' vectors, in the dtype that every layer then computes in."""
     x = variables["params"]["embedding"][tokens]
     return x.astype(config.dtype or x.dtype)
+
+
+def in_compute_dtype(config: PolicyConfig, params):
+    """The parameters as every use of them reads them, cast once; norms are read in float32."""
+    axes = nn.get_partition_spec(jax.eval_shape(lambda: init(config, jax.random.key(0)))["params"])
+    cast = lambda names, x: x if "norm" in names else x.astype(config.dtype or x.dtype)
+    return jax.tree.map(cast, axes, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def logits(variables, hidden: jax.Array) -> jax.Array:

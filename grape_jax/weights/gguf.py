@@ -94,6 +94,12 @@ def load(path: str | Path, mesh: Mesh, dtype: np.dtype):
         raise UserError(f"{path} is damaged ({error}): download it again.") from error
 
 
+def read_config(path: str | Path) -> PolicyConfig:
+    """The model's shapes alone."""
+    reader = _open(Path(path))
+    return _config(reader, path, {tensor.name: tensor for tensor in reader.tensors})
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer alone."""
     return _tokenizer(_open(Path(path)), path)

