@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # everything random comes from (seed, step)
     config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
+    config.step_timeout = 1800.0  # seconds; a step that takes longer ends the run; 0: never
+    config.max_skipped = 5  # steps in a row without a finite loss or gradient end the run
     config.shifts = ("noisy",)  # which query shifts: noisy, long, languages
 
     config.mesh = ConfigDict()
@@ -94,8 +96,9 @@ def get_config() -> ConfigDict:
     config.evaluation.max_tokens = 16  # of a rewrite; room for an untrained policy's manners
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 10
-    config.checkpoint.keep = 2
+    config.checkpoint.every = 10  # steps; validated steps are saved too
+    config.checkpoint.keep = 2  # the newest
+    config.checkpoint.keep_best = 1  # beside them, by Recall@10 on the validation split; 0: none
 
     config.log = ConfigDict()
     config.log.sample_every = 5  # steps between rewrites shown on the terminal

@@ -3,11 +3,9 @@
 python -m grape_jax.evaluate --workdir=runs/emoji
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from grape_jax import checkpoint, command_line, evaluation, job
+from grape_jax import checkpoint, command_line, evaluation, files, job
 from grape_jax.errors import UserError, exit_with_sentence
 
 
@@ -16,7 +14,7 @@ def main() -> None:
     command_line.parse()
     if flags.FLAGS.workdir is None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = files.path(flags.FLAGS.workdir)
     run = job.build_again(checkpoint.read_config(workdir))
     evaluation.write_report(run, workdir)
 

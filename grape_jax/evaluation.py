@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grape_jax import files, report
+from grape_jax import files, processes, report
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.report import Answers, TestSet
@@ -53,7 +53,7 @@ def policy_answers(
     for shift, split, queries in sets:
         for decoding, temperature in (("greedy", 0.0), ("sampled", job.config.rollout.temperature)):
             path = _path(workdir, shift, split, method, decoding)
-            if path.exists():
+            if processes.agreed(path.exists()):
                 continue
             texts = rewrite(
                 job,
@@ -64,7 +64,8 @@ def policy_answers(
                 seed=job.config.seed,
                 after_batch=after_batch,
             )
-            _write(path, [query.id for query in queries], texts)
+            if processes.is_writer():
+                _write(path, [query.id for query in queries], texts)
 
 
 def all_answers(job: Job, workdir: Path) -> list[TestSet]:
@@ -80,8 +81,9 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
         for method in ("untrained", "warm-up", "GRPO"):
             for decoding in ("greedy", "sampled"):
                 path = _path(workdir, shift, split, method, decoding)
-                if path.exists():
-                    texts = _read(path, [query.id for query in queries])
+                ids = [query.id for query in queries]
+                texts = processes.agreed(_read(path, ids) if path.exists() else None)
+                if texts is not None:
                     answers.append(answer(job, queries, method, decoding, texts))
         found.append(TestSet(TEST_SETS[split], shift, queries, tuple(answers)))
     return found
@@ -116,6 +118,9 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
 
 def write_report(run: Job, workdir: Path) -> None:
     """Tables, curves and pictures from what the run left on disk."""
+    sets = all_answers(run, workdir)  # together with the other processes
+    if not processes.is_writer():
+        return
     path = workdir / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{workdir} holds no training step yet: go on with the run first.")
@@ -130,7 +135,7 @@ def write_report(run: Job, workdir: Path) -> None:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "command": f"python -m grape_jax.evaluate --workdir={workdir}",
     }
-    report.write(workdir, all_answers(run, workdir), log, run.image, about)
+    report.write(workdir, sets, log, run.image, about)
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 

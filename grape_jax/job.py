@@ -11,7 +11,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from grape_jax import pretrained, ranking, retriever, rewards, sharding, text
+from grape_jax import (
+    checkpoint,
+    pretrained,
+    processes,
+    ranking,
+    retriever,
+    rewards,
+    sharding,
+    text,
+)
 from grape_jax.data import emoji
 from grape_jax.errors import UserError
 from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
@@ -72,6 +81,14 @@ class Job:
         """Where training starts."""
         return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
 
+    def about(self) -> dict:
+        """What a checkpoint must agree with: the config, and the weights that are not trained."""
+        weights = {
+            "policy": checkpoint.fingerprint(self.base),
+            "retriever": self.retriever.fingerprint,
+        }
+        return checkpoint.resolved(self.config) | {"weights": weights}
+
     def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
         """How to sample; T is `max_tokens`."""
         return SamplingConfig(
@@ -90,8 +107,10 @@ def build(config: ConfigDict) -> Job:
       UserError: anything about config, files or devices that the user can mend.
     """
     check(config)
-    emoji.prepare(
-        Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
+    processes.writer_first(
+        lambda: emoji.prepare(
+            Path(config.data_dir), shifts=config.shifts, wordnet_dir=config.wordnet_dir or None
+        )
     )
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
@@ -152,6 +171,10 @@ def check(config: ConfigDict) -> None:
     for key in ("checkpoint.every", "checkpoint.keep", "log.sample_every", "policy.logprob_chunk"):
         if config[key.split(".")[0]][key.split(".")[1]] < 1:
             raise UserError(f"{key} must be 1 or more.")
+    if config.max_skipped < 1:
+        raise UserError("max_skipped must be 1 or more.")
+    if config.checkpoint.keep_best < 0 or config.step_timeout < 0:
+        raise UserError("checkpoint.keep_best and step_timeout must be 0 or more.")
     if config.warm_up.steps < 0 or config.grpo.steps < 0:
         raise UserError("warm_up.steps and grpo.steps must be 0 or more.")
     if config.lora.rank < 0 or (config.lora.rank and not config.lora.targets):

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from grape_jax.errors import UserError
-from grape_jax.sharding import MESH_AXES, logical
+from grape_jax.sharding import MESH_AXES, logical, place
 from grape_jax.types import Index, Ranks
 
 CORPUS_DTYPES = ("float32", "bfloat16", "int8")
@@ -58,8 +58,8 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> 
     padded = np.pad(corpus_NxE.astype(np.float32), ((0, padding), (0, 0)))
     rows, scale = _in_dtype(padded, jnp.dtype(dtype), np)
     by_row = logical(mesh, "corpus")
-    placed = None if scale is None else jax.device_put(scale, by_row)
-    return Index(jax.device_put(rows, logical(mesh, "corpus", None)), placed)
+    placed = None if scale is None else place(scale, by_row)
+    return Index(place(rows, logical(mesh, "corpus", None)), placed)
 
 
 def check_targets(targets_QxP: np.ndarray, size: int) -> None:

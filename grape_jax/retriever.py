@@ -9,11 +9,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from grape_jax import preprocessing
+from grape_jax import preprocessing, processes, sharding
 from grape_jax.errors import UserError
 from grape_jax.models import towers
 from grape_jax.models.clip import LEGACY_END_TOKEN
@@ -64,10 +64,9 @@ class Retriever:
         tokens_NxL, mask_NxL = tokenize(self, texts)
         padded_N = _padded_lengths(self, mask_NxL.sum(axis=1))
         for length in np.unique(padded_N):
-            for rows in _chunks(np.flatnonzero(padded_N == length)):
-                padded = _pad(tokens_NxL[rows, :length], mask_NxL[rows, :length])
-                embedded = _embed_texts(self.config, self.mesh, self.params, *padded)
-                emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
+            rows = np.flatnonzero(padded_N == length)
+            read = lambda i, length=length: (tokens_NxL[i, :length], mask_NxL[i, :length])
+            emb_NxE[rows] = _embed_rows(self, towers.embed_texts, rows, read)
         return emb_NxE
 
     def embed_images(self, images: Sequence[Image.Image | str | Path]) -> np.ndarray:
@@ -78,12 +77,9 @@ class Retriever:
         """
         if self.preprocess is None:
             raise UserError("this retriever is a sentence encoder: its corpus must be text.")
-        emb_NxE = np.zeros((len(images), self.config.projection), np.float32)
-        for rows in _chunks(np.arange(len(images))):
-            pixels = [preprocessing.preprocess(self.preprocess, _open(images[i])) for i in rows]
-            embedded = _embed_images(self.config, self.mesh, self.params, *_pad(np.stack(pixels)))
-            emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
-        return emb_NxE
+        pixels = lambda i: preprocessing.preprocess(self.preprocess, _open(images[i]))
+        read = lambda rows: (np.stack([pixels(i) for i in rows]),)
+        return _embed_rows(self, towers.embed_images, np.arange(len(images)), read)
 
 
 def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Retriever:
@@ -131,7 +127,7 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
 
 def place(retriever: Retriever, mesh: Mesh) -> Retriever:
     """Splits the weights over a mesh, as their logical axes say."""
-    params = jax.device_put(retriever.params, towers.shardings(retriever.config, mesh))
+    params = sharding.place(retriever.params, towers.shardings(retriever.config, mesh))
     return dataclasses.replace(retriever, params=params, mesh=mesh)
 
 
@@ -205,17 +201,11 @@ def corpus_bank(
     texts_only = retriever.preprocess is None
     content = _hash(item.encode() if texts_only else _content(item) for item in items)
     path = Path(cache_dir) / f"bank-{_hash([retriever.fingerprint.encode(), content.encode()])}.npy"
-    if path.exists():
-        try:
-            return _read_bank(path, (len(items), retriever.config.projection))
-        except (ValueError, OSError, EOFError) as error:
-            warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=2)
-    bank_NxE = retriever.embed_texts(items) if texts_only else retriever.embed_images(items)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that a killed run leaves no half file.
-    aside = path.with_suffix(".partial.npy")
-    np.save(aside, bank_NxE)
-    aside.replace(path)
+    bank_NxE = _kept_bank(path, (len(items), retriever.config.projection))
+    # All processes embed together, also where one alone misses the file.
+    if processes.any_of(bank_NxE is None):
+        bank_NxE = retriever.embed_texts(items) if texts_only else retriever.embed_images(items)
+        processes.writer_first(lambda: _keep_bank(path, bank_NxE))
     return bank_NxE
 
 
@@ -273,14 +263,51 @@ def _check_vocabulary(
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_texts(config: RetrieverConfig, mesh, params: Params, tokens_NxL, mask_NxL) -> jax.Array:
-    return towers.embed_texts(config, towers.gather(params, mesh), tokens_NxL, mask_NxL)
+def _embed_rows(retriever: Retriever, tower: Callable, rows_N: np.ndarray, read: Callable):
+    """Embeds rows of a corpus, `BATCH` at a time on each device; a process reads only its own.
+
+    Args:
+      tower: `towers.embed_texts` or `towers.embed_images`.
+      read: from row numbers to the tower's arrays, a tuple.
+
+    Returns:
+      float32 [n, E], on every process.
+    """
+    config, mesh, params = retriever.config, retriever.mesh, retriever.params
+    emb_NxE = np.zeros((len(rows_N), config.projection), np.float32)
+    step = BATCH * (mesh.size if mesh else 1)
+    for start in range(0, len(rows_N), step):
+        processes.at(f"embedding the rows from {start}")
+        chunk = rows_N[start : start + step]
+        # The last row again, up to whole batches.
+        padded = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk))])
+        if mesh is None:
+            embedded = np.asarray(_embed(tower, config, params, *read(padded)))
+        else:
+            mine = sharding.batch(
+                mesh, read(padded[sharding.own_rows(mesh, step, "corpus")]), "corpus"
+            )
+            embedded = sharding.whole(mesh, _embed_split(tower, config, mesh, params, *mine))
+        emb_NxE[start : start + step] = embedded[: len(chunk)]
+    return emb_NxE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_images(config: RetrieverConfig, mesh, params: Params, pixels_NxHxWx3) -> jax.Array:
-    return towers.embed_images(config, towers.gather(params, mesh), pixels_NxHxWx3)
+def _embed(tower: Callable, config: RetrieverConfig, params: Params, *arrays) -> jax.Array:
+    return tower(config, params, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed_split(tower, config: RetrieverConfig, mesh: Mesh, params: Params, *arrays) -> jax.Array:
+    """Every device embeds its own rows, with the weights brought together."""
+    by_row = PartitionSpec(sharding.MESH_AXES)
+    return jax.shard_map(
+        functools.partial(tower, config),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *[by_row] * len(arrays)),
+        out_specs=by_row,
+        check_vma=False,
+    )(params, *arrays)
 
 
 def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
@@ -289,16 +316,6 @@ def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
     while lengths[-1] < retriever.context:
         lengths.append(2 * lengths[-1])
     return np.minimum(lengths, retriever.context)[np.searchsorted(lengths, used_N)]
-
-
-def _chunks(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-
-
-def _pad(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Repeats the last row up to one whole batch."""
-    missing = BATCH - len(arrays[0])
-    return [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in arrays]
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:
@@ -329,13 +346,31 @@ def _hash(parts) -> str:
     return total.hexdigest()[:32]
 
 
-def _read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    bank_NxE = np.load(path, allow_pickle=False)
-    if bank_NxE.shape != shape or bank_NxE.dtype != np.float32:
-        raise ValueError(f"shape {bank_NxE.shape} of {bank_NxE.dtype} instead of {shape}")
-    if not np.allclose(np.linalg.norm(bank_NxE, axis=1), 1, atol=1e-3):
-        raise ValueError("its rows are not of unit length")
-    return bank_NxE
+def _kept_bank(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """What the file holds; None where there is none, or a damaged one, with a warning."""
+    if not path.exists():
+        return None
+    try:
+        bank_NxE = np.load(path, allow_pickle=False)
+        if bank_NxE.shape != shape or bank_NxE.dtype != np.float32:
+            raise ValueError(f"shape {bank_NxE.shape} of {bank_NxE.dtype} instead of {shape}")
+        if not np.allclose(np.linalg.norm(bank_NxE, axis=1), 1, atol=1e-3):
+            raise ValueError("its rows are not of unit length")
+        return bank_NxE
+    except (ValueError, OSError, EOFError) as error:
+        warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=3)
+        return None
+
+
+def _keep_bank(path: Path, bank_NxE: np.ndarray) -> None:
+    """Writes the file, but where another process with the same disk just did."""
+    if not processes.is_writer() and _kept_bank(path, bank_NxE.shape) is not None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved, so that a killed run leaves no half file.
+    aside = path.with_suffix(".partial.npy")
+    np.save(aside, bank_NxE)
+    aside.replace(path)
 
 
 def _fingerprint(dtype: str, weights: Path) -> str:

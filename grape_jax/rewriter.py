@@ -62,8 +62,8 @@ def restore(workdir: Path) -> tuple[Job, TrainState]:
       UserError: there is no run, or nothing is trained yet.
     """
     loaded = job.build_again(checkpoint.read_config(workdir))
-    with checkpoint.open_manager(workdir, loaded.config.checkpoint.keep) as manager:
-        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
+    with checkpoint.open_manager(workdir) as manager:
+        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"), loaded.about())
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
     return loaded, restored[0]
@@ -92,14 +92,18 @@ def rewrite(
     rewrites = []
     batch = job.config.evaluation.batch_size
     for start in range(0, len(queries), batch):
-        chunk = slice(start, start + batch)
-        prompts, real = _full_batch(encode(job, queries[chunk], shifts[chunk]), batch)
+        # The last query again, up to a whole batch, so that nothing compiles twice; each process
+        # takes the rows that its own devices hold.
+        rows = np.minimum(start + sharding.own_rows(job.mesh, batch), len(queries) - 1)
+        real = min(batch, len(queries) - start)
+        prompts = encode(job, [queries[i] for i in rows], [shifts[i] for i in rows])
         key = jax.random.fold_in(jax.random.key(seed), start)
         sampling = job.sampling(1, temperature, job.config.evaluation.max_tokens)
         rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
-        tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
-        answers = read_answers(job, tokens[:real], mask[:real])
-        rewrites += [answer for row in answers for answer, _ in row]
+        answers = read_answers(
+            job, *sharding.own(job.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
+        )
+        rewrites += sharding.all_rows(job.mesh, [answer for ((answer, _),) in answers])[:real]
         after_batch(real)
     return rewrites
 
@@ -151,14 +155,3 @@ def nearest(job: Job, emb_QxE: np.ndarray, top: int) -> np.ndarray:
     """Corpus rows of the `top` most similar pictures, best first, ties by row: int `[Q, top]`."""
     rows = [np.argsort(-(job.bank_NxE @ emb), kind="stable")[:top] for emb in emb_QxE]
     return np.stack(rows) if rows else np.zeros((0, top), np.int64)
-
-
-def _full_batch(prompts: Prompts, batch: int) -> tuple[Prompts, int]:
-    """Repeats the last prompt up to a whole batch, so that nothing compiles twice.
-
-    Returns:
-      The filled prompts, and how many of them are real.
-    """
-    real = len(prompts.tokens_BxS)
-    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], batch - real, axis=0)])
-    return jax.tree.map(fill, prompts), real
