@@ -52,18 +52,22 @@ def open_manager(
     directory = directory.resolve() if files.is_local(directory) else directory
     if keep:
         _report_half_written(directory)
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics[BEST_BY],
-        n=keep_best,
-        keep_checkpoints_without_metrics=False,
-    )
+    by = lambda metrics: metrics[BEST_BY]
+    best = policies.BestN(get_metric_fn=by, n=keep_best, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         create=keep > 0,
         read_only=keep == 0,
         cleanup_tmp_directories=keep > 0,
+        best_fn=by,  # metrics are only written where this is given
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
     )
-    manager = ocp.CheckpointManager(directory, options=options)
+    # Named beforehand: what a checkpoint holds is asked for before it is read.
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for kind in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        registry.add("state", kind)
+    for kind in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add("run", kind)
+    manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
     try:
         yield manager
     except BaseException:
