@@ -200,9 +200,8 @@ def _read(manager: ocp.CheckpointManager, step: int, like, about: dict | None):
 def _refuse_other_shapes(where: str, saved, like) -> None:
     """Refuses a checkpoint of a model with other parameters."""
     shapes = lambda tree: {
-        ".".join(map(str, path)): tuple(leaf.shape)
-        for path, leaf in ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree)).items()
-        if hasattr(leaf, "shape")
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
     old, new = shapes(saved), shapes(like)
     differs = [

@@ -20,7 +20,7 @@ def some_state(step, width=6):
     rng = np.random.default_rng(step)
     return {
         "w": jnp.asarray(rng.normal(size=(16, width)), jnp.float32),
-        "moments": (jnp.ones(3), None),
+        "moments": (None, {"a": jnp.ones(3)}, (), jnp.zeros(2)),  # as optimizers nest theirs
         "step": jnp.int32(step),
     }
 
