@@ -153,8 +153,8 @@ class _Watch:
         self.ended = threading.Event()
         self.at("starting")
 
-    def at(self, what: str) -> None:
-        self.what, self.since = what, time.monotonic()
+    def at(self, what: str, limited: bool = True) -> None:
+        self.what, self.since = what, time.monotonic() if limited else float("inf")
 
     def wait(self) -> None:
         """Runs beside the work; ends the process where nothing moves any more."""
@@ -195,10 +195,10 @@ def watched(limit: float):
         _watch = None
 
 
-def at(what: str) -> None:
-    """Notes what begins now: "step 12"."""
+def at(what: str, limited: bool = True) -> None:
+    """Notes what begins now: "step 12". What is not limited may take as long as it takes."""
     if _watch is not None:
-        _watch.at(what)
+        _watch.at(what, limited)
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -112,7 +112,8 @@ def train(config, workdir: Path) -> None:
 def prepare(config: ConfigDict, workdir: Path) -> Job:
     """Loads all that the run works with, and claims the workdir for it."""
     started = time.perf_counter()
-    processes.at("preparing the run")
+    # Data are prepared by process 0 while the others wait; alone it may take its time.
+    processes.at("preparing the run", limited=jax.process_count() > 1)
     processes.say("preparing data, policy and retriever ...")
     run = job.build(config)
     if processes.is_writer():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import checkpoint, command_line, files, sharding
+from grape_jax import checkpoint, command_line, files, job, sharding
 from grape_jax.errors import UserError
 
 ABOUT = {"seed": 0, "lora": {"rank": 2}, "checkpoint": {"every": 1}, "weights": {"policy": "ab"}}
@@ -216,6 +216,22 @@ def test_a_read_only_workdir_is_refused():
     # A file system that is read-only for root too.
     with pytest.raises(UserError, match=r"cannot be written .* choose another"):
         checkpoint.refuse_other_config(files.path("/sys/grape"), config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("max_skipped", 0, "1 or more"),
+        ("step_timeout", -1.0, "0 or more"),
+        ("checkpoint.keep_best", -1, "0 or more"),
+        ("checkpoint.keep", 0, "1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(key, value, advice):
+    config = command_line.load("configs/emoji.py")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"{key}.* must be {advice}"):
+        job.check(config)
 
 
 def test_an_object_store_stays_one():

@@ -179,7 +179,7 @@ def test_two_processes_give_the_same_numbers_and_stop_together(paths, undisturbe
     ]  # fmt: skip
     wait_for(paths / "pair", "step 6")
     pair[1].terminate()
-    said = [process.communicate(timeout=120) for process in pair]
+    said = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said[0][1][-2000:]
     step = stopped_after(said[0][0])
     saved = sorted(int(p.name) for p in (paths / "pair" / "checkpoints").iterdir())
@@ -229,6 +229,16 @@ def wait_for(workdir, moment):
             return
         time.sleep(0.02)
     raise AssertionError(f"the run never reached {moment}")
+
+
+def test_steps_without_a_finite_loss_are_counted_and_end_the_run(paths):
+    """A learning rate that ruins the parameters at once; nothing of what follows is applied."""
+    overrides = ("warm_up.learning_rate=1e30", "max_skipped=2", "evaluation.every=0")
+    flags = [f"--config.{override}" for override in overrides]
+    said = refused(paths, command(paths, "ruined", *flags))
+    assert "2 steps in a row had no finite loss" in said
+    assert "last good checkpoint is step 2: lower warm_up.learning_rate" in said
+    assert [line["skipped"] for line in lines(paths, "ruined", "metrics.jsonl")] == [0, 1]
 
 
 def test_another_config_is_refused_in_the_same_workdir(paths, undisturbed):
