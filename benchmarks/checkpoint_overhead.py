@@ -44,7 +44,7 @@ def main() -> None:
                 checkpoint.save(manager, step, state, saved, {})
                 waits.append(time.perf_counter() - began)
         checkpoint.wait(manager)
-        newest = manager.directory / str(manager.latest_step())
+        newest = Path(manager.directory) / str(manager.latest_step())
         bytes_written = sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
     usual = statistics.median(others)
     slower = 2 * max(0.0, statistics.median(after) - usual)

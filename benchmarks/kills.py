@@ -13,6 +13,7 @@ import random
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tiny_runs
@@ -88,10 +89,12 @@ def checkpoints(workdir: Path) -> list[int]:
 
 def compare_states(one: Path, other: Path) -> str:
     def last(workdir: Path) -> dict:
-        with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore())
-            state = manager.restore(manager.latest_step(), args=args).state
-        return {str(path): np.asarray(leaf) for path, leaf in ocp.tree.to_flat_dict(state).items()}
+        path = workdir / "checkpoints" / str(checkpoints(workdir)[-1]) / "state"
+        reader = ocp.PyTreeCheckpointer()
+        as_numpy = lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray)
+        wanted = jax.tree.map(as_numpy, reader.metadata(path).item_metadata.tree)
+        state = reader.restore(path, restore_args=wanted)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
     ours, theirs = last(one), last(other)
     different = [

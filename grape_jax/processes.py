@@ -151,7 +151,7 @@ class _Watch:
     def __init__(self, limit: float):
         self.limit = limit
         self.ended = threading.Event()
-        self.at("starting")
+        self.at("the start", limited=False)
 
     def at(self, what: str, limited: bool = True) -> None:
         self.what, self.since = what, time.monotonic() if limited else float("inf")
@@ -185,7 +185,7 @@ def watched(limit: float):
     """
     global _watch
     _watch = _Watch(limit)
-    threads = [_watch.beat] + ([_watch.wait] if limit else [])
+    threads = [_watch.beat] + ([_watch.wait] if limit > 0 else [])
     for work in threads:
         threading.Thread(target=work, daemon=True).start()
     try:
@@ -209,7 +209,7 @@ def leave_at_once(code: int) -> NoReturn:
 
 
 def end_all(error: BaseException) -> NoReturn:
-    """Ends this process at once, and says why: the others notice, and end too.
+    """Ends this process at once, and says why: the others notice, and end too. Inside `watched`.
 
     An ordinary exit would wait for the others, who wait for this process.
     """
@@ -217,7 +217,7 @@ def end_all(error: BaseException) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     traceback.print_exception(error)
-    _leave(f"{_watch.what if _watch else 'the run'} failed", LOST)
+    _leave(f"{_watch.what} failed", LOST)
 
 
 def _leave(what: str, code: int) -> NoReturn:
@@ -258,7 +258,7 @@ def _compare_notes() -> str:
     except jax.errors.JaxRuntimeError:
         return "process 0, which they all report to, is gone"
     others = [i for i in range(distributed.global_state.num_processes) if i != me]
-    last = lambda i: json.loads(after.get(_key(i), '[0, "starting"]'))[1]
+    last = lambda i: json.loads(after.get(_key(i), '[0, "the start"]'))[1]
     silent = [i for i in others if before.get(_key(i)) == after.get(_key(i))]
     if silent:
         said = [f"process {i} does not answer any more, it was last at {last(i)}" for i in silent]

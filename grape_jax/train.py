@@ -91,7 +91,7 @@ def train(config, workdir: Path) -> None:
     # So that the run can be used from any folder.
     config.data_dir = str(Path(config.data_dir).resolve())
     checkpoint.refuse_other_config(workdir, config)
-    with processes.watched(config.step_timeout), StopSignal() as stop:
+    with StopSignal() as stop:
         run = prepare(config, workdir)
         evaluate_policy(run, workdir, {"params": run.base}, "untrained", 0, stop)
         keep, best = config.checkpoint.keep, config.checkpoint.keep_best
@@ -176,6 +176,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         skipped += int(metrics["skipped"])
         metrics |= {"skipped": skipped, "seconds": time.perf_counter() - began}
         if in_a_row >= config.max_skipped:
+            bar.close()
             checkpoint.wait(manager)
             raise UserError(
                 f"{in_a_row} steps in a row had no finite loss; the last good checkpoint is step "
@@ -435,19 +436,20 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
     processes.join(given.coordinator, given.process_id, given.process_count)
-    try:
-        with files.failures_told():
-            start(given.config, workdir)
-    except Interrupted as stopped:
-        processes.say(str(stopped))
-    except KeyboardInterrupt:
-        said = "stopped at once; the same command goes on from the last checkpoint."
-        print(said, file=sys.stderr, flush=True)
-        processes.leave_at_once(130)
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        processes.end_all(error)
+    with processes.watched(given.config.step_timeout):
+        try:
+            with files.failures_told():
+                start(given.config, workdir)
+        except Interrupted as stopped:
+            processes.say(str(stopped))
+        except KeyboardInterrupt:
+            said = "stopped at once; the same command goes on from the last checkpoint."
+            print(said, file=sys.stderr, flush=True)
+            processes.leave_at_once(130)
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            processes.end_all(error)
 
 
 if __name__ == "__main__":
