@@ -22,9 +22,11 @@ TEST = [
 # Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
 PARITY = [
     "accelerate>=1.15,<2",
+    "datasets>=5.2,<6",
     "open_clip_torch>=3.3,<4",
     "peft>=0.21,<0.22",
     "torch==2.13.0",
+    "trl==1.16.0",
 ]
 
 setup(
@@ -54,6 +56,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
+        "pyarrow>=15",
         "protobuf>=5",  # like sentencepiece, for SigLIP's tokenizer
         "safetensors>=0.6,<1",
         "sentencepiece>=0.2,<1",

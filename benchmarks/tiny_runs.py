@@ -69,6 +69,7 @@ def finish(run: list) -> None:
 
 
 def lines(folder: Path, name: str, file: str) -> list[dict]:
-    """The log of a run, without what a clock decides."""
+    """The log of a run, without what a clock or a fresh start decides."""
     read = [json.loads(line) for line in (folder / name / file).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read]
+    of_the_process = ("seconds", "compilations")
+    return [{k: v for k, v in line.items() if k not in of_the_process} for line in read]

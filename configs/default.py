@@ -10,10 +10,28 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # everything random comes from (seed, step)
     config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
+    # What is searched, and with which queries: emoji, flickr30k_cn, cvlue, xm3600, wikipedia, cirr,
+    # local. Of the five archives the sets are written to data_dir by `python -m grape_jax.prepare`.
+    config.benchmark = "emoji"
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
     config.step_timeout = 1800.0  # seconds; a step that takes longer ends the run; 0: never
     config.max_skipped = 5  # steps in a row without a finite loss or gradient end the run
-    config.shifts = ("noisy",)  # which query shifts: noisy, long, languages
+    config.shifts = ("noisy",)  # which sets of queries; of emoji: noisy, long, languages
+    config.xm3600 = ConfigDict()
+    config.xm3600.languages = ()  # which of the 36, such as ("de", "th"); (): all
+    config.xm3600.captions = "all"  # "first": one of each picture and language
+
+    # Your own data, for benchmark="local"; grape_jax/data/local.py says what the files hold.
+    config.local = ConfigDict()
+    config.local.images = ""  # the directory of the pictures
+    # Instead of embedding them here, or without them: .npy, .npz, .parquet, or the directory that
+    # clip-retrieval wrote.
+    config.local.embeddings = ""
+    config.local.queries = ""  # .jsonl, .csv, .tsv or .parquet
+    # Of the pictures that queries ask for, where the queries name no splits.
+    config.local.validation_share = 0.1
+    config.local.test_share = 0.2
+    config.local.split_seed = 0  # another one is another split
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that are left
@@ -42,19 +60,38 @@ def get_config() -> ConfigDict:
     config.prompt.system.noisy = "Correct the spelling."
     config.prompt.system.long = "Name the thing in a few words."
     config.prompt.system.languages = "Translate to English."
+    config.prompt.system.chinese = "Translate the Chinese caption to English."
+    config.prompt.system.multilingual = "Translate the caption to English."
+    config.prompt.system.articles = "Say in one sentence what a picture of this article shows."
+    config.prompt.system.edits = "Describe the picture that the change leads to."
+    config.prompt.system.local = "Say in a few English words what the picture shows."
     config.prompt.user = "{query}"  # the user's turn
+    # What {query} stands for where a query has a picture of its own: the policy reads no pixels.
+    config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
+    config.prompt.captions = 3  # how many of the captions closest to the picture
+    config.prompt.caption_bank = ""  # a text file, one a line; "": the training queries' texts
     config.prompt.answer_start = ""  # what the assistant's turn starts with
     config.prompt.max_tokens = 64  # longer prompts are refused
+    # A batch is padded to the first of these rising lengths that holds its longest prompt, else to
+    # max_tokens: () pads all to that. Every length compiles its own steps.
+    config.prompt.buckets = ()
     config.prompt.format = "line"  # "line", or "answer" for <answer>tags</answer>
 
     config.rollout = ConfigDict()
     config.rollout.temperature = 1.0
+    # Filters of what is drawn; the gradient then knows nothing of what they cut off (rollout.py).
+    config.rollout.top_k = 0  # the likeliest tokens that may be drawn; 0: all
+    config.rollout.top_p = 1.0  # the mass of the likeliest tokens that may be drawn; 1: all
+    config.rollout.min_p = 0.0  # share of the likeliest token's probability to be drawn; 0: all
+    config.rollout.stop = ()  # texts of one token that end a completion, beside the model's own
     config.rollout.max_tokens = 12  # of a completion, end token included; a longer one is malformed
 
     config.warm_up = ConfigDict()  # supervised steps before GRPO
     # "references": the training queries' reference texts; "own_best": of grpo.group_size rewrites
     # by the untrained policy the one that ranks best, where it ranks better than the query.
     config.warm_up.towards = "references"
+    # Of "references" also other nouns, mistyped or defined, that have no picture (data/words.py).
+    config.warm_up.words = False
     config.warm_up.steps = 20
     config.warm_up.batch_size = 32
     config.warm_up.learning_rate = 1e-3
@@ -94,6 +131,13 @@ def get_config() -> ConfigDict:
     config.evaluation.test_limit = 0  # 0: all
     config.evaluation.seen_limit = 256  # of seen concepts in unseen wording
     config.evaluation.max_tokens = 16  # of a rewrite; room for an untrained policy's manners
+    # Beside the rewrites themselves: "fused" (with the query's embedding; free), and what has the
+    # policy write several texts a query: "samples" (of the trained one), "hyde", "multi_query".
+    config.evaluation.methods = ("fused",)
+    config.evaluation.samples = 8  # how many texts
+    config.evaluation.caption_prompt = "Describe the picture in one line."  # system turn of "hyde"
+    config.evaluation.variant_prompt = "Say it in other words."  # system turn of "multi_query"
+    config.evaluation.run_depth = 1000  # of each query's list in the TREC run files; 0: none
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 10  # steps; validated steps are saved too

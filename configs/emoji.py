@@ -28,4 +28,5 @@ def get_config():
     config.grpo.kl_weight = 0.002
     config.evaluation.every = 25
     config.evaluation.seen_limit = 128
+    config.evaluation.run_depth = 100
     return config

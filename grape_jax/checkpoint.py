@@ -23,6 +23,9 @@ BEST_BY = "validation_recall_at_10"
 FREE_KEYS = (
     "evaluation.every",
     "evaluation.validation_limit",
+    "evaluation.methods",
+    "evaluation.samples",
+    "evaluation.run_depth",
     "checkpoint.",
     "log.",
     "mesh.",
@@ -78,6 +81,11 @@ def open_manager(
         raise
     wait(manager)
     manager.close()
+
+
+def holds_any(workdir: Path) -> bool:
+    """Whether the run has come to a checkpoint."""
+    return (workdir / "checkpoints").is_dir()
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, run: dict, metrics: dict) -> None:

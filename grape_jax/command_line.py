@@ -19,15 +19,18 @@ def define_config() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/emoji.py.")
 
 
-def parse(argv: Sequence[str] | None = None) -> list[str]:
+def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list[str]:
     """Parses the flags that the command has defined; returns what is not a flag.
+
+    Args:
+      config_needed: whether a command that knows --config can do nothing without it.
 
     Raises:
       UserError: an unknown flag or key, a value of the wrong type, a missing config file.
     """
     argv = list(sys.argv if argv is None else argv)
     if "config" in FLAGS:
-        _check_config(argv)
+        _check_config(argv, config_needed)
     try:
         rest = FLAGS(argv)
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -37,13 +40,14 @@ def parse(argv: Sequence[str] | None = None) -> list[str]:
     return rest[1:]
 
 
-def _check_config(argv: list[str]) -> None:
+def _check_config(argv: list[str], needed: bool) -> None:
     """Names the closest keys before ml_collections answers an unknown one with a traceback."""
     # `--config path` and `--config=path` are the same.
     joined = re.sub(r"(--?config)\0(?!-)", r"\1=", "\0".join(argv)).split("\0")
     path = next((a.split("=", 1)[1] for a in joined if re.match(r"--?config=", a)), None)
     if path is None:
-        if not any(a.startswith("--help") for a in argv):
+        overrides = any(re.match(r"--?config\.", argument) for argument in joined)
+        if (needed or overrides) and not any(a.startswith("--help") for a in argv):
             raise UserError("no config is given: add --config=configs/emoji.py.")
         return
     known = list(_leaves(load(path)))

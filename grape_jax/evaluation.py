@@ -1,92 +1,221 @@
 """Answers of every method on the test sets, kept on disk as soon as they are known."""
 
+import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from grape_jax import files, processes, report
+from grape_jax import files, fusion, processes, report, run_files, text
+from grape_jax.data import catalogue
+from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError
 from grape_jax.job import Job
-from grape_jax.report import Answers, TestSet
-from grape_jax.rewriter import nearest, ranks_of, rewrite
+from grape_jax.metrics import among_all
+from grape_jax.results import (
+    CONSTANT,
+    GRPO,
+    HYDE,
+    MULTI_QUERY,
+    RAW,
+    REFERENCE,
+    UNTRAINED,
+    WARM_UP,
+    Answers,
+    TestSet,
+    fused,
+    samples,
+)
+from grape_jax.rewriter import ranks_of, rewrite
+from grape_jax.search import Found, search, search_fused
 
 # A caption that says nothing: what it finds, any query would have found.
 CONSTANT_CAPTION = "a picture"
-TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
-TOP = 5
+TOP = 5  # pictures shown of each search
+SEED_STEP = 10_000  # between the seeds of a query's samples
+PROMPT_UNIT = 16  # prompts of baselines are padded to multiples of it
 
 
-def test_sets(job: Job) -> list[tuple[str, str, list]]:
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """One text for each query of a test set, to be written by a policy and kept in one file."""
+
+    path: Path
+    shift: str
+    split: str
+    queries: list[Query]
+    temperature: float
+    seed: int
+    system: str | None  # the system turn instead of the run's own
+
+
+def test_sets(job: Job) -> list[tuple[str, str, list[Query]]]:
     """(shift, split, queries) of every test set of the run."""
-    limits = {
-        "test": job.config.evaluation.test_limit,
-        "test_seen": job.config.evaluation.seen_limit,
-    }
+    evaluation = job.config.evaluation
+    limit = lambda split: getattr(
+        evaluation, "seen_limit" if split == "test_seen" else "test_limit"
+    )
     return [
-        (shift, split, job.queries(shift, split, limits[split]))
-        for split in TEST_SETS
+        (shift, split, job.queries(shift, split, limit(split)))
+        for split in catalogue.module(job.config.benchmark).TEST_SETS
         for shift in job.config.shifts
     ]
 
 
-def answer(
-    job: Job, queries: Sequence, method: str, decoding: str, texts: Sequence[str]
-) -> Answers:
-    """Searches with these texts."""
-    emb_QxE = job.retriever.embed_texts(list(texts))
-    ranks = ranks_of(job, emb_QxE, [query.target for query in queries])
-    return Answers(method, decoding, tuple(texts), ranks, nearest(job, emb_QxE, TOP))
+def trained_method(config: ConfigDict) -> str:
+    """What the policy at the end of training is called."""
+    return GRPO if config.grpo.steps else WARM_UP
 
 
-def policy_answers(
-    job: Job,
-    workdir: Path,
-    variables: dict,
-    method: str,
-    sets: Sequence[tuple[str, str, list]],
-    after_batch: Callable[[int], None],
+# What a policy writes.
+
+
+def still_to_write(job: Job, workdir: Path, method: str) -> list[Writing]:
+    """What the policy `method` has to write for the run's methods and is not on disk."""
+    evaluation = job.config.evaluation
+    warm, seed = job.config.rollout.temperature, job.config.seed
+    kinds = [("greedy", 0.0, seed, None), ("sampled", warm, seed, None)]
+
+    def several(name: str, system: str | None) -> list[tuple]:
+        # The first sample without a prompt of its own is "sampled".
+        numbers = range(1 if system is None else 0, evaluation.samples)
+        return [(_numbered(name, i), warm, seed + SEED_STEP * i, system) for i in numbers]
+
+    if method == trained_method(job.config) and "samples" in evaluation.methods:
+        kinds += several("sampled", None)
+    if method == UNTRAINED and "hyde" in evaluation.methods:
+        kinds += several("caption", evaluation.caption_prompt)
+    if method == UNTRAINED and "multi_query" in evaluation.methods:
+        kinds += several("variant", evaluation.variant_prompt)
+    writings = [
+        Writing(_path(workdir, shift, split, method, name), shift, split, queries, *how)
+        for shift, split, queries in test_sets(job)
+        for name, *how in kinds
+    ]
+    there = processes.agreed([writing.path.exists() for writing in writings])
+    return [one for one, is_there in zip(writings, there, strict=True) if not is_there]
+
+
+def write_answers(
+    job: Job, variables: dict, writings: Sequence[Writing], after_batch: Callable[[int], None]
 ) -> None:
-    """Greedy and sampled rewrites of one policy on `test_sets`; what is on disk is kept."""
-    for shift, split, queries in sets:
-        for decoding, temperature in (("greedy", 0.0), ("sampled", job.config.rollout.temperature)):
-            path = _path(workdir, shift, split, method, decoding)
-            if processes.agreed(path.exists()):
-                continue
-            texts = rewrite(
-                job,
-                variables,
-                [query.text for query in queries],
-                [shift] * len(queries),
-                temperature,
-                seed=job.config.seed,
-                after_batch=after_batch,
-            )
-            if processes.is_writer():
-                _write(path, [query.id for query in queries], texts)
+    """Has a policy write them, each kept as soon as it is whole.
+
+    Raises:
+      UserError: a prompt of a baseline does not fit into the policy's context.
+    """
+    for writing in writings:
+        texts = job.prompt_texts(writing.queries, writing.split)
+        found = rewrite(
+            job if writing.system is None else _prompted(job, writing, texts),
+            variables,
+            texts,
+            [writing.shift] * len(texts),
+            writing.temperature,
+            seed=writing.seed,
+            after_batch=after_batch,
+        )
+        if processes.is_writer():
+            _write(writing.path, [query.id for query in writing.queries], found)
+
+
+def _prompted(job: Job, writing: Writing, texts: Sequence[str]) -> Job:
+    """The run with another system turn, and room for the prompts that it makes."""
+    prompt = dataclasses.replace(job.prompts[writing.shift], system=writing.system)
+    longest = text.longest_prompt(job.tokenizer, prompt, texts)
+    room = -(-longest // PROMPT_UNIT) * PROMPT_UNIT
+    if room + job.config.evaluation.max_tokens > job.policy.max_length:
+        raise UserError(
+            f"the prompt {writing.system!r} makes {longest} tokens with the longest query, more "
+            f"than the policy's context of {job.policy.max_length} leaves: shorten it."
+        )
+    prompt = dataclasses.replace(prompt, max_tokens=room)
+    return dataclasses.replace(job, prompts=job.prompts | {writing.shift: prompt})
+
+
+# What is found.
 
 
 def all_answers(job: Job, workdir: Path) -> list[TestSet]:
-    """Everything known about the run, with the baselines that need no policy."""
+    """Everything known about the run, with the baselines that need no policy.
+
+    Writes the run files on the way: a whole ranked list a query is too much to keep.
+    """
     found = []
     for shift, split, queries in test_sets(job):
-        baselines = {
-            "raw query": [query.text for query in queries],
-            "constant caption": [CONSTANT_CAPTION] * len(queries),
-            "English name": [query.reference for query in queries],
-        }
-        answers = [answer(job, queries, name, "", texts) for name, texts in baselines.items()]
-        for method in ("untrained", "warm-up", "GRPO"):
-            for decoding in ("greedy", "sampled"):
-                path = _path(workdir, shift, split, method, decoding)
-                ids = [query.id for query in queries]
-                texts = processes.agreed(_read(path, ids) if path.exists() else None)
-                if texts is not None:
-                    answers.append(answer(job, queries, method, decoding, texts))
-        found.append(TestSet(TEST_SETS[split], shift, queries, tuple(answers)))
+        gallery = job.gallery(split)
+        name = catalogue.module(job.config.benchmark).TEST_SETS[split]
+        image = None if gallery.corpus.images is None else gallery.image
+        answers = _answers_to(job, workdir, shift, split, queries)
+        names = gallery.corpus.names
+        found.append(TestSet(name, shift, queries, tuple(answers), names, image))
     return found
+
+
+def _answers_to(
+    job: Job, workdir: Path, shift: str, split: str, queries: list[Query]
+) -> list[Answers]:
+    ids = [query.id for query in queries]
+    asked = [query.text for query in queries]
+    extras = job.config.evaluation.methods
+    trained = trained_method(job.config)
+    ends = (UNTRAINED, trained)
+    where = {"queries": queries, "split": split}
+    where["depth"] = max(TOP, job.config.evaluation.run_depth)
+    answers = []
+
+    def known(method: str, *names: str) -> list[list[str]]:
+        paths = [_path(workdir, shift, split, method, name) for name in names]
+        found = [_read(path, ids) for path in paths] if all(p.exists() for p in paths) else []
+        return processes.agreed(found)
+
+    def numbered(name: str) -> list[str]:
+        return [_numbered(name, i) for i in range(job.config.evaluation.samples)]
+
+    def keep(method: str, decoding: str, texts: Sequence[str], result: Found) -> None:
+        processes.at(f"the report of {shift} {split} after {method}")
+        nearest = result.rows_QxD[:, :TOP]
+        subset = None if result.subset_QxP is None else among_all(result.subset_QxP)
+        one = Answers(method, decoding, tuple(texts), among_all(result.ranks_QxP), nearest, subset)
+        _write_run(job, workdir, shift, split, one.label, queries, result.rows_QxD)
+        answers.append(one)
+
+    raw_QxE = job.retriever.embed_texts(asked)
+    keep(RAW, "", asked, search(job, raw_QxE, **where))
+    constant_1xE = job.retriever.embed_texts([CONSTANT_CAPTION])
+    constant_QxE = np.repeat(constant_1xE, len(queries), axis=0)
+    constant = [CONSTANT_CAPTION] * len(queries)
+    keep(CONSTANT, "", constant, search(job, constant_QxE, **where))
+    if all(query.reference for query in queries):
+        references = [query.reference for query in queries]
+        emb_QxE = job.retriever.embed_texts(references)
+        keep(REFERENCE, "", references, search(job, emb_QxE, **where))
+    for method in (UNTRAINED, WARM_UP, GRPO):
+        for decoding in ("greedy", "sampled"):
+            for texts in known(method, decoding):
+                emb_QxE = job.retriever.embed_texts(texts)
+                keep(method, decoding, texts, search(job, emb_QxE, **where))
+                if decoding == "greedy" and "fused" in extras and method in ends:
+                    both_QxE = fusion.mean_embedding(np.stack([raw_QxE, emb_QxE]))
+                    result = search(job, both_QxE, **where)
+                    keep(fused(method), decoding, _joined([asked, texts]), result)
+    if "samples" in extras and (lists := known(trained, *numbered("sampled"))):
+        keep(samples(trained), "", _joined(lists), search_fused(job, lists, **where))
+    if "hyde" in extras and (captions := known(UNTRAINED, *numbered("caption"))):
+        # The query is one of the captions that it might have (Gao et al., 2022, equation 8).
+        emb_MxQxE = np.stack([*(job.retriever.embed_texts(texts) for texts in captions), raw_QxE])
+        result = search(job, fusion.mean_embedding(emb_MxQxE), **where)
+        keep(HYDE, "", _joined(captions), result)
+    if "multi_query" in extras and (variants := known(UNTRAINED, *numbered("variant"))):
+        lists = [asked, *variants]
+        keep(MULTI_QUERY, "", _joined(lists), search_fused(job, lists, **where))
+    _write_qrels(job, workdir, shift, split, queries)
+    return answers
 
 
 def validate(job: Job, variables: dict) -> dict[str, float]:
@@ -99,15 +228,15 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
     texts = rewrite(
         job,
         variables,
-        [q.text for _, q in queries],
-        [s for s, _ in queries],
+        job.prompt_texts([query for _, query in queries], "validation"),
+        [shift for shift, _ in queries],
         0.0,
     )
     emb_QxE = job.retriever.embed_texts(texts)
-    targets = [q.target for _, q in queries]
-    ranks = ranks_of(job, emb_QxE, targets)
-    to_target_Q = (emb_QxE * job.bank_NxE[targets]).sum(-1)
-    to_rest_Q = (emb_QxE @ job.bank_NxE.sum(0) - to_target_Q) / max(1, len(job.bank_NxE) - 1)
+    ranks = ranks_of(job, emb_QxE, [query for _, query in queries], "validation")
+    bank_NxE = job.gallery("validation").bank_NxE
+    to_target_Q = (emb_QxE * bank_NxE[[query.targets[0] for _, query in queries]]).sum(-1)
+    to_rest_Q = (emb_QxE @ bank_NxE.sum(0) - to_target_Q) / max(1, len(bank_NxE) - 1)
     return {
         "validation_target_similarity": float(to_target_Q.mean()),
         "validation_rest_similarity": float(to_rest_Q.mean()),
@@ -116,31 +245,70 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
     }
 
 
+# On disk.
+
+
 def write_report(run: Job, workdir: Path) -> None:
-    """Tables, curves and pictures from what the run left on disk."""
+    """Tables, curves, pictures and run files from what the run left on disk."""
     sets = all_answers(run, workdir)  # together with the other processes
     if not processes.is_writer():
         return
     path = workdir / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{workdir} holds no training step yet: go on with the run first.")
-    log = [json.loads(line) for line in path.read_text().splitlines()]
+    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
-    about = {
-        "seed": run.config.seed,
-        "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
-        "GRPO": f"{run.config.grpo.steps} steps of {run.config.grpo.batch_size} queries x "
-        f"{run.config.grpo.group_size} rewrites",
-        "seconds a GRPO step (median)": round(float(np.median(seconds)), 2) if seconds else None,
+    about = {"seed": run.config.seed}
+    if log:
+        about |= {
+            "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
+            "GRPO": f"{run.config.grpo.steps} steps of {run.config.grpo.batch_size} queries x "
+            f"{run.config.grpo.group_size} rewrites",
+            "seconds a GRPO step (median)": round(float(np.median(seconds)), 2)
+            if seconds
+            else None,
+        }
+    about |= {
+        "texts of a method that writes several": run.config.evaluation.samples,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "command": f"python -m grape_jax.evaluate --workdir={workdir}",
+        "command": f"python -m grape_jax.evaluate --workdir={shlex.quote(str(workdir))} "
+        f"--methods={','.join(run.config.evaluation.methods)}",
     }
-    report.write(workdir, sets, log, run.image, about)
+    report.write(workdir, sets, log, about)
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 
-def _path(workdir: Path, shift: str, split: str, method: str, decoding: str) -> Path:
-    return workdir / "answers" / f"{shift}-{split}-{method}-{decoding}.json"
+def _write_run(job, workdir, shift, split, label, queries, rows_QxD) -> None:
+    depth = job.config.evaluation.run_depth
+    if not depth or not processes.is_writer():
+        return
+    folder = workdir / "trec"
+    folder.mkdir(parents=True, exist_ok=True)
+    tag = re.sub(r"\W+", "_", label)
+    ids = [query.id for query in queries]
+    lines = run_files.run_lines(ids, job.gallery(split).corpus.ids, rows_QxD[:, :depth], tag)
+    files.replace_lines(folder / f"{shift}-{split}-{tag}.run", lines)
+
+
+def _write_qrels(job, workdir, shift, split, queries) -> None:
+    wanted = job.config.evaluation.run_depth and processes.is_writer()
+    if not wanted or not any(query.targets for query in queries):
+        return
+    ids, targets = [query.id for query in queries], [query.targets for query in queries]
+    lines = run_files.qrel_lines(ids, job.gallery(split).corpus.ids, targets)
+    files.replace_lines(workdir / "trec" / f"{shift}-{split}.qrels", lines)
+
+
+def _joined(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Each query's texts in one line."""
+    return [" | ".join(texts) for texts in zip(*lists, strict=True)]
+
+
+def _numbered(name: str, number: int) -> str:
+    """The name of a query's i-th text; that of the first sample is the sampled answer's."""
+    return name if (name, number) == ("sampled", 0) else f"{name}-{number}"
+
+
+def _path(workdir: Path, shift: str, split: str, method: str, name: str) -> Path:
+    return workdir / "answers" / f"{shift}-{split}-{method}-{name}.json"
 
 
 def _write(path: Path, ids: list[str], texts: list[str]) -> None:

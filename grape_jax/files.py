@@ -1,11 +1,19 @@
-"""Writing files so that no reader, and no later run, finds half of one."""
+"""Writing files so that no reader, and no later run, finds half of one; letting go of mapped ones.
+
+Local disks and object stores.
+"""
 
 import contextlib
 import errno
 import importlib.util
+import io
+import mmap
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import BinaryIO
 
+import numpy as np
 from etils import epath
 
 from grape_jax.errors import UserError
@@ -33,15 +41,33 @@ def is_local(path: PurePath) -> bool:
 
 def replace(path: str | PurePath, content: bytes | str) -> None:
     """Writes aside and moves: a reader sees the old file or the new one, never half of it."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | PurePath) -> Iterator[BinaryIO]:
+    """`replace` for what is written piece by piece; an exception leaves the old file."""
     path = Path(path) if isinstance(path, str) else path
-    content = content.encode() if isinstance(content, str) else content
     if not is_local(path):
         # An object store shows a file once it is whole.
-        path.write_bytes(content)
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_bytes(content)
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def replace_lines(path: str | PurePath, lines: Iterable[str]) -> None:
+    """`replace` for a file that need not fit in memory; the lines end with their line breaks."""
+    with replacing(path) as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def append(path: Path, text: str) -> None:
@@ -66,3 +92,10 @@ def failures_told():
             f"{name} could not be written ({error.strerror}): make room or mend the disk; the same "
             "command then goes on from the last checkpoint."
         ) from error
+
+
+def let_go(array: np.ndarray) -> None:
+    """Gives back the memory of what was read of a memory-mapped file; of other arrays, nothing."""
+    mapped = isinstance(array.base, mmap.mmap) and not array.flags.writeable
+    if mapped and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)

@@ -165,6 +165,7 @@ def grpo_step(
     targets_BxP: jax.Array,
     rollout: Rollout,
     rewrites: Rewrites,
+    excluded_BxX: jax.Array | None = None,
     raw_rank_B: jax.Array | None = None,
 ):
     """One GRPO step: text tower, exact ranks over the corpus, rewards, advantages, update.
@@ -173,6 +174,7 @@ def grpo_step(
       base: frozen parameters, over which the adapter lies.
       index: from `ranking.shard_corpus`.
       targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
+      excluded_BxX: int32 corpus rows that leave the corpus for a query, -1 is padding.
       raw_rank_B: int32, what the queries themselves rank; of the reward "improvement" only.
 
     Returns:
@@ -181,7 +183,7 @@ def grpo_step(
     """
     config = learner.grpo
     tokens, mask = rollout.tokens_BxKxT, rollout.mask_BxKxT
-    ranks = rank_rewrites(learner, retriever_params, index, rewrites, targets_BxP)
+    ranks = rank_rewrites(learner, retriever_params, index, rewrites, targets_BxP, excluded_BxX)
     rank_BxK = rewards.best_rank(ranks.rank_QxP)
     score_BxK = reward_score(learner, ranks, raw_rank_B)
     parts = rewards.parts(
@@ -250,7 +252,9 @@ def grpo_step(
     return state, metrics | terms | applied
 
 
-def rank_rewrites(learner, retriever_params, index, rewrites: Rewrites, targets_BxP):
+def rank_rewrites(
+    learner, retriever_params, index, rewrites: Rewrites, targets_BxP, excluded_BxX=None
+):
     """Ranks of each rewrite's targets over the whole corpus, with `[B, K]` for Q."""
     B, K, L = rewrites.tokens_BxKxL.shape
     emb_QxE = towers.embed_texts(
@@ -263,6 +267,7 @@ def rank_rewrites(learner, retriever_params, index, rewrites: Rewrites, targets_
         emb_QxE,
         index,
         jnp.repeat(targets_BxP, K, axis=0),
+        None if excluded_BxX is None else jnp.repeat(excluded_BxX, K, axis=0),
         mesh=learner.mesh,
         size=learner.corpus_size,
         temperature=learner.grpo.reward_temperature,

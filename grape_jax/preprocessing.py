@@ -1,6 +1,7 @@
 """How a picture becomes the pixels that a retriever reads, as its checkpoint says."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALVES = (0.5, 0.5, 0.5)
 
+Picture = Image.Image | bytes | str | Path  # decoded, encoded, or the file that it is in
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
@@ -29,6 +32,41 @@ class Preprocess:
     # open_clip resizes before it turns a picture into RGB, and rounds a crop's corner to the even
     # number; transformers lays transparency on white first, and rounds the corner down.
     as_open_clip: bool = False
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """A decoded picture.
+
+    Raises:
+      UserError: the file is missing, or the content is not a whole picture.
+    """
+    if isinstance(picture, Image.Image):
+        return picture
+    encoded = isinstance(picture, bytes)
+    try:
+        opened = Image.open(io.BytesIO(picture) if encoded else picture)
+        opened.load()
+        return opened
+    # What PIL's decoders raise: a SyntaxError of a broken PNG, a bomb of too many pixels.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        name = f"an encoded picture of {len(picture)} bytes" if encoded else picture
+        raise UserError(f"{name} cannot be read as a picture: {error}.") from error
+
+
+def content(picture: Picture) -> bytes:
+    """What makes a picture this one and no other: its encoded bytes, or size and pixels.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, Image.Image):
+        return f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+    try:
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise UserError(f"{picture} cannot be read as a picture: {error}.") from error
 
 
 def preprocess(how: Preprocess, image: Image.Image) -> np.ndarray:

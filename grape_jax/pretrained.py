@@ -26,6 +26,7 @@ class Policy:
     config: PolicyConfig
     params: dict  # placed on a mesh
     tokenizer: PreTrainedTokenizerFast | None  # None where the model's directory has none
+    end_tokens: tuple[int, ...]  # any of them ends an answer
 
     def logits(self, token_ids, mask=None) -> jax.Array:
         """Scores of the token that follows each position.

@@ -120,6 +120,13 @@ def any_of(flag: bool) -> bool:
     return any(gather(bool(flag)))
 
 
+def any_of_each(flags_N: np.ndarray) -> np.ndarray:
+    """`any_of` for each of many flags: bool [N]. All must call it together."""
+    if jax.process_count() == 1:
+        return flags_N
+    return np.asarray(multihost_utils.process_allgather(flags_N)).any(axis=0)
+
+
 def agreed(value: Any) -> Any:
     """What process 0 has for this JSON value."""
     return gather(value)[0]
@@ -131,17 +138,28 @@ def writer_first(work: Callable[[], Any]) -> Any:
     Raises:
       UserError: on all processes, where it was raised on one.
     """
-    result = None
-    for turn in (True, False):
-        mistake = None
-        if is_writer() == turn:
-            try:
-                result = work()
-            except UserError as error:
-                mistake = str(error)
-        mistakes = [said for said in gather(mistake) if said]
-        if mistakes:
-            raise UserError(mistakes[0])
+    nothing = lambda: None
+    first = together(work if is_writer() else nothing)
+    then = together(nothing if is_writer() else work)
+    return first if is_writer() else then
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """Every process works by itself; a mistake that one finds is one of all.
+
+    Raises:
+      UserError: on all processes, where it was raised on one.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, mistake = None, None
+    try:
+        result = work()
+    except UserError as error:
+        mistake = str(error)
+    mistakes = [said for said in gather(mistake) if said]
+    if mistakes:
+        raise UserError(mistakes[0])
     return result
 
 
@@ -208,11 +226,14 @@ def leave_at_once(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def end_all(error: BaseException) -> NoReturn:
-    """Ends this process at once, and says why: the others notice, and end too. Inside `watched`.
+def end_all(error: BaseException) -> None:
+    """Ends a process beside others at once, and says why: they notice, and end too.
 
-    An ordinary exit would wait for the others, who wait for this process.
+    An ordinary exit would wait for them, while they wait for this process. A process alone has
+    nothing to do here. To be called inside `watched`.
     """
+    if distributed.global_state.num_processes == 1:
+        return
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from grape_jax import files
 from grape_jax.errors import UserError
-from grape_jax.sharding import MESH_AXES, logical, place
+from grape_jax.sharding import MESH_AXES, logical
 from grape_jax.types import Index, Ranks
 
 CORPUS_DTYPES = ("float32", "bfloat16", "int8")
@@ -35,6 +36,7 @@ ROW_UNIT = 256  # every tile of the corpus has a multiple of this many rows
 # it stays in a near cache.
 LARGEST_WHOLE = 32768
 CORPUS_TILE = 4096
+STREAM_BLOCK = 4096  # rows on their way to a device
 
 
 def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> Index:
@@ -48,18 +50,54 @@ def shard_corpus(mesh: Mesh, corpus_NxE: np.ndarray, dtype: str = "float32") -> 
     """
     if corpus_NxE.ndim != 2 or not len(corpus_NxE):
         raise UserError(f"the corpus must be [items, width] and not empty, not {corpus_NxE.shape}.")
-    if not np.isfinite(corpus_NxE).all():
-        row = int(np.argmin(np.isfinite(corpus_NxE).all(axis=1)))
-        raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
     rows_a_device = -(-len(corpus_NxE) // mesh.size)
     # A small shard is not worth cutting, and would gain many rows of padding.
     unit = ROW_UNIT if rows_a_device <= 2 * CORPUS_TILE else CORPUS_TILE
-    padding = -len(corpus_NxE) % (unit * mesh.size)
-    padded = np.pad(corpus_NxE.astype(np.float32), ((0, padding), (0, 0)))
-    rows, scale = _in_dtype(padded, jnp.dtype(dtype), np)
-    by_row = logical(mesh, "corpus")
-    placed = None if scale is None else place(scale, by_row)
-    return Index(place(rows, logical(mesh, "corpus", None)), placed)
+    shape = (len(corpus_NxE) + -len(corpus_NxE) % (unit * mesh.size), corpus_NxE.shape[1])
+    by_row = logical(mesh, "corpus", None)
+    shards = {
+        device: _stream_shard(corpus_NxE, *rows.indices(shape[0])[:2], jnp.dtype(dtype), device)
+        for device, (rows, _) in by_row.addressable_devices_indices_map(shape).items()
+    }
+    joined = jax.make_array_from_single_device_arrays
+    rows = joined(shape, by_row, [rows for rows, _ in shards.values()])
+    if dtype != "int8":
+        return Index(rows, None)
+    scales = [scale for _, scale in shards.values()]
+    return Index(rows, joined(shape[:1], logical(mesh, "corpus"), scales))
+
+
+def _stream_shard(corpus_NxE: np.ndarray, start: int, stop: int, dtype, device):
+    """These rows on one device, with padding, and their scales or None.
+
+    They go there block by block: the host never holds more than one beside the device's copy.
+    """
+
+    def block(first: int):
+        block_RxE = np.zeros((min(STREAM_BLOCK, stop - first), corpus_NxE.shape[1]), np.float32)
+        real = corpus_NxE[first : first + len(block_RxE)]
+        block_RxE[: len(real)] = real
+        files.let_go(corpus_NxE)
+        finite_R = np.isfinite(block_RxE).all(axis=1)
+        if not finite_R.all():
+            row = first + int(np.argmin(finite_R))
+            raise UserError(f"corpus row {row} is not finite: embed the corpus again.")
+        return jax.device_put(_in_dtype(block_RxE, dtype, np), device)
+
+    shard = block(start)
+    if stop - start > STREAM_BLOCK:
+        whole = lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype, device=device)
+        shard = _put_rows(jax.tree.map(whole, shard), shard, 0)
+    for first in range(start + STREAM_BLOCK, stop, STREAM_BLOCK):
+        # Waited for: dispatch would run ahead, with a block in hand for each call.
+        shard = jax.block_until_ready(_put_rows(shard, block(first), first - start))
+    return shard
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(shard, block, first):
+    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=0)
+    return jax.tree.map(put, shard, block)
 
 
 def check_targets(targets_QxP: np.ndarray, size: int) -> None:
@@ -126,6 +164,30 @@ def subset_ranks(
       int32 `[Q, P]`, 1 is best, 0 where the target is padding.
     """
     return _over_shards(_rank_in_subset, mesh, index, emb_QxE, targets_QxP, subset_QxX)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "size", "depth"))
+def nearest_rows(
+    emb_QxE: jax.Array,
+    index: Index,
+    excluded_QxX: jax.Array | None = None,
+    *,
+    mesh: Mesh,
+    size: int,
+    depth: int,
+) -> jax.Array:
+    """The beginning of each rewrite's ranked list, in the order that `target_ranks` counts in.
+
+    Args:
+      emb_QxE, index, excluded_QxX, mesh, size: as in `target_ranks`.
+      depth: D, how much of the list; at most `size`.
+
+    Returns:
+      int32 `[Q, D]` corpus rows, best first, ties by row; -1 where excluded items leave too few.
+    """
+    walk = functools.partial(_nearest_in_shard, size=size, depth=depth)
+    no_targets_Qx1 = jnp.full((len(emb_QxE), 1), -1)
+    return _over_shards(walk, mesh, index, emb_QxE, no_targets_Qx1, excluded_QxX)
 
 
 @flax.struct.dataclass
@@ -206,6 +268,44 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
         similarity_QxP=own_TxPxQ,
         log_partition_Q=jnp.log(jax.lax.psum(scaled_TxQ, MESH_AXES)) + highest_TxQ / temperature,
     )
+
+
+def _nearest_in_shard(queries: _Queries, shard: Index, first_row, size: int, depth: int):
+    """`nearest_rows` of one shard, tile by tile of the corpus, then of all shards."""
+    rows = len(shard.rows_NxE)
+    tile = CORPUS_TILE if rows % CORPUS_TILE == 0 else rows
+
+    def best(scores_QxC, rows_QxC):
+        top_QxD, place_QxD = jax.lax.top_k(scores_QxC, depth)  # of equal ones the first
+        return top_QxD, jnp.take_along_axis(rows_QxC, place_QxD, axis=1)
+
+    def one_tile_of_queries(query: _Queries):
+        def next_tile(found, block_and_start):
+            block, start = block_and_start
+            rows_C = start + jnp.arange(tile)
+            counts_CxQ = (rows_C < size)[:, None]
+            if query.others_TxXxQ is not None:
+                counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
+            scores_CxQ = jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
+            # To a sort -0 is less than 0; to a comparison they are equal.
+            scores_QxC = jnp.where(scores_CxQ == 0, 0.0, scores_CxQ).T
+            rows_QxC = jnp.broadcast_to(rows_C, scores_QxC.shape)
+            joined = jax.tree.map(
+                lambda *x: jnp.concatenate(x, axis=1), found, (scores_QxC, rows_QxC)
+            )
+            return best(*joined), None
+
+        blocks = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), shard)
+        starts = first_row + jnp.arange(rows // tile) * tile
+        nothing = (jnp.full((QUERY_TILE, depth), -jnp.inf), jnp.full((QUERY_TILE, depth), -1))
+        return jax.lax.scan(next_tile, nothing, (blocks, starts))[0]
+
+    found_TxQxD = jax.lax.map(one_tile_of_queries, queries)
+    # Devices stand in the order of their rows, so the first of equal ones has the lowest.
+    gathered = jax.lax.all_gather(found_TxQxD, MESH_AXES, axis=2, tiled=True)
+    scores_TxQxD, rows_TxQxD = jax.lax.map(lambda x: best(*x), gathered)
+    # One row a rewrite for `_over_shards`: [T, D, Q].
+    return jnp.where(scores_TxQxD > -jnp.inf, rows_TxQxD, -1).swapaxes(1, 2)
 
 
 def _targets_ahead(queries: _Queries, own_TxPxQ):

@@ -3,17 +3,21 @@
 import dataclasses
 import functools
 import hashlib
+import io
+import os
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from PIL import Image
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from grape_jax import preprocessing, processes, sharding
+from grape_jax import files, preprocessing, processes, sharding
 from grape_jax.errors import UserError
 from grape_jax.models import towers
 from grape_jax.models.clip import LEGACY_END_TOKEN
@@ -21,7 +25,7 @@ from grape_jax.models.encoder import Params
 from grape_jax.models.sentence import SentenceConfig
 from grape_jax.models.siglip import SiglipConfig
 from grape_jax.models.towers import RetrieverConfig
-from grape_jax.preprocessing import Preprocess
+from grape_jax.preprocessing import Picture, Preprocess
 from grape_jax.weights import clip, hub, open_clip, sentence, siglip, tensors, tokenizer
 
 SHIPPED = Path(__file__).parent / "assets" / "retriever"
@@ -31,6 +35,11 @@ HUB_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors", "open_clip_mode
 # no number depends on the batch.
 BATCH = 128
 SHORTEST = 16  # token positions; longer texts get twice as many, up to the context
+PART = 8 * BATCH  # embeddings that are written to disk at one time: what a kill can cost
+
+# The cosine of two embeddings of one picture by one model, where only its decoding, its size on
+# disk or the arithmetic's precision differ.
+SAME_MODEL = 0.95
 
 
 @dataclasses.dataclass
@@ -66,20 +75,17 @@ class Retriever:
         for length in np.unique(padded_N):
             rows = np.flatnonzero(padded_N == length)
             read = lambda i, length=length: (tokens_NxL[i, :length], mask_NxL[i, :length])
-            emb_NxE[rows] = _embed_rows(self, towers.embed_texts, rows, read)
+            emb_NxE[rows] = np.concatenate([*_embedded(self, towers.embed_texts, rows, read)])
         return emb_NxE
 
-    def embed_images(self, images: Sequence[Image.Image | str | Path]) -> np.ndarray:
+    def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
         """Pictures, or the files they are in, into the shared space: float32 [n, E], unit length.
 
         Raises:
           UserError: a file is missing or not a picture; the retriever reads text only.
         """
-        if self.preprocess is None:
-            raise UserError("this retriever is a sentence encoder: its corpus must be text.")
-        pixels = lambda i: preprocessing.preprocess(self.preprocess, _open(images[i]))
-        read = lambda rows: (np.stack([pixels(i) for i in rows]),)
-        return _embed_rows(self, towers.embed_images, np.arange(len(images)), read)
+        none = np.zeros((0, self.config.projection), np.float32)
+        return np.concatenate([none, *_image_batches(self, images, range(len(images)))])
 
 
 def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Retriever:
@@ -188,25 +194,85 @@ def encode(
 
 
 def corpus_bank(
-    retriever: Retriever, items: Sequence[Image.Image | str | Path], cache_dir: str | Path
+    retriever: Retriever, items: Sequence[Picture], cache_dir: str | Path
 ) -> np.ndarray:
-    """The embeddings of a corpus, computed once and then read from `cache_dir`.
+    """The embeddings of a corpus: float32 [N, E] of unit length.
 
-    The file is named by the content of the checkpoint and of every item, so what changes is
-    computed anew. A damaged file is computed anew with a warning.
+    Each embedding is kept in `cache_dir` under the content of its checkpoint and of its item. What
+    is known is not computed again, whichever corpus it stands in; a run that was killed goes on
+    with what is missing. A damaged file is computed anew with a warning.
 
     Args:
-      items: pictures or their files; texts where the retriever reads text only.
+      items: pictures, or texts where the retriever reads text only. They are asked for one by one,
+        twice where they are new.
+
+    Raises:
+      UserError: a file is missing or not a picture.
     """
-    texts_only = retriever.preprocess is None
-    content = _hash(item.encode() if texts_only else _content(item) for item in items)
-    path = Path(cache_dir) / f"bank-{_hash([retriever.fingerprint.encode(), content.encode()])}.npy"
-    bank_NxE = _kept_bank(path, (len(items), retriever.config.projection))
-    # All processes embed together, also where one alone misses the file.
-    if processes.any_of(bank_NxE is None):
-        bank_NxE = retriever.embed_texts(items) if texts_only else retriever.embed_images(items)
-        processes.writer_first(lambda: _keep_bank(path, bank_NxE))
+    digests = processes.together(lambda: _digests(retriever, items))
+    rows_of: dict[bytes, list[int]] = {}
+    for row, digest in enumerate(digests):
+        rows_of.setdefault(digest, []).append(row)
+    bank_NxE = np.empty((len(items), retriever.config.projection), np.float32)
+    folder = Path(cache_dir) / retriever.fingerprint
+    missing_N = np.zeros(len(items), bool)
+    missing_N[[rows[0] for rows in rows_of.values()]] = True
+    for digest, emb_E in _known(folder, rows_of, bank_NxE.shape[1]):
+        bank_NxE[rows_of[digest]] = emb_E
+        missing_N[rows_of[digest][0]] = False
+    # Processes embed together, also what one alone does not find on its disk.
+    new = np.flatnonzero(processes.any_of_each(missing_N))
+    batches = _text_batches if retriever.preprocess is None else _image_batches
+    together = _rows_together(retriever)
+    part = -(-PART // together) * together
+    silent = not len(new) or not processes.is_writer()
+    with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
+        for start in range(0, len(new), part):
+            processes.at(f"embedding the corpus, {start} of {len(new)} new items")
+            rows = new[start : start + part]
+            parts = []
+            for emb_NxE in batches(retriever, items, rows):
+                parts.append(emb_NxE)
+                bar.update(len(emb_NxE))
+            emb_NxE = np.concatenate(parts)
+            keys = [digests[row] for row in rows]
+            processes.writer_first(functools.partial(_write_part, folder, keys, emb_NxE))
+            for key, emb_E in zip(keys, emb_NxE, strict=True):
+                bank_NxE[rows_of[key]] = emb_E
     return bank_NxE
+
+
+def check_given(
+    retriever: Retriever, name: str, items: Sequence[Picture], given_NxE: np.ndarray
+) -> None:
+    """Refuses embeddings of another model: what this one makes of a query has no place among them.
+
+    Args:
+      name: of the embeddings, for the sentence.
+      items: some pictures, or texts (str), which are embedded again; none: only the width is held.
+      given_NxE: their given embeddings, of any length.
+
+    Raises:
+      UserError: another width, or another direction.
+    """
+    width = retriever.config.projection
+    advice = "name the model that made them with --config.retriever.path"
+    if given_NxE.shape[1] != width:
+        raise UserError(
+            f"the embeddings in {name} have {given_NxE.shape[1]} numbers and the retriever's have "
+            f"{width}: {advice}."
+        )
+    if not items:
+        return
+    texts = isinstance(items[0], str)
+    again_NxE = retriever.embed_texts(items) if texts else retriever.embed_images(items)
+    cosine_N = (again_NxE * given_NxE).sum(axis=1) / np.linalg.norm(given_NxE, axis=1)
+    if np.median(cosine_N) < SAME_MODEL:
+        raise UserError(
+            f"the embeddings in {name} are not the retriever's: embedded again, {len(items)} "
+            f"{'texts' if texts else 'pictures'} have a median cosine of {np.median(cosine_N):.2f} "
+            f"with what is given: {advice}."
+        )
 
 
 def _is_open_clip(directory: Path) -> bool:
@@ -263,33 +329,47 @@ def _check_vocabulary(
         )
 
 
-def _embed_rows(retriever: Retriever, tower: Callable, rows_N: np.ndarray, read: Callable):
-    """Embeds rows of a corpus, `BATCH` at a time on each device; a process reads only its own.
+def _embedded(
+    retriever: Retriever, tower: Callable, rows_N: np.ndarray, read: Callable
+) -> Iterator[np.ndarray]:
+    """Embeds rows of a corpus, `BATCH` at a time on each device, on every process.
+
+    A process reads only what its own devices embed, a batch while the last is computed.
 
     Args:
       tower: `towers.embed_texts` or `towers.embed_images`.
       read: from row numbers to the tower's arrays, a tuple.
 
-    Returns:
-      float32 [n, E], on every process.
+    Yields:
+      float32 [n, E], batch by batch in the order of the rows.
     """
-    config, mesh, params = retriever.config, retriever.mesh, retriever.params
-    emb_NxE = np.zeros((len(rows_N), config.projection), np.float32)
-    step = BATCH * (mesh.size if mesh else 1)
+    mesh, step = retriever.mesh, _rows_together(retriever)
+    mine = np.arange(step) if mesh is None else sharding.own_rows(mesh, step, "corpus")
+    whole = np.asarray if mesh is None else functools.partial(sharding.whole, mesh)
+    running = None
     for start in range(0, len(rows_N), step):
-        processes.at(f"embedding the rows from {start}")
         chunk = rows_N[start : start + step]
-        # The last row again, up to whole batches.
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], step - len(chunk))])
-        if mesh is None:
-            embedded = np.asarray(_embed(tower, config, params, *read(padded)))
-        else:
-            mine = sharding.batch(
-                mesh, read(padded[sharding.own_rows(mesh, step, "corpus")]), "corpus"
-            )
-            embedded = sharding.whole(mesh, _embed_split(tower, config, mesh, params, *mine))
-        emb_NxE[start : start + step] = embedded[: len(chunk)]
-    return emb_NxE
+        # The last row again, up to whole batches; it is read once.
+        own, again = np.unique(np.minimum(mine, len(chunk) - 1), return_inverse=True)
+        arrays = processes.together(functools.partial(read, chunk[own]))
+        emb_NxE = _compute(retriever, tower, [array[again] for array in arrays])
+        if running is not None:
+            yield whole(running[0])[: running[1]]
+        running = emb_NxE, len(chunk)
+    if running is not None:
+        yield whole(running[0])[: running[1]]
+
+
+def _rows_together(retriever: Retriever) -> int:
+    """How many rows are embedded at one time, on all devices."""
+    return BATCH * (retriever.mesh.size if retriever.mesh else 1)
+
+
+def _compute(retriever: Retriever, tower: Callable, arrays: Sequence[np.ndarray]) -> jax.Array:
+    config, mesh, params = retriever.config, retriever.mesh, retriever.params
+    if mesh is None:
+        return _embed(tower, config, params, *arrays)
+    return _embed_split(tower, config, mesh, params, *sharding.batch(mesh, arrays, "corpus"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -318,24 +398,62 @@ def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
     return np.minimum(lengths, retriever.context)[np.searchsorted(lengths, used_N)]
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        opened = Image.open(image)
-        opened.load()
-        return opened
-    except (OSError, ValueError) as error:
-        raise UserError(f"{image} cannot be read as a picture: {error}.") from error
+def _image_batches(
+    retriever: Retriever, images: Sequence[Picture], rows: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """Embeddings of the pictures in these rows."""
+    how = retriever.preprocess
+    if how is None:
+        raise UserError("this retriever is a sentence encoder: its corpus must be text.")
+    pixels = lambda row: preprocessing.preprocess(how, preprocessing.open_picture(images[row]))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        read = lambda rows: (np.stack(list(threads.map(pixels, rows))),)
+        yield from _embedded(retriever, towers.embed_images, np.asarray(rows), read)
 
 
-def _content(image: Image.Image | str | Path) -> bytes:
-    if isinstance(image, Image.Image):
-        return f"{image.mode} {image.size} ".encode() + image.tobytes()
-    try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise UserError(f"{image} cannot be read as a picture: {error}.") from error
+def _text_batches(
+    retriever: Retriever, texts: Sequence[str], rows: Sequence[int]
+) -> Iterator[np.ndarray]:
+    yield retriever.embed_texts([texts[row] for row in rows])
+
+
+def _digests(retriever: Retriever, items: Sequence[Picture]) -> list[bytes]:
+    """A SHA-256 of each item."""
+    content = str.encode if retriever.preprocess is None else preprocessing.content
+    digest = lambda row: hashlib.sha256(content(items[row])).digest()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(digest, range(len(items))))
+
+
+def _known(folder: Path, wanted: dict, width: int) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Digest and embedding of what is wanted and on disk; a damaged part is deleted."""
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as part:
+                digests = [bytes(digest) for digest in part["digests"]]
+                found = [i for i, digest in enumerate(digests) if digest in wanted]
+                emb_NxE = part["embeddings"] if found else None
+            if found and emb_NxE.shape != (len(digests), width):
+                raise ValueError(f"shape {emb_NxE.shape} instead of {(len(digests), width)}")
+            if found and not np.allclose(np.linalg.norm(emb_NxE, axis=1), 1, atol=1e-3):
+                raise ValueError("its rows are not of unit length")
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=3)
+            path.unlink(missing_ok=True)  # another process may have done so
+            continue
+        yield from ((digests[i], emb_NxE[i]) for i in found if digests[i] in wanted)
+
+
+def _write_part(folder: Path, digests: list[bytes], emb_NxE: np.ndarray) -> None:
+    """Writes the file, but where another process with the same disk just did."""
+    path = folder / f"{_hash(digests)}.npz"
+    if path.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
+    content = io.BytesIO()
+    np.savez(content, digests=rows, embeddings=emb_NxE)
+    files.replace(path, content.getvalue())
 
 
 def _hash(parts) -> str:
@@ -344,33 +462,6 @@ def _hash(parts) -> str:
         # Each part is hashed by itself: otherwise moving a border would not change the sum.
         total.update(hashlib.sha256(part).digest())
     return total.hexdigest()[:32]
-
-
-def _kept_bank(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """What the file holds; None where there is none, or a damaged one, with a warning."""
-    if not path.exists():
-        return None
-    try:
-        bank_NxE = np.load(path, allow_pickle=False)
-        if bank_NxE.shape != shape or bank_NxE.dtype != np.float32:
-            raise ValueError(f"shape {bank_NxE.shape} of {bank_NxE.dtype} instead of {shape}")
-        if not np.allclose(np.linalg.norm(bank_NxE, axis=1), 1, atol=1e-3):
-            raise ValueError("its rows are not of unit length")
-        return bank_NxE
-    except (ValueError, OSError, EOFError) as error:
-        warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=3)
-        return None
-
-
-def _keep_bank(path: Path, bank_NxE: np.ndarray) -> None:
-    """Writes the file, but where another process with the same disk just did."""
-    if not processes.is_writer() and _kept_bank(path, bank_NxE.shape) is not None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that a killed run leaves no half file.
-    aside = path.with_suffix(".partial.npy")
-    np.save(aside, bank_NxE)
-    aside.replace(path)
 
 
 def _fingerprint(dtype: str, weights: Path) -> str:

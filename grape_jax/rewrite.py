@@ -31,16 +31,16 @@ def main() -> None:
 def show(rewriter: Rewriter, queries: list[str], shift: str | None, top: int, out: Path) -> None:
     """Prints each rewrite and its matches, and writes the contact sheet of both wordings."""
     rewrites = rewriter.rewrite(queries, shift)
-    names = rewriter.job.corpus.names
+    gallery = rewriter.job.gallery("train")
     rows = []
     for query, rewrite in zip(queries, rewrites, strict=True):
         for caption, words in (("as asked", query), ("rewritten", rewrite)):
             found = rewriter.find([words], top)[0]
-            images = [rewriter.job.image(int(row)) for row in found]
+            images = [gallery.image(int(row)) for row in found]
             rows.append(Row(query, words, images, None, caption))
         print(f"{query!r} -> {rewrite!r}")
         for place, row in enumerate(found, start=1):
-            print(f"  {place}. {names[row]}  ({rewriter.job.corpus.ids[row]})")
+            print(f"  {place}. {gallery.corpus.names[row]}  ({gallery.corpus.ids[row]})")
     contact_sheet(rows, out)
     print(f"pictures: {out}")
 

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from grape_jax import checkpoint, job, sharding, text
+from grape_jax import checkpoint, job, processes, sharding, text
+from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError
 from grape_jax.job import Job
 from grape_jax.learner import TrainState
@@ -50,9 +52,14 @@ class Rewriter:
         shifts = [shift or self.job.config.shifts[0]] * len(queries)
         return rewrite(self.job, self.variables, list(queries), shifts, temperature=0.0)
 
-    def find(self, texts: Sequence[str], top: int = 5) -> np.ndarray:
-        """Corpus rows of the best matches of each text, best first: int `[n, top]`."""
-        return nearest(self.job, self.job.retriever.embed_texts(list(texts)), top)
+    def find(self, texts: Sequence[str], top: int = 5, split: str = "train") -> np.ndarray:
+        """Corpus rows of the best matches of each text, best first: int `[n, top]`.
+
+        Args:
+          split: whose corpus to search, where each split has its own.
+        """
+        gallery = self.job.gallery(split)
+        return nearest(gallery.bank_NxE, self.job.retriever.embed_texts(list(texts)), top)
 
 
 def restore(workdir: Path) -> tuple[Job, TrainState]:
@@ -89,27 +96,44 @@ def rewrite(
     after_batch: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """One rewrite of each query, greedy at temperature 0. `after_batch` hears how many are done."""
-    rewrites = []
-    batch = job.config.evaluation.batch_size
+    if not queries:
+        return []
+    rewrites = [""] * len(queries)
+    batch, buckets = job.config.evaluation.batch_size, job.config.prompt.buckets
+    whole = _encode(job, queries, shifts)
+    # Queries of one bucket stand together, so that few batches are padded to the longest.
+    order = np.argsort(np.searchsorted(buckets, whole.mask_BxS.sum(axis=1)), kind="stable")
     for start in range(0, len(queries), batch):
+        chunk = order[start : start + batch]
+        short = text.to_bucket(jax.tree.map(lambda x, rows=chunk: x[rows], whole), buckets)
         # The last query again, up to a whole batch, so that nothing compiles twice; each process
         # takes the rows that its own devices hold.
-        rows = np.minimum(start + sharding.own_rows(job.mesh, batch), len(queries) - 1)
-        real = min(batch, len(queries) - start)
-        prompts = encode(job, [queries[i] for i in rows], [shifts[i] for i in rows])
+        rows = np.minimum(sharding.own_rows(job.mesh, batch), len(chunk) - 1)
+        prompts = jax.tree.map(lambda x, rows=rows: x[rows], short)
         key = jax.random.fold_in(jax.random.key(seed), start)
         sampling = job.sampling(1, temperature, job.config.evaluation.max_tokens)
         rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
         answers = read_answers(
             job, *sharding.own(job.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
         )
-        rewrites += sharding.all_rows(job.mesh, [answer for ((answer, _),) in answers])[:real]
-        after_batch(real)
+        texts = sharding.all_rows(job.mesh, [answer.text for [answer] in answers])
+        for i, words in zip(chunk, texts[: len(chunk)], strict=True):
+            rewrites[i] = words
+        after_batch(len(chunk))
     return rewrites
 
 
 def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
-    """Prompts of queries, each in the words of its shift (numpy)."""
+    """Prompts of queries, each in the words of its shift, as long as their bucket (numpy).
+
+    Processes that each give their part of a batch agree on its bucket.
+    """
+    prompts = _encode(job, queries, shifts)
+    longest = max(processes.gather(int(prompts.mask_BxS.sum(axis=1).max())))
+    return text.to_bucket(prompts, job.config.prompt.buckets, longest)
+
+
+def _encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
     rows = [
         text.encode_prompts(job.tokenizer, job.prompts[shift], [query])
         for query, shift in zip(queries, shifts, strict=True)
@@ -117,14 +141,24 @@ def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
-def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, bool]]]:
-    """Text and well-formedness of each completion (numpy arrays in)."""
+class Answer(NamedTuple):
+    """What one completion says."""
 
-    def read(tokens, mask) -> tuple[str, bool]:
+    text: str  # the rewrite, or the best reading of a malformed answer; "" where there is none
+    well_formed: bool
+    completion: str  # as written, without the token that ended it
+    length: int  # tokens, the end token included
+
+
+def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[Answer]]:
+    """Reads each completion (numpy arrays in)."""
+
+    def read(tokens, mask) -> Answer:
         kept = tokens[mask]
-        ended = bool(len(kept)) and int(kept[-1]) == job.tokenizer.eos_token_id
+        ended = bool(len(kept)) and int(kept[-1]) in job.stop_ids
         completion = job.tokenizer.decode(kept[:-1] if ended else kept)
-        return text.read_answer(completion, ended, job.config.prompt.format)
+        words, well_formed = text.read_answer(completion, ended, job.config.prompt.format)
+        return Answer(words, well_formed, completion, len(kept))
 
     return [
         [read(tokens, mask) for tokens, mask in zip(*group, strict=True)]
@@ -132,26 +166,53 @@ def read_answers(job: Job, tokens_BxKxT, mask_BxKxT) -> list[list[tuple[str, boo
     ]
 
 
-def ranks_of(job: Job, emb_QxE: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """Rank of one right picture for each text: int `[Q]`, by the kernel that training uses."""
+def ranks_of(job: Job, emb_QxE: np.ndarray, queries: Sequence[Query], split: str) -> np.ndarray:
+    """Rank of the best right picture for each text: int `[Q]`; 0 where the truth is withheld."""
+    rank_QxP = all_ranks_of(job, emb_QxE, queries, split)
+    last = np.iinfo(rank_QxP.dtype).max
+    best_Q = np.where(rank_QxP > 0, rank_QxP, last).min(axis=1)
+    return np.where(best_Q < last, best_Q, 0)
+
+
+def all_ranks_of(job: Job, emb_QxE: np.ndarray, queries: Sequence[Query], split: str) -> np.ndarray:
+    """Rank of every right picture, by the kernel that training uses: int `[Q, P]`, 0 is padding.
+
+    Args:
+      emb_QxE: one text a query, in the queries' order.
+      split: whose corpus to rank in; a query's own picture is left out of it.
+    """
+    gallery = job.gallery(split)
     # Whole tiles, one at a time: another number of texts compiles nothing.
-    missing = -len(emb_QxE) % QUERY_TILE
-    emb_QxE = np.pad(emb_QxE, ((0, missing), (0, 0)))
-    targets_Qx1 = np.pad(np.asarray(targets, np.int32), (0, missing), constant_values=-1)[:, None]
+    missing = -len(queries) % QUERY_TILE
+    fill = lambda x, value: np.pad(x, ((0, missing), (0, 0)), constant_values=value)
+    rows = {"emb_QxE": fill(emb_QxE, 0), "targets_QxP": fill(job.targets(queries), -1)}
+    excluded_Qx1 = excluded_of(queries)
+    if excluded_Qx1 is not None:
+        rows["excluded_QxX"] = fill(excluded_Qx1, -1)
     ranks = [
         target_ranks(
-            emb_QxE[start : start + QUERY_TILE],
-            job.index,
-            targets_Qx1[start : start + QUERY_TILE],
+            index=gallery.index,
+            **{name: x[start : start + QUERY_TILE] for name, x in rows.items()},
             mesh=job.mesh,
-            size=len(job.bank_NxE),
+            size=len(gallery),
         ).rank_QxP
-        for start in range(0, len(emb_QxE), QUERY_TILE)
+        for start in range(0, len(queries), QUERY_TILE)
     ]
-    return np.concatenate(jax.device_get(ranks))[: len(targets), 0]
+    return np.concatenate(jax.device_get(ranks))[: len(queries)]
 
 
-def nearest(job: Job, emb_QxE: np.ndarray, top: int) -> np.ndarray:
-    """Corpus rows of the `top` most similar pictures, best first, ties by row: int `[Q, top]`."""
-    rows = [np.argsort(-(job.bank_NxE @ emb), kind="stable")[:top] for emb in emb_QxE]
+def nearest(
+    bank_NxE: np.ndarray, emb_QxE: np.ndarray, top: int, excluded_Qx1: np.ndarray | None = None
+) -> np.ndarray:
+    """Corpus rows of the `top` most similar pictures, best first, ties by row: int `[Q, top]`.
+
+    Args:
+      excluded_Qx1: a row that each query may not find, -1 is none (`excluded_of`).
+    """
+    rows = []
+    for query, emb in enumerate(emb_QxE):
+        similarity_N = bank_NxE @ emb
+        if excluded_Qx1 is not None and excluded_Qx1[query, 0] >= 0:
+            similarity_N[excluded_Qx1[query, 0]] = -np.inf
+        rows.append(np.argsort(-similarity_N, kind="stable")[:top])
     return np.stack(rows) if rows else np.zeros((0, top), np.int64)

@@ -43,6 +43,35 @@ def encode_prompts(tokenizer, config: PromptConfig, queries: Sequence[str]) -> P
     return Prompts(tokens, mask)
 
 
+def to_bucket(prompts: Prompts, buckets: Sequence[int], longest: int | None = None) -> Prompts:
+    """Cuts padding that all prompts have: to the shortest bucket that holds the longest of them.
+
+    Args:
+      buckets: lengths in rising order; where none is long enough, the prompts stay as they are.
+      longest: tokens of the longest, where these prompts are a part of a batch; None: of these.
+    """
+    longest = int(prompts.mask_BxS.sum(axis=1).max()) if longest is None else longest
+    width = prompts.tokens_BxS.shape[1]
+    length = next((bucket for bucket in buckets if longest <= bucket < width), width)
+    return Prompts(prompts.tokens_BxS[:, width - length :], prompts.mask_BxS[:, width - length :])
+
+
+def stop_tokens(tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
+    """The tokens that these texts are.
+
+    Raises:
+      UserError: one of them is not a single token.
+    """
+    found = [tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in texts]
+    for stop, ids in zip(texts, found, strict=True):
+        if len(ids) != 1:
+            raise UserError(
+                f"rollout.stop has {stop!r}, which is {len(ids)} tokens of this policy: name texts "
+                "of one token each."
+            )
+    return tuple(ids[0] for ids in found)
+
+
 def longest_prompt(tokenizer, config: PromptConfig, queries: Sequence[str]) -> int:
     """Tokens of the longest prompt among these queries."""
     unbounded = dataclasses.replace(config, max_tokens=2**31)

@@ -6,13 +6,15 @@ The same command again goes on where a run was stopped. On several machines each
 --coordinator, --process_id and --process_count, or without where a TPU pod or SLURM tells them.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -35,14 +37,17 @@ from grape_jax import (
     text,
 )
 from grape_jax.data import pipeline
+from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
-from grape_jax.rewriter import encode, merged_variables, ranks_of, read_answers
-from grape_jax.rollout import sample
+from grape_jax.rewriter import Answer, encode, merged_variables, ranks_of, read_answers
+from grape_jax.rollout import filtered_mass, sample
 from grape_jax.types import Rewrites
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
+SHOWN_QUERIES = 3  # of a step, in the table of rewrites
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, cached programs included
 
 
 class Interrupted(Exception):
@@ -88,8 +93,7 @@ def train(config, workdir: Path) -> None:
       Interrupted: stopped on request; everything is saved.
     """
     job.check(config)
-    # So that the run can be used from any folder.
-    config.data_dir = str(Path(config.data_dir).resolve())
+    with_whole_paths(config)
     checkpoint.refuse_other_config(workdir, config)
     with StopSignal() as stop:
         run = prepare(config, workdir)
@@ -97,16 +101,25 @@ def train(config, workdir: Path) -> None:
         keep, best = config.checkpoint.keep, config.checkpoint.keep_best
         with checkpoint.open_manager(workdir, keep, best) as manager:
             state = learn(run, workdir, manager, stop)
-        method = "GRPO" if config.grpo.steps else "warm-up"
+        method = evaluation.trained_method(config)
         variables = merged_variables(run, state.trained)
         evaluate_policy(run, workdir, variables, method, int(state.step), stop)
-        processes.at("the report")
         evaluation.write_report(run, workdir)
     counted = run.retriever.cut_texts
     if counted.cut:
         processes.say(
             f"{counted.cut} of {counted.read} texts were longer than the retriever reads: cut."
         )
+
+
+def with_whole_paths(config: ConfigDict) -> None:
+    """Makes the config's paths absolute, so that its run can be used from any folder."""
+    config.data_dir = str(Path(config.data_dir).resolve())
+    for name in ("images", "embeddings", "queries"):
+        path = config.local[name]
+        config.local[name] = path and str(Path(path).expanduser().resolve())
+    if config.prompt.caption_bank:
+        config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Job:
@@ -119,7 +132,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Job:
     if processes.is_writer():
         checkpoint.keep_config(workdir, config)
     processes.say(
-        f"{len(run.bank_NxE)} pictures, policy of {run.policy.layers} layers, "
+        f"{len(run.gallery('train'))} pictures, policy of {run.policy.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
         f"process(es), ready in {time.perf_counter() - started:.0f} s"
     )
@@ -171,7 +184,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             state, metrics, table = explore(run, state, next(batches["grpo"]), step)
             log.keep_rewrites(step, table)
             if step % config.log.sample_every == 0 and processes.is_writer():
-                tqdm.write(sample_line(table))
+                tqdm.write(sample_table(step, table))
         in_a_row = in_a_row + 1 if metrics["skipped"] else 0
         skipped += int(metrics["skipped"])
         metrics |= {"skipped": skipped, "seconds": time.perf_counter() - began}
@@ -205,20 +218,32 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
 
 
 def data_iterators(run: Job) -> dict:
-    """One endless stream of (shift, query) for each phase: the rows that this process holds."""
-    queries = [(s, query) for s in run.config.shifts for query in run.queries(s, "train")]
+    """One endless stream of batches of (shift, query) for each phase that has steps.
 
-    def stream(size: int, seed: int):
-        return pipeline.train_iterator(queries, size, seed, sharding.own_rows(run.mesh, size))
+    A batch is of one shift; a process gets the rows that it holds.
+    """
+    config, shifts = run.config, run.config.shifts
+    sets = {
+        "warm_up": [[(shift, query) for query in run.lessons(shift)] for shift in shifts],
+        "grpo": [[(shift, query) for query in run.queries(shift, "train")] for shift in shifts],
+    }
 
-    phases = ("warm_up", "grpo")
-    return {p: stream(run.config[p].batch_size, run.config.seed + i) for i, p in enumerate(phases)}
+    def stream(phase: str, seed: int):
+        size = config[phase].batch_size
+        rows = sharding.own_rows(run.mesh, size)
+        return pipeline.train_iterator(sets[phase], size, seed, rows)
+
+    return {
+        phase: stream(phase, config.seed + i)
+        for i, phase in enumerate(("warm_up", "grpo"))
+        if config[phase].steps
+    }
 
 
 def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict]:
     """One supervised step, towards the reference texts or towards rewrites that did well."""
     shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, [q.text for q in queries], shifts)
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
     prompts = sharding.batch(run.mesh, host_prompts)
     if run.config.warm_up.towards == "references":
         goals = [q.reference.lower() for q in queries]
@@ -231,6 +256,7 @@ def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     tokens, mask = sharding.batch(run.mesh, (tokens, mask))
     state, metrics = warm_up_step(run.learner("warm_up"), state, run.base, prompts, tokens, mask)
     metrics = {name: float(x) for name, x in sharding.whole(run.mesh, metrics).items()}
+    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
     return state, metrics | {"pairs": float(mask.any(axis=(1, 2)).sum())}
 
 
@@ -241,7 +267,8 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
 
     Returns:
       Texts of this process's queries; "" where none of the K ranks the picture better than the
-      query itself does.
+      query itself does. One that would not end within rollout.max_tokens does not count: cut off,
+      it would teach not to end.
     """
     config = run.config
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -253,26 +280,46 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     tokens, mask = sharding.own(run.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     # The query stands first: a rewrite that only ties with it teaches nothing.
     candidates = [
-        (query.target, [query.text, *(words for words, _ in group)])
+        [query.text, *(answer.text for answer in group)]
         for query, group in zip(queries, read_answers(run, tokens, mask), strict=True)
     ]
     # All processes rank the candidates of all.
-    candidates = sharding.all_rows(run.mesh, candidates)
-    texts = [words for _, row in candidates for words in row]
-    targets = np.repeat([target for target, _ in candidates], config.grpo.group_size + 1)
-    ranks = ranks_of(run, run.retriever.embed_texts(texts), targets)
-    best = ranks.reshape(len(candidates), -1).argmin(axis=1)
-    goals = [row[i] if i else "" for (_, row), i in zip(candidates, best, strict=True)]
+    queries, candidates = all_queries(run, queries), sharding.all_rows(run.mesh, candidates)
+    texts = [words for row in candidates for words in row]
+    asked = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
+    ranks = ranks_of(run, run.retriever.embed_texts(texts), asked, "train")
+    limit = config.rollout.max_tokens
+    _, mask = text.encode_references(run.tokenizer, texts, config.prompt.format, limit + 1)
+    usable = (mask.sum(axis=(1, 2)) <= limit) & np.asarray([bool(words) for words in texts])
+    shape = len(queries), config.grpo.group_size + 1
+    ranks, usable = ranks.reshape(shape), usable.reshape(shape)
+    usable[:, 0] = True
+    best = np.where(usable, ranks, len(run.gallery("train")) + 1).argmin(axis=1)
+    goals = [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
     return [goals[i] for i in sharding.own_rows(run.mesh, len(goals))]
+
+
+def all_queries(run: Job, queries: Sequence[Query]) -> list[Query]:
+    """The queries of a whole batch, of which each process gives its own."""
+    known = sharding.all_rows(run.mesh, [dataclasses.asdict(query) for query in queries])
+    return [Query(**fields) for fields in known]
+
+
+def own_pictures(queries: Sequence[Query]) -> np.ndarray | None:
+    """`excluded_of` for this process's part of a batch: None on all processes, or on none."""
+    rows_Bx1 = excluded_of(queries)
+    if processes.any_of(rows_Bx1 is not None) and rows_Bx1 is None:
+        return np.full((len(queries), 1), -1, np.int32)
+    return rows_Bx1
 
 
 def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict, list[dict]]:
     """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
     config = run.config
     shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, [q.text for q in queries], shifts)
-    targets = np.asarray([[q.target] for q in queries], np.int32)
-    prompts, targets = sharding.batch(run.mesh, (host_prompts, targets))
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
+    rows = run.targets(queries), own_pictures(queries)
+    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
     key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
@@ -285,29 +332,47 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
         state,
         run.base,
         run.retriever.params,
-        run.index,
+        run.gallery("train").index,
         prompts,
         targets,
         rollout,
         rewrites,
+        excluded,
         raw_ranks(run, queries),
     )
+    if sampling.filtered:
+        metrics["sampler_filtered_mass"] = filtered_mass(rollout)
     per_rewrite = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
     rank_BxK, reward_BxK = sharding.own(run.mesh, per_rewrite)
     metrics = sharding.whole(run.mesh, metrics)
+    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
     table = [
         {
+            "shift": shift,
+            "id": query.id,
             "query": query.text,
             "reference": query.reference,
-            "rewrites": [
-                {"text": words, "rank": int(rank), "reward": float(reward)}
-                for (words, _), rank, reward in zip(group, ranks, rewards, strict=True)
-            ],
+            "targets": list(query.targets),
+            "rewrites": [table_entry(*of_one) for of_one in zip(*of_group, strict=True)],
         }
-        for query, group, ranks, rewards in zip(queries, answers, rank_BxK, reward_BxK, strict=True)
+        for shift, query, *of_group in zip(
+            shifts, queries, answers, rank_BxK, reward_BxK, strict=True
+        )
     ]
     table = sharding.all_rows(run.mesh, table)
     return state, {name: float(value) for name, value in metrics.items()}, table
+
+
+def table_entry(answer: Answer, rank, reward) -> dict:
+    """One rewrite for the log; a malformed one with everything that was written."""
+    entry = {
+        "text": answer.text,
+        "rank": int(rank),
+        "reward": float(reward),
+        "well_formed": answer.well_formed,
+        "length": answer.length,
+    }
+    return entry if answer.well_formed else entry | {"completion": answer.completion}
 
 
 def raw_ranks(run: Job, queries) -> jax.Array | None:
@@ -315,9 +380,9 @@ def raw_ranks(run: Job, queries) -> jax.Array | None:
     if run.config.grpo.reward_shape != "improvement":
         return None
     # All processes rank the queries of all.
-    known = sharding.all_rows(run.mesh, [(query.text, query.target) for query in queries])
-    texts, targets = zip(*known, strict=True)
-    ranks = ranks_of(run, run.retriever.embed_texts(texts), targets)
+    known = all_queries(run, queries)
+    emb_QxE = run.retriever.embed_texts([query.text for query in known])
+    ranks = ranks_of(run, emb_QxE, known, "train")
     return sharding.batch(run.mesh, ranks[sharding.own_rows(run.mesh, len(ranks))])
 
 
@@ -328,7 +393,7 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     """
     tokens, mask = sharding.own(run.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(run, tokens, mask)
-    words = [words for group in answers for words, _ in group]
+    words = [answer.text for group in answers for answer in group]
     tokens_QxL, mask_QxL = retriever.tokenize(
         run.retriever, words, run.config.retriever.text_length
     )
@@ -336,8 +401,8 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     rewrites = Rewrites(
         tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
         mask_BxKxL=mask_QxL.reshape(B, K, -1),
-        well_formed_BxK=np.asarray([[ok for _, ok in group] for group in answers]),
-        has_text_BxK=np.asarray([[bool(words) for words, _ in group] for group in answers]),
+        well_formed_BxK=np.asarray([[one.well_formed for one in group] for group in answers]),
+        has_text_BxK=np.asarray([[bool(one.text) for one in group] for group in answers]),
     )
     return answers, sharding.batch(run.mesh, rewrites)
 
@@ -345,9 +410,11 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
 def evaluate_policy(
     run: Job, workdir: Path, variables, method: str, step: int, stop: StopSignal
 ) -> None:
-    """Rewrites the test queries with the policy of a step, with progress; nothing is done twice."""
-    sets = evaluation.test_sets(run)
-    total = 2 * sum(len(queries) for _, _, queries in sets)
+    """Has the policy of a step answer the test queries, with progress; nothing is done twice."""
+    writings = evaluation.still_to_write(run, workdir, method)
+    if not writings:
+        return
+    total = sum(len(writing.queries) for writing in writings)
     processes.at(f"the test of the {method} policy")
     with progress(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 
@@ -357,7 +424,7 @@ def evaluate_policy(
             if stop.asked_anywhere():
                 raise Interrupted(step)
 
-        evaluation.policy_answers(run, workdir, variables, method, sets, after_batch)
+        evaluation.write_answers(run, variables, writings, after_batch)
 
 
 def progress(**settings) -> tqdm:
@@ -365,15 +432,24 @@ def progress(**settings) -> tqdm:
     return tqdm(**settings, disable=not processes.is_writer())
 
 
-def sample_line(table: list[dict]) -> str:
-    """The query of the step with the widest spread of ranks, and its best and worst rewrite."""
-    ranks = lambda row: [rewrite["rank"] for rewrite in row["rewrites"]]
-    row = max(table, key=lambda row: max(ranks(row)) - min(ranks(row)))
-    best, worst = (pick(row["rewrites"], key=lambda r: r["rank"]) for pick in (min, max))
-    return (
-        f"  {row['query']!r}: {best['text']!r} finds it at {best['rank']}, "
-        f"{worst['text']!r} at {worst['rank']}"
-    )
+def sample_table(step: int, table: list[dict]) -> str:
+    """For the terminal: the queries of widest spread, each with its best, middle and worst rewrite.
+
+    Texts stand last: those of other scripts are of any width.
+    """
+    by_rank = lambda row: sorted(row["rewrites"], key=lambda rewrite: rewrite["rank"])
+    spread = lambda row: by_rank(row)[-1]["rank"] - by_rank(row)[0]["rank"]
+    lines = [f"step {step + 1}" + f"{'rank':>9}{'reward':>9}  rewrite"]
+    for row in sorted(table, key=spread, reverse=True)[:SHOWN_QUERIES]:
+        lines.append(f"  {row['query']!r}, which is {row['reference']!r}")
+        ranked = by_rank(row)
+        for i in sorted({0, len(ranked) // 2, len(ranked) - 1}):
+            one = ranked[i]
+            said = repr(one["text"])
+            if not one["well_formed"]:
+                said = f"malformed: {one['completion']!r}"
+            lines.append(f"{one['rank']:15d}{one['reward']:9.3f}  {said}")
+    return "\n".join(lines)
 
 
 class Log:
@@ -385,14 +461,22 @@ class Log:
     def __init__(self, workdir: Path, first: int):
         self.workdir = workdir
         self.events = None
+        self.compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
         if processes.is_writer():
             _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
             _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
             self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
 
+    def _count(self, event: str, *_, **__) -> None:
+        self.compiled += event == COMPILED
+
     def write(self, step: int, phase: str, metrics: dict) -> None:
         if self.events is None:
             return
+        # Since the line before: a step that goes on compiling is a step of ever new shapes.
+        metrics = metrics | {"compilations": self.compiled}
+        self.compiled = 0
         line = {"step": step, "phase": phase} | metrics
         files.append(self.workdir / "metrics.jsonl", json.dumps(line) + "\n")
         for name, value in metrics.items():
@@ -405,6 +489,7 @@ class Log:
         files.append(self.workdir / "rewrites.jsonl", "".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count)
         if self.events is not None:
             self.events.close()
 
@@ -432,24 +517,33 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     if given.workdir is None:
         raise UserError(f"no workdir is given: add --workdir={example}.")
     workdir = files.path(given.workdir)
+    processes.join(given.coordinator, given.process_id, given.process_count)
+    with processes.watched(given.config.step_timeout), interruptible():
+        start(given.config, workdir)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Quiet work that can be stopped: exit code 0, and the last line says how to go on.
+
+    Stopped at once it exits with 130. A mistake of one process ends it beside the others.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
-    processes.join(given.coordinator, given.process_id, given.process_count)
-    with processes.watched(given.config.step_timeout):
-        try:
-            with files.failures_told():
-                start(given.config, workdir)
-        except Interrupted as stopped:
-            processes.say(str(stopped))
-        except KeyboardInterrupt:
-            said = "stopped at once; the same command goes on from the last checkpoint."
-            print(said, file=sys.stderr, flush=True)
-            processes.leave_at_once(130)
-        except Exception as error:
-            if jax.process_count() == 1:
-                raise
-            processes.end_all(error)
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    try:
+        with files.failures_told():
+            yield
+    except Interrupted as stopped:
+        processes.say(str(stopped))
+    except KeyboardInterrupt:
+        said = "stopped at once; the same command goes on from the last checkpoint."
+        print(said, file=sys.stderr, flush=True)
+        processes.leave_at_once(130)
+    except Exception as error:
+        processes.end_all(error)
+        raise
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ class Rollout:
 
     tokens_BxKxT: jax.Array  # int32, policy token ids; the pad id after the end token
     mask_BxKxT: jax.Array  # bool, True up to and including the end token
-    logprobs_BxKxT: jax.Array  # float32, log-probability under the distribution sampled from
+    logprobs_BxKxT: jax.Array  # float32, log-probability at the rollout's temperature, unfiltered
+    # float32, the same under the filtered distribution that was sampled from; None where no filter
+    # is on, since it is the same then
+    filtered_logprobs_BxKxT: jax.Array | None = None
 
 
 @flax.struct.dataclass

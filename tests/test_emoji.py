@@ -1,8 +1,8 @@
 """The embedded benchmark: its splits, its shifts, its files."""
 
 import collections
-import contextlib
 import io
+import itertools
 import re
 
 import emoji as emoji_package
@@ -28,6 +28,9 @@ INDEX = {
     "tiger": ["tiger_person", "tiger"],
     "hook": ["hook"],
 }
+
+
+PNG = bytes.fromhex("89504e470d0a1a0a")  # nobody opens it
 
 
 def _write_wordnet(folder):
@@ -85,18 +88,17 @@ def test_the_corpus_is_the_gallery(data_dir):
     gallery = openmoji.gallery()
     assert corpus.ids == [picture.code for picture in gallery]
     assert corpus.names == [picture.name for picture in gallery]
-    for png in corpus.pngs[::40]:
+    for png in list(corpus.images)[::40]:
         picture = Image.open(io.BytesIO(png))
         assert (picture.format, picture.size, picture.mode) == ("PNG", (128, 128), "RGB")
     row = corpus.names.index("anchor")
     drawn = openmoji.render(gallery[row].svg.read_text(), 128)
-    assert Image.open(io.BytesIO(corpus.pngs[row])).tobytes() == drawn.tobytes()
+    assert Image.open(io.BytesIO(corpus.images[row])).tobytes() == drawn.tobytes()
 
 
 def test_two_builds_are_equal(data_dir, tmp_path):
     # The pictures take most of the time and have their own test.
-    again = emoji.Emoji(config="noisy", data_dir=str(tmp_path))
-    again.download_and_prepare()
+    emoji._build(tmp_path, "noisy")
     first = sorted((data_dir / "emoji/noisy").rglob("*.array_record*"))
     second = sorted((tmp_path / "emoji/noisy").rglob("*.array_record*"))
     assert [path.name for path in first] == [path.name for path in second]
@@ -106,33 +108,21 @@ def test_two_builds_are_equal(data_dir, tmp_path):
 
 
 def test_a_build_that_died_is_begun_again(tmp_path, monkeypatch):
-    def die_half_way(queries):
-        yield from list(real_records(queries))[:5]
-        raise KeyboardInterrupt
+    def die_half_way(*arguments):
+        queries = real_queries(*arguments)
+        return queries | {"test": itertools.chain(queries["test"][:5], (1 / 0 for _ in range(1)))}
 
-    real_records = emoji._query_records
-    monkeypatch.setattr(emoji, "_corpus_records", lambda: iter(()))
-    monkeypatch.setattr(emoji, "_query_records", die_half_way)
-    monkeypatch.setattr(emoji, "Emoji", _without_corpus(emoji.Emoji))
-    with contextlib.suppress(KeyboardInterrupt):
+    real_queries = emoji.make_queries
+    # One picture: rendering is not the matter.
+    monkeypatch.setattr(emoji, "_pictures", lambda: [("1F600", "grinning face", PNG)])
+    monkeypatch.setattr(emoji, "make_queries", die_half_way)
+    with pytest.raises(ZeroDivisionError):
         emoji.prepare(tmp_path, progress=False)
     with pytest.raises(UserError, match=r"grape_jax\.prepare"):
         emoji.load_queries(tmp_path, "noisy", "test")
-    monkeypatch.setattr(emoji, "_query_records", real_records)
+    monkeypatch.setattr(emoji, "make_queries", real_queries)
     emoji.prepare(tmp_path, progress=False)
     assert emoji.load_queries(tmp_path, "noisy", "test")
-
-
-def _without_corpus(builder):
-    """Stands in for the builder; takes the corpus as built (its rendering is not the matter)."""
-
-    def make(config, **arguments):
-        made = builder(config=config, **arguments)
-        if config == "corpus":
-            made.info._splits = {"corpus": None}
-        return made
-
-    return make
 
 
 def test_preparing_twice_builds_once(data_dir, capfd):
@@ -141,9 +131,9 @@ def test_preparing_twice_builds_once(data_dir, capfd):
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, data_dir):
-    with pytest.raises(UserError, match=r"not in .* run `python -m grape_jax\.prepare`"):
+    with pytest.raises(UserError, match=r"not in .* run `python -m grape_jax\.prepare "):
         emoji.load_corpus(tmp_path)
-    emoji.Emoji(config="noisy", data_dir=str(tmp_path)).download_and_prepare()
+    emoji._build(tmp_path, "noisy")
     (records,) = (tmp_path / "emoji/noisy").rglob("*test.array_record*")
     records.write_bytes(records.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged: delete that folder"):
@@ -192,7 +182,7 @@ def test_every_family_is_in_one_split_and_every_split_is_used():
 @pytest.mark.parametrize("shift", ["noisy", "languages"])
 def test_splits_do_not_share_concepts(queries, data_dir, shift):
     names = emoji.load_corpus(data_dir).names
-    of_split = {split: {q.concept for q in queries[shift][split]} for split in emoji.SPLITS}
+    of_split = {split: {q.group for q in queries[shift][split]} for split in emoji.SPLITS}
     assert not of_split["train"] & of_split["validation"]
     assert not of_split["train"] & of_split["test"]
     assert not of_split["validation"] & of_split["test"]
@@ -201,9 +191,9 @@ def test_splits_do_not_share_concepts(queries, data_dir, shift):
     assert len({query.id for query in every}) == len(every)
     pictures = collections.defaultdict(set)
     for query in every:
-        assert names[query.target] == query.reference
+        assert names[query.targets[0]] == query.reference
         assert query.text.casefold() != query.reference.casefold()
-        pictures[query.concept].add(query.target)
+        pictures[query.group].update(query.targets)
     assert max(map(len, pictures.values())) <= emoji.PICTURES_PER_FAMILY
 
 
@@ -215,7 +205,7 @@ def test_a_text_has_one_answer_and_unseen_wording_is_unseen(queries, shift):
         texts[split] = [query.text.casefold() for query in queries[shift][split]]
         assert len(set(texts[split])) == len(texts[split])
         for query in queries[shift][split]:
-            targets[query.text.casefold()].add(query.target)
+            targets[query.text.casefold()].update(query.targets)
     assert not set(texts["test_seen"]) & set(texts["train"])
     assert all(len(rows) == 1 for rows in targets.values())
 
@@ -232,7 +222,7 @@ def _documented_counts():
 @pytest.mark.parametrize("shift", ["noisy", "languages"])
 def test_the_docstring_tells_the_counts(queries, shift):
     counted = [
-        (len(queries[shift][split]), len({query.concept for query in queries[shift][split]}))
+        (len(queries[shift][split]), len({query.group for query in queries[shift][split]}))
         for split in emoji.SPLITS
     ]
     print(shift, counted)
@@ -371,8 +361,26 @@ def test_the_real_wordnet(real_wordnet):
     if "WordNet 3.1" not in (real_wordnet / "data.noun").read_text()[:2000]:
         return  # the documented counts are those of 3.1
     counted = [
-        (len(queries[split]), len({query.concept for query in queries[split]}))
+        (len(queries[split]), len({query.group for query in queries[split]}))
         for split in emoji.SPLITS
     ]
     print("long", counted)
     assert _documented_counts()["long"] == counted
+
+
+def test_words_hold_nothing_that_is_held_back(real_wordnet, tmp_path):
+    emoji.prepare(tmp_path, ("noisy", "long"), real_wordnet, with_words=True, progress=False)
+    split = lambda text: set(re.findall("[a-z]+", text.lower()))
+    singular = lambda word: word[:-1] if word.endswith("s") else word
+    for shift in emoji.WORDS:
+        pairs = emoji.load_words(tmp_path, shift)
+        assert len(pairs) == len({pair.reference for pair in pairs}) > 4000
+        nouns = {singular(word) for pair in pairs for word in split(pair.reference)}
+        definitions = {pair.text for pair in pairs} if shift == "long" else set()
+        for query in emoji.load_queries(tmp_path, shift, "test"):
+            assert query.text not in definitions
+            assert not {singular(word) for word in split(query.reference)} & nouns
+    told = {pair.reference: pair.text for pair in emoji.load_words(tmp_path, "long")}
+    assert told["statue"] == "a sculpture representing a human or animal"
+    assert not any(noun in split(text) for noun, text in told.items())
+    assert emoji.load_words(tmp_path, "languages") == []

@@ -135,6 +135,13 @@ def test_logits_equal_transformers(tmp_path, family, tied):
 TEXT = "hello world's 12345 Ünïcode — e\u0301 <|im_end|>\n\n  two  spaces <tool>HE'LL 1a2"
 
 
+def test_an_answer_ends_with_any_end_token_of_the_file(tmp_path):
+    plain = load_policy(write(tmp_path / "one.gguf", "qwen2"))
+    assert plain.end_tokens == (plain.tokenizer.eos_token_id,)
+    two = load_policy(write(tmp_path / "two.gguf", "qwen2", extra=lambda w: w.add_eot_token_id(9)))
+    assert two.end_tokens == (two.tokenizer.eos_token_id, 9)
+
+
 def test_qwen2_tokenizer_equals_transformers(tmp_path):
     from transformers import Qwen2Tokenizer
 

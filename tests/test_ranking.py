@@ -103,6 +103,50 @@ def test_equals_a_stable_argsort(seed, shape, dtype, kind):
                 assert got.similarity_QxP[q, p] == scores[q, target]
 
 
+def nearest(emb, corpus, depth, excluded=None, devices=1, dtype="float32"):
+    mesh = mesh_of(devices)
+    index = ranking.shard_corpus(mesh, corpus, dtype)
+    excluded = None if excluded is None else np.asarray(excluded, np.int32)
+    rows = ranking.nearest_rows(
+        emb.astype(np.float32), index, excluded, mesh=mesh, size=len(corpus), depth=depth
+    )
+    return jax.device_get(rows)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(7, 1, 1, 0), (65, 300, 40, 2), (3, 300, 300, 3)]),
+    st.sampled_from(ranking.CORPUS_DTYPES),
+    st.sampled_from([1, 4]),
+)
+def test_the_nearest_begin_a_stable_argsort(seed, shape, dtype, devices):
+    Q, N, depth, X = shape
+    rng = np.random.default_rng(seed)
+    emb, corpus = rng.integers(-2, 3, (Q, 4)), rng.integers(-2, 3, (N, 4))
+    excluded = rng.integers(-1, N, (Q, X))
+    got = nearest(emb, corpus, depth, excluded if X else None, devices, dtype)
+    scores = similarities(emb, corpus, dtype)
+    for q in range(Q):
+        order = [i for i in np.argsort(-scores[q], kind="stable") if i not in excluded[q]]
+        wanted = np.array([*order, *[-1] * N])[:depth]
+        np.testing.assert_array_equal(got[q], wanted)
+
+
+@pytest.mark.parametrize("devices, N", [(1, 300), (1, 9000), (4, 9000)])
+def test_the_nearest_stand_where_their_ranks_say(devices, N):
+    """Real numbers with near-ties: any other rounding would put some in another order."""
+    rng = np.random.default_rng(2)
+    corpus = unit(rng, N // 30, 64).repeat(30, axis=0)
+    corpus += rng.normal(0, 3e-8, corpus.shape).astype(np.float32)
+    emb = unit(rng, 70, 64)
+    rows = nearest(emb, corpus, 90, devices=devices)
+    places = rank(emb, corpus, rows[:, ::7], devices=devices).rank_QxP
+    # A target's rank leaves the query's other targets out.
+    wanted = np.arange(1, 91)[::7] - np.arange(len(rows[0, ::7]))
+    np.testing.assert_array_equal(places, np.broadcast_to(wanted, places.shape))
+
+
 def test_an_excluded_item_leaves_the_corpus():
     """CIRR's reference image: the same as a corpus without it, one row up for those behind it."""
     rng = np.random.default_rng(1)

@@ -1,6 +1,8 @@
 """The shipped retriever end to end, the bank's cache, and two steps of its training."""
 
+import dataclasses
 import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
@@ -84,32 +86,78 @@ def test_transformers_tokenizer_and_processor_agree(shipped):
     )
 
 
-def test_bank_is_read_from_its_cache(shipped, tmp_path):
+def test_bank_holds_what_embed_images_gives(shipped, tmp_path):
+    """In batches that are not full, with repeated pictures, in every form that a picture has."""
+    pictures = some_pictures(retriever.BATCH + 3)
+    encoded = [as_png(picture) for picture in pictures]
+    want = shipped.embed_images(pictures)
+    mixed = [*encoded, encoded[2], pictures[1]]
+    got = retriever.corpus_bank(shipped, mixed, tmp_path)
+    np.testing.assert_array_equal(got, np.concatenate([want, want[[2, 1]]]))
+
+
+def test_bank_is_read_from_its_cache(shipped, tmp_path, monkeypatch):
     pictures = some_pictures()
     first = retriever.corpus_bank(shipped, pictures, tmp_path)
-    (file,) = tmp_path.glob("*.npy")
-    written = file.stat().st_mtime_ns
+    (file,) = tmp_path.rglob("*.npz")
+    monkeypatch.setattr(retriever, "_embed", None)  # nothing is computed any more
     np.testing.assert_array_equal(retriever.corpus_bank(shipped, pictures, tmp_path), first)
-    assert file.stat().st_mtime_ns == written
-    # Another order is another bank.
-    swapped = retriever.corpus_bank(shipped, pictures[::-1], tmp_path)
-    np.testing.assert_allclose(swapped, first[::-1], atol=1e-6)
-    assert len(list(tmp_path.glob("*.npy"))) == 2
+    # In another order, and where the corpus is another one.
+    some = [3, 1, 1]
+    chosen = retriever.corpus_bank(shipped, [pictures[i] for i in some], tmp_path)
+    np.testing.assert_array_equal(chosen, first[some])
+    with pytest.raises(TypeError):
+        retriever.corpus_bank(shipped, [*pictures, Image.new("RGB", (9, 9))], tmp_path)
+    other = dataclasses.replace(shipped, fingerprint="another checkpoint")
+    with pytest.raises(TypeError):
+        retriever.corpus_bank(other, pictures, tmp_path)
+    assert list(tmp_path.rglob("*.npz")) == [file]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeros"])
+def test_a_killed_bank_goes_on_with_the_rest(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever, "BATCH", 2)
+    monkeypatch.setattr(retriever, "PART", 2)
+    pictures = some_pictures(5)
+    embed, calls = retriever._embed, []
+
+    def embed_until_killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(*arguments)
+
+    monkeypatch.setattr(retriever, "_embed", embed_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        retriever.corpus_bank(shipped, pictures, tmp_path)
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    bank_NxE = retriever.corpus_bank(shipped, pictures, tmp_path)
+    assert len(calls) == 4
+    np.testing.assert_array_equal(bank_NxE, shipped.embed_images(pictures))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "flipped", "width", "no fields"])
 def test_damaged_cache_is_computed_anew_with_a_warning(shipped, tmp_path, damage):
     pictures = some_pictures()
     first = retriever.corpus_bank(shipped, pictures, tmp_path)
-    (file,) = tmp_path.glob("*.npy")
+    (file,) = tmp_path.rglob("*.npz")
+    whole = file.read_bytes()
+    with np.load(file) as part:
+        fields = dict(part)
     if damage == "zeros":
-        np.save(file, np.zeros_like(first))
+        np.savez(file, **fields | {"embeddings": np.zeros_like(first)})
+    elif damage == "width":
+        np.savez(file, **fields | {"embeddings": first[:, 1:]})
+    elif damage == "no fields":
+        np.savez(file, others=first)
+    elif damage == "flipped":
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     else:
-        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:200])
+        file.write_bytes(b"" if damage == "empty" else whole[:200])
     with pytest.warns(UserWarning, match="is damaged"):
         again = retriever.corpus_bank(shipped, pictures, tmp_path)
     np.testing.assert_array_equal(again, first)
-    np.testing.assert_array_equal(np.load(file), first)
+    assert file.read_bytes() == whole
 
 
 def test_pictures_may_be_files(shipped, tmp_path):
@@ -195,9 +243,15 @@ def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch, compiled_once
         train_retriever.train(config, tmp_path, whole)
 
 
-def some_pictures() -> list[Image.Image]:
+def some_pictures(count: int = 5) -> list[Image.Image]:
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(5)]
+    return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(count)]
+
+
+def as_png(picture: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    return encoded.getvalue()
 
 
 def test_weights_split_over_eight_devices_give_the_same_bits(shipped):

@@ -76,6 +76,30 @@ def test_prompts_are_aligned_right(tokenizer):
     assert decoded.endswith("<|im_start|>user\nrde<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_a_batch_is_cut_to_the_shortest_bucket_that_holds_it(tokenizer):
+    prompts = text.encode_prompts(tokenizer, PROMPT, ["rde", "a rather longer qurey"])
+    lengths = prompts.mask_BxS.sum(axis=1)
+    first = text.Prompts(prompts.tokens_BxS[:1], prompts.mask_BxS[:1])
+    buckets = (int(lengths[0]), int(lengths[1]), 39)
+    for batch, length in ((first, lengths[0]), (prompts, lengths[1])):
+        cut = text.to_bucket(batch, buckets)
+        assert cut.tokens_BxS.shape == cut.mask_BxS.shape == (len(batch.tokens_BxS), length)
+        for row in range(len(batch.tokens_BxS)):
+            whole = batch.tokens_BxS[row][batch.mask_BxS[row]]
+            np.testing.assert_array_equal(cut.tokens_BxS[row][cut.mask_BxS[row]], whole)
+    for none_fits in ((), (4, 8), (40, 50)):
+        assert text.to_bucket(prompts, none_fits).tokens_BxS.shape == (2, 40)
+
+
+def test_a_stop_is_one_token(tokenizer):
+    (newline,) = text.stop_tokens(tokenizer, ["\n"])
+    assert tokenizer.decode([newline]) == "\n"
+    assert text.stop_tokens(tokenizer, []) == ()
+    assert text.stop_tokens(tokenizer, ["<|im_end|>"]) == (tokenizer.eos_token_id,)
+    with pytest.raises(UserError, match="'a long stop', which is 3 tokens"):
+        text.stop_tokens(tokenizer, ["\n", "a long stop"])
+
+
 def test_bad_queries_are_refused(tokenizer):
     with pytest.raises(UserError, match="empty"):
         text.encode_prompts(tokenizer, PROMPT, ["ok", "  "])

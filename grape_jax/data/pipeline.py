@@ -15,18 +15,20 @@ from grape_jax.errors import UserError
 
 
 def train_iterator(
-    queries: Sequence[Any],
+    sets: Sequence[Sequence[Any]],
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches of queries, in a new order every epoch.
 
-    Epochs follow each other without a gap: a batch at the boundary holds the last queries of one
-    epoch and the first of the next, so every query is seen equally often whatever the batch size.
+    A batch is of one set, and the sets take turns: queries of one kind have prompts of one length,
+    and a small set is heard as often as a large one. Epochs of a set follow each other without a
+    gap: a batch at the boundary holds the last queries of one epoch and the first of the next, so
+    every query of a set is seen equally often whatever the batch size.
 
     Args:
-      queries: any objects; never copied or changed.
+      sets: any objects; never copied or changed.
       batch_size: B, queries in a global batch, over all processes.
       seed: 0 <= seed < 2**32, decides the order of all epochs.
       rows: which rows of each global batch this process takes; None: all.
@@ -39,18 +41,23 @@ def train_iterator(
     Raises:
       UserError: the batch is larger than the data.
     """
-    _refuse_impossible(len(queries), batch_size, seed)
+    smallest = min(len(queries) for queries in sets)
+    _refuse_impossible(smallest, batch_size, seed)
     rows = range(batch_size) if rows is None else rows
-    batches = (
-        grain.MapDataset.source(queries)
-        .shuffle(seed=seed)
-        .repeat()
-        # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
-        .batch(batch_size, drop_remainder=True, batch_fn=list)
-        .map(lambda batch: [batch[row] for row in rows])
-    )
+
+    def batches(queries: Sequence[Any]) -> grain.MapDataset:
+        return (
+            grain.MapDataset.source(queries)
+            .shuffle(seed=seed)
+            .repeat()
+            # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
+            .batch(batch_size, drop_remainder=True, batch_fn=list)
+            .map(lambda batch: [batch[row] for row in rows])
+        )
+
+    in_turn = grain.MapDataset.mix([batches(queries) for queries in sets])
     in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches.to_iter_dataset(in_this_thread))
+    return iter(in_turn.to_iter_dataset(in_this_thread))
 
 
 def _refuse_impossible(size: int, batch_size: int, seed: int) -> None:

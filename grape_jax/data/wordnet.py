@@ -58,13 +58,17 @@ class Nouns:
     """All nouns of one database: `senses("anchor")` gives its synsets, most frequent first."""
 
     def __init__(self, folder: Path):
-        self._offsets = _read_index(folder / "index.noun")
+        self._offsets, self._used = _read_index(folder / "index.noun")
         self._data = (folder / "data.noun").read_bytes()
 
     def senses(self, lemma: str) -> list[Synset]:
         """The synsets of exactly this noun (upper and lower case are one); none if unknown."""
         key = lemma.lower().replace(" ", "_")
         return [self.synset(offset) for offset in self._offsets.get(key, ())]
+
+    def used(self) -> list[str]:
+        """The lemmas that WordNet's sense-tagged texts use at least once, in its order."""
+        return [lemma.replace("_", " ") for lemma in self._used]
 
     def synset(self, offset: int) -> Synset:
         """The synset that stands at this byte of `data.noun`.
@@ -83,15 +87,21 @@ class Nouns:
             ) from error
 
 
-def _read_index(path: Path) -> dict[str, tuple[int, ...]]:
-    """lemma -> byte offsets in data.noun. Lines of the licence begin with a space."""
-    index = {}
+def _read_index(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """lemma -> byte offsets in data.noun, and the lemmas with a sense that tagged texts use.
+
+    lemma "n" senses pointer_count symbol* senses tagged_senses offset*; lines of the licence begin
+    with a space.
+    """
+    index, used = {}, []
     for line in path.read_text().splitlines():
         if line and not line.startswith(" "):
             fields = line.split()
             senses = int(fields[2])
             index[fields[0]] = tuple(int(offset) for offset in fields[-senses:])
-    return index
+            if int(fields[-senses - 1]):
+                used.append(fields[0])
+    return index, used
 
 
 def _read_synset(offset: int, fields: list[str], gloss: str) -> Synset:

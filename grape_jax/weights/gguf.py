@@ -58,6 +58,7 @@ REFUSED = (
 )
 TOKENS = "tokenizer.ggml.tokens"
 ROLES = ("bos", "eos", "padding", "unknown")
+ENDS = ("eos", "eot", "eom")  # of the text, of a turn, of a message
 # gguf's types of tokens that are never split: such as <|im_end|>, and such as <tool_call>.
 CONTROL_TOKEN, USER_TOKEN = 3, 4
 # How Qwen2 and Llama 3 cut a text into words; they differ in the digits that a word may have.
@@ -74,6 +75,7 @@ def load(path: str | Path, mesh: Mesh, dtype: np.dtype):
       config: PolicyConfig.
       params: tree of jax arrays of `dtype`, placed where their logical axes say.
       tokenizer: PreTrainedTokenizerFast with the file's chat template.
+      end_tokens: ids, any of which ends an answer.
 
     Raises:
       UserError: the file is missing, damaged, or of a kind that is not supported.
@@ -83,7 +85,9 @@ def load(path: str | Path, mesh: Mesh, dtype: np.dtype):
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         config = _config(reader, path, tensors)
         read = lambda leaf, layer, index: _read(reader, config, tensors, leaf, layer, index)
-        return config, place(config, mesh, dtype, read), _tokenizer(reader, path)
+        ends = [_field(reader, f"tokenizer.ggml.{role}_token_id") for role in ENDS]
+        end_tokens = tuple(dict.fromkeys(int(token) for token in ends if token is not None))
+        return config, place(config, mesh, dtype, read), _tokenizer(reader, path), end_tokens
     except UserError:
         raise
     except Exception as error:

@@ -25,6 +25,7 @@ from grape_jax.weights.tokenizer import read as read_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_FILE_BYTES = 4 * 2**30
 
@@ -56,6 +57,7 @@ def load(directory: str | Path, mesh: Mesh, dtype: np.dtype):
       config: PolicyConfig.
       params: tree of jax arrays of `dtype`, placed where their logical axes say.
       tokenizer: PreTrainedTokenizerFast, or None where the directory has none.
+      end_tokens: ids, any of which ends an answer.
 
     Raises:
       UserError: a file is missing, damaged or pickled, or the files do not fit each other.
@@ -75,7 +77,20 @@ def load(directory: str | Path, mesh: Mesh, dtype: np.dtype):
             block = file.get_slice(name)[index[::-1] if turned else index]
         return block.T if turned else block
 
-    return config, place(config, mesh, dtype, read), tokenizer
+    end_tokens = _end_tokens(directory, tokenizer)
+    return config, place(config, mesh, dtype, read), tokenizer, end_tokens
+
+
+def _end_tokens(directory: Path, tokenizer) -> tuple[int, ...]:
+    """The tokenizer's, and those of the generation config: Qwen's chat models have two, for one."""
+    path = directory / GENERATION_FILE
+    try:
+        named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): download it again.") from error
+    named = named if isinstance(named, list) else [named]
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(dict.fromkeys(token for token in (own, *named) if token is not None))
 
 
 def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizerFast | None:
@@ -130,7 +145,7 @@ def save(
             "pad_token_id": tokenizer.pad_token_id,
         }
         theirs |= special
-        _write_json(directory / "generation_config.json", special)
+        _write_json(directory / GENERATION_FILE, special)
         tokenizer.save_pretrained(directory)
     _write_json(directory / policy_config.CONFIG_FILE, theirs)
     if weight_map is not None:

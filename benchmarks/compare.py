@@ -1,0 +1,276 @@
+"""grape_jax beside an independent GRAPE in PyTorch: the same start, data, prompts and settings.
+
+    python -m benchmarks.compare --config=configs/emoji.py --out=runs/compare --steps=40
+
+trains both versions (ours once for each of `--seeds`, PyTorch with the first of them) from the same
+warm-up and compares rewards, KL, recall, time and memory.
+
+    python -m benchmarks.compare --config=configs/emoji.py --out=runs/speed --steps=6 \\
+        --prompt_tokens=48 --completion_tokens=16 --batch=8 --group=8
+
+measures speed alone: every prompt and every completion has exactly the given length.
+
+Each version runs in a process of its own, one after the other; the report is report.md in `--out`.
+The same command again keeps what is finished. The parts that are not: ours goes on from its last
+checkpoint, PyTorch begins again. Ctrl-C leaves a report of what was measured.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from benchmarks import comparison
+from benchmarks.comparison import OURS, THEIRS, Run
+from benchmarks.pytorch import keys
+from grape_jax import command_line, files, job
+from grape_jax.data import catalogue
+from grape_jax.errors import UserError, exit_with_sentence
+
+FLAGS = flags.FLAGS
+GRACE = 30  # seconds for a child that has seen Ctrl-C too
+
+
+def main() -> None:
+    command_line.define_config()
+    flags.DEFINE_string("out", None, "Where the runs and the report go.")
+    flags.DEFINE_integer("steps", None, "GRPO steps of each run; the config's, if not given.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Of our runs; PyTorch has the first of them.")
+    flags.DEFINE_integer("prompt_tokens", None, "Speed only: the length of every prompt.")
+    flags.DEFINE_integer("completion_tokens", None, "Speed only: of every completion.")
+    flags.DEFINE_integer("batch", None, "Queries a step; the config's, if not given.")
+    flags.DEFINE_integer("group", None, "Rewrites of each; the config's, if not given.")
+    command_line.parse()
+    overrides = read_overrides()
+    config = FLAGS.config
+    config.update_from_flattened_dict(overrides)
+    refuse(config)
+    compare(config, overrides, Path(FLAGS.out), [int(seed) for seed in FLAGS.seeds])
+
+
+def read_overrides() -> dict:
+    """What the command line changes in the config, key by key."""
+    asked = {
+        "grpo.steps": FLAGS.steps,
+        "grpo.batch_size": FLAGS.batch,
+        "grpo.group_size": FLAGS.group,
+        "prompt.max_tokens": FLAGS.prompt_tokens,
+        "rollout.max_tokens": FLAGS.completion_tokens,
+    }
+    given = config_flags.get_override_values(FLAGS["config"])
+    return given | {key: value for key, value in asked.items() if value is not None}
+
+
+def refuse(config: ConfigDict) -> None:
+    """Refuses what cannot be compared, before anything is loaded.
+
+    Raises:
+      UserError: the user can mend it.
+    """
+    if FLAGS.out is None:
+        raise UserError("no directory is given: add --out=runs/compare.")
+    if (FLAGS.prompt_tokens is None) != (FLAGS.completion_tokens is None):
+        raise UserError("give --prompt_tokens and --completion_tokens together, or neither.")
+    if FLAGS.prompt_tokens is not None and min(FLAGS.prompt_tokens, FLAGS.completion_tokens) < 1:
+        raise UserError("--prompt_tokens and --completion_tokens must be 1 or more.")
+    if not FLAGS.seeds or not all(seed.isdigit() for seed in FLAGS.seeds):
+        raise UserError("--seeds must be numbers with commas between them, such as 0,1,2.")
+    if config.grpo.steps < 1:
+        raise UserError("--steps must be 1 or more.")
+    if config.prompt.answer_start:
+        raise UserError("prompt.answer_start must be empty: TRL cannot begin an answer.")
+    if config.rollout.stop:
+        raise UserError("rollout.stop must be empty: TRL masks nothing after another stop token.")
+    corpus_of = catalogue.module(config.benchmark).gallery_of
+    if corpus_of("train") != corpus_of("test"):
+        raise UserError("the two versions are compared on a benchmark with one corpus for all.")
+    if passed_over := keys.unknown(config.to_dict()):
+        raise UserError(
+            f"the PyTorch version does not know {', '.join(passed_over)}: teach it in "
+            "benchmarks/pytorch/settings.py, then name them in keys.py."
+        )
+    job.check(config)
+
+
+def compare(config: ConfigDict, overrides: dict, out: Path, seeds: list[int]) -> None:
+    """Runs what is missing, and writes the report of what there is, whole or not."""
+    forced = FLAGS.completion_tokens
+    keep_order(out, config, seeds)
+    try:
+        prepare(config, out, seeds[0])
+        if forced:
+            module("grape_jax", "benchmarks.forced", out / "task", out / f"ours-{seeds[0]}")
+        else:
+            for seed in seeds:
+                train_ours(overrides, out, seed)
+        module("PyTorch", "benchmarks.pytorch", out / "task", out / "pytorch")
+    except KeyboardInterrupt:
+        print("stopped; the same command keeps what is finished.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        report(config, out, seeds)
+
+
+def keep_order(out: Path, config: ConfigDict, seeds: list[int]) -> None:
+    """Holds a directory to one comparison."""
+    order = json.loads(config.to_json_best_effort()) | {"seeds": seeds}
+    order["forced"] = [FLAGS.prompt_tokens, FLAGS.completion_tokens]
+    path = out / "order.json"
+    if path.exists() and json.loads(path.read_text()) != order:
+        raise UserError(f"{out} holds another comparison: choose another --out, or delete it.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files.replace(path, json.dumps(order, indent=1))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another.") from error
+
+
+def prepare(config: ConfigDict, out: Path, seed: int) -> None:
+    """Writes the start and the task of both versions."""
+    config = ConfigDict(config.to_dict())
+    config.seed = seed
+    if FLAGS.completion_tokens:
+        config.warm_up.steps = 0
+        # Every completion is cut off: it is paid all the same, so that there is a gradient.
+        config.grpo.format_rule = "sum"
+    order = {
+        "config": json.loads(config.to_json_best_effort()),
+        "directory": str(out / "task"),
+        "steps": config.grpo.steps,
+        "prompt_tokens": FLAGS.prompt_tokens,
+        "forced_tokens": FLAGS.completion_tokens,
+    }
+    files.replace(out / "task_order.json", json.dumps(order))
+    module("preparing", "benchmarks.task", out / "task_order.json", done=out / "task")
+
+
+def train_ours(overrides: dict, out: Path, seed: int) -> None:
+    """The package's own command, from the start that both versions have."""
+    changed = overrides | {
+        "seed": seed,
+        "policy.path": str((out / "policy").resolve()),
+        "warm_up.steps": 0,
+    }
+    workdir = out / f"ours-{seed}"
+    argv = [
+        *(sys.executable, "-m", "grape_jax.train", f"--workdir={workdir}"),
+        f"--config={config_flags.get_config_filename(FLAGS['config'])}",
+        *(f"--config.{key}={value}" for key, value in changed.items()),
+    ]
+    child(f"grape_jax, seed {seed}", argv, workdir)
+
+
+def module(what: str, name: str, *arguments: Path, done: Path | None = None) -> None:
+    argv = [sys.executable, "-m", name, *map(str, arguments)]
+    child(what, argv, done or arguments[-1])
+
+
+def child(what: str, argv: list[str], directory: Path) -> None:
+    """Runs a process to its end, unless it was; leaves its peak memory in `directory`.
+
+    Raises:
+      KeyboardInterrupt: here, or there.
+      SystemExit: the child has said in a sentence what is wrong.
+    """
+    finished = directory / "finished.json"
+    if finished.exists():
+        return
+    print(f"== {what}: {shlex.join(argv)}", flush=True)
+    process = subprocess.Popen(argv)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode == 2:
+        sys.exit(2)
+    if process.returncode:
+        raise RuntimeError(f"{what} ended with exit code {process.returncode}")
+    files.replace(finished, json.dumps({"peak_bytes": usage.ru_maxrss * 1024}))
+
+
+def report(config: ConfigDict, out: Path, seeds: list[int]) -> None:
+    """Writes the report, where a run has taken a step."""
+    runs = [our_run(out / f"ours-{seed}", seed) for seed in seeds]
+    runs.append(their_run(out / "pytorch", seeds[0]))
+    runs = [run for run in runs if run.steps]
+    if not runs:
+        return
+    grpo = config.grpo
+    shape = f"{grpo.batch_size} prompts x {grpo.group_size} completions"
+    if FLAGS.completion_tokens:
+        shape += f", {FLAGS.prompt_tokens} + {FLAGS.completion_tokens} tokens each"
+    about = {
+        "command": f"`python -m benchmarks.compare {shlex.join(sys.argv[1:])}`",
+        "a step": f"{shape}, KL {'on' if grpo.kl_weight else 'off'}, "
+        f"{'LoRA' if config.lora.rank else 'all parameters'}, float32",
+    }
+    comparison.write(out, runs, grpo.batch_size * grpo.group_size, about)
+    print(f"report: {out / 'report.md'}")
+
+
+def our_run(workdir: Path, seed: int) -> Run:
+    """From a training run's own files, or from forced steps."""
+    steps = _lines(workdir / "steps.jsonl") or [
+        line for line in _lines(workdir / "metrics.jsonl") if line["phase"] == "grpo"
+    ]
+    tests = []
+    if (workdir / "report.json").exists():
+        for test in json.loads((workdir / "report.json").read_text())["test_sets"]:
+            ranks = lambda method, test=test: {
+                decoding: [answer["rank"][f"{method}, {decoding}"] for answer in test["answers"]]
+                for decoding in ("greedy", "sampled")
+            }
+            tests.append(
+                {
+                    "name": test["name"],
+                    "shift": test["shift"],
+                    "concepts": [answer["concept"] for answer in test["answers"]],
+                    "ranks": ranks("GRPO"),
+                    "ranks_at_start": ranks("untrained"),
+                }
+            )
+    return Run(OURS, seed, steps, _peak(workdir), tests)
+
+
+def their_run(directory: Path, seed: int) -> Run:
+    tests = []
+    if (directory / "answers.json").exists():
+        for test in json.loads((directory / "answers.json").read_text()):
+            tests.append(
+                {
+                    "name": test["name"],
+                    "shift": test["shift"],
+                    "concepts": [query["concept"] for query in test["queries"]],
+                    "ranks": {how: found["ranks"] for how, found in test["answers"].items()},
+                }
+            )
+    return Run(THEIRS, seed, _lines(directory / "steps.jsonl"), _peak(directory), tests)
+
+
+def _lines(path: Path) -> list[dict]:
+    """Whole lines: the last one of a run that was killed may have no end."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def _peak(directory: Path) -> int | None:
+    path = directory / "finished.json"
+    return json.loads(path.read_text())["peak_bytes"] if path.exists() else None
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

@@ -1,0 +1,93 @@
+"""GRPO steps of grape_jax with prompts and completions of given lengths, timed.
+
+    python -m benchmarks.forced TASK OUT
+
+A child process of `benchmarks.compare`; `benchmarks.growth` uses its functions.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks import memory
+from grape_jax import job, train
+from grape_jax.errors import exit_with_sentence
+from grape_jax.job import Job
+from grape_jax.learner import begin_grpo
+
+LOGGED = ("reward", "kl", "loss", "grad_norm", "length")
+
+
+def build(config: ConfigDict) -> Job:
+    """A run whose policy never stops before its budget is spent."""
+    return dataclasses.replace(job.build(config), stop_ids=())
+
+
+def of_shape(run: Job, prompt_tokens: int, completion_tokens: int, group_size: int) -> Job:
+    """The same run with other lengths; prompts must have exactly `prompt_tokens` tokens."""
+    config = ConfigDict(run.config.to_dict())
+    config.prompt.max_tokens = prompt_tokens
+    config.rollout.max_tokens = completion_tokens
+    config.grpo.group_size = group_size
+    prompts = {
+        shift: dataclasses.replace(prompt, max_tokens=prompt_tokens)
+        for shift, prompt in run.prompts.items()
+    }
+    return dataclasses.replace(run, config=config, prompts=prompts)
+
+
+def timed_steps(run: Job, batches: list) -> Iterator[dict]:
+    """Takes one GRPO step for each batch of (shift, query).
+
+    Yields:
+      The step from 1, its seconds, its peak of memory, and some of what a step logs.
+    """
+    state = begin_grpo(run.learner("grpo"), run.fresh_state("grpo"))
+    for step, batch in enumerate(batches):
+        memory.forget_peak()
+        began = time.perf_counter()
+        state, metrics, _ = train.explore(run, state, batch, step)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - began
+        if metrics["length"] != run.config.rollout.max_tokens:
+            raise RuntimeError(f"completions of {metrics['length']} tokens: some ended early")
+        line = {"step": step + 1, "seconds": seconds, "peak_bytes": memory.peak_bytes()}
+        yield line | {name: metrics[name] for name in LOGGED if name in metrics}
+
+
+def main() -> None:
+    task, out = (Path(argument) for argument in sys.argv[1:])
+    # The policy does not stop where a rewrite would.
+    warnings.filterwarnings("ignore", message="a text is longer than")
+    out.mkdir(parents=True, exist_ok=True)
+    run = build(ConfigDict(json.loads((task / "config.json").read_text())))
+    like = run.queries(run.config.shifts[0], "train", 1)[0]
+    batches = [
+        [
+            (row["shift"], dataclasses.replace(like, text=row["query"], target=row["target"]))
+            for row in json.loads(line)
+        ]
+        for line in (task / "batches.jsonl").read_text().splitlines()
+    ]
+    try:
+        with (out / "steps.jsonl").open("w") as file:
+            for line in timed_steps(run, batches):
+                print(
+                    f"grape_jax: step {line['step']} of {len(batches)}, {line['seconds']:.1f} s",
+                    flush=True,
+                )
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

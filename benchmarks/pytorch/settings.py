@@ -1,0 +1,100 @@
+"""A resolved config in the words of TRL, peft and torch: the one place where its keys are read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig
+
+MODULES = {
+    **{name: f"{name}_proj" for name in ("q", "k", "v", "o")},
+    **{name: f"{name}_proj" for name in ("gate", "up", "down")},
+}
+
+
+def trainer_config(config: dict, steps: int, forced_tokens: int | None, out: Path) -> GRPOConfig:
+    """One optimizer step for each batch of completions, all in float32.
+
+    Args:
+      forced_tokens: every completion has exactly so many; None: it ends where it ends.
+    """
+    grpo = config["grpo"]
+    rows = grpo["batch_size"] * grpo["group_size"]
+    return GRPOConfig(
+        output_dir=str(out),
+        seed=config["seed"],
+        max_steps=steps,
+        per_device_train_batch_size=rows,
+        num_generations=grpo["group_size"],
+        shuffle_dataset=False,
+        max_completion_length=forced_tokens or config["rollout"]["max_tokens"],
+        temperature=config["rollout"]["temperature"],
+        top_p=config["rollout"]["top_p"],
+        top_k=config["rollout"]["top_k"],
+        min_p=config["rollout"]["min_p"] or None,
+        generation_kwargs={"min_new_tokens": forced_tokens} if forced_tokens else None,
+        beta=grpo["kl_weight"],
+        epsilon=grpo["clip_low"],
+        epsilon_high=grpo["clip_high"],
+        scale_rewards=grpo["advantage_scale"],
+        loss_type="dapo",  # the mean over all tokens of a batch
+        max_grad_norm=grpo["max_grad_norm"],
+        bf16=False,
+        gradient_checkpointing=config["policy"]["remat"],
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def lora_config(lora: dict) -> LoraConfig | None:
+    """None: all parameters are trained."""
+    if not lora["rank"]:
+        return None
+    return LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        target_modules=[MODULES[target] for target in lora["targets"]],
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+
+
+def start_adapter(model: torch.nn.Module, seed: int) -> None:
+    """Draws every A again, from the distribution that grape_jax starts with.
+
+    peft's own is narrower by the square root of 6, and with B at zero the scale of A is a factor of
+    the learning rate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            torch.nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+
+
+def make_optimizer(parameters, grpo: dict):
+    """AdamW, with a rate that ramps up and then falls linearly."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=grpo["learning_rate"],
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=grpo["weight_decay"],
+    )
+    schedule = rate(grpo["ramp_steps"], grpo["steps"], grpo["final_fraction"])
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+
+
+def rate(ramp_steps: int, steps: int, final_fraction: float) -> Callable[[int], float]:
+    """What the learning rate is multiplied with at each step, from 0."""
+
+    def factor(step: int) -> float:
+        if step < ramp_steps:
+            return (step + 1) / ramp_steps
+        fallen = min(1.0, (step - ramp_steps) / max(1, steps - ramp_steps))
+        return 1 - fallen * (1 - final_fraction)
+
+    return factor

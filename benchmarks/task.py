@@ -1,0 +1,136 @@
+"""What both versions are given, written once: a start, a gallery, the queries of every step.
+
+    python -m benchmarks.task ORDER.json
+
+A child process of `benchmarks.compare`, so that the memory of what it loads is its own. The order
+names the resolved config, the directory to write, the number of steps, and lengths to force. Beside
+it the directory `policy` is written, which is where both versions start: the configured policy
+after the configured warm-up.
+"""
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from benchmarks.pytorch.prompts import turns
+from grape_jax import evaluation, files, job, train
+from grape_jax.errors import UserError, exit_with_sentence
+from grape_jax.job import Job
+from grape_jax.retriever import SHIPPED
+from grape_jax.rewriter import merged_variables, restore
+from grape_jax.weights import huggingface
+
+FILLERS = (" a", " of", " the", ".", "a", " 1")
+
+
+def write(order: dict) -> None:
+    """Writes the task; what is there already is left as it is."""
+    config, directory = ConfigDict(order["config"]), Path(order["directory"])
+    if (directory / "task.json").exists():
+        return
+    run, variables = start(config, directory.parent / "warm_up")
+    policy = directory.parent / "policy"
+    if not (policy / "config.json").exists():
+        huggingface.save(policy, run.policy, variables["params"], run.tokenizer)
+    pictures = run.gallery("train")
+    folder = directory / "gallery"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in range(len(pictures)):
+        pictures.image(row).save(folder / f"{row:06d}.png", compress_level=1)
+    batches = forced_batches(run, order) if order["forced_tokens"] else own_batches(run, order)
+    lines = [json.dumps([_row(*pair) for pair in batch], ensure_ascii=False) for batch in batches]
+    files.replace(directory / "batches.jsonl", "\n".join(lines) + "\n")
+    tests = [] if order["forced_tokens"] else [_test(*found) for found in evaluation.test_sets(run)]
+    files.replace(directory / "tests.json", json.dumps(tests, ensure_ascii=False))
+    resolved = json.loads(config.to_json_best_effort())
+    resolved["policy"]["path"] = str(policy.resolve())
+    resolved["retriever"]["path"] = config.retriever.path or str(SHIPPED)
+    files.replace(directory / "config.json", json.dumps(resolved, indent=1))
+    # Last: it says that the rest is whole.
+    files.replace(directory / "task.json", json.dumps({"forced_tokens": order["forced_tokens"]}))
+
+
+def start(config: ConfigDict, workdir: Path) -> tuple[Job, dict]:
+    """The run's fixed parts and the policy that GRPO begins with."""
+    if not config.warm_up.steps:
+        run = job.build(config)
+        return run, {"params": run.base}
+    warm_up = ConfigDict(config.to_dict())
+    warm_up.grpo.steps = 0
+    train.train(warm_up, workdir)
+    run, state = restore(workdir)
+    return run, merged_variables(run, state.trained)
+
+
+def own_batches(run: Job, order: dict) -> list:
+    """The batches of GRPO, in the order in which training sees them."""
+    batches = train.data_iterators(run)["grpo"]
+    return [next(batches) for _ in range(order["steps"])]
+
+
+def forced_batches(run: Job, order: dict) -> list:
+    """Batches of queries whose prompts have exactly `prompt_tokens` tokens."""
+    batches = train.data_iterators(run)["grpo"]
+    length = order["prompt_tokens"]
+    lengthen = lambda shift, query: dataclasses.replace(
+        query, text=text_of_length(run.tokenizer, run.config.prompt, shift, query.text, length)
+    )
+    return [
+        [(shift, lengthen(shift, query)) for shift, query in next(batches)]
+        for _ in range(order["steps"])
+    ]
+
+
+def text_of_length(tokenizer, prompt: ConfigDict, shift: str, text: str, length: int) -> str:
+    """A text that begins like `text` and makes a prompt of exactly `length` tokens.
+
+    Raises:
+      UserError: the prompt's own words take more.
+    """
+
+    def tokens(text: str) -> int:
+        conversation = turns(prompt.to_dict(), shift, text)
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+        return len(ids["input_ids"])
+
+    while tokens(text) > length and len(text) > 1:
+        text = text[:-1].rstrip()
+    choose = random.Random(text)
+    while (now := tokens(text)) < length:
+        # Most of the way in one stride: a filler is hardly ever less than a token.
+        stride = max(1, (length - now) // 3)
+        longer = text + "".join(choose.choices(FILLERS, k=stride))
+        if tokens(longer) <= length:
+            text = longer
+    if now > length:
+        raise UserError(
+            f"--prompt_tokens={length} is less than the {now} tokens of a prompt without a query: "
+            "ask for more."
+        )
+    return text
+
+
+def _row(shift: str, query) -> dict:
+    return {"shift": shift, "query": query.text, "target": int(query.targets[0]), "id": query.id}
+
+
+def _test(shift: str, split: str, queries: list) -> dict:
+    kept = ("id", "text", "concept", "target")
+    rows = [{name: getattr(query, name) for name in kept} for query in queries]
+    return {"name": evaluation.TEST_SETS[split], "shift": shift, "queries": rows}
+
+
+def main() -> None:
+    order = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        write(order)
+    except (train.Interrupted, KeyboardInterrupt):
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

@@ -1,0 +1,18 @@
+"""CIRR: a picture and the words that change it, ranked among the pictures of the split.
+
+    python -m grape_jax.prepare --benchmark=cirr --manual_dir=DIR
+    python -m grape_jax.train --config=configs/cirr.py --workdir=runs/cirr
+
+The paper reports R@1 35.7. The policy reads the picture as the captions that lie closest to it;
+--config.prompt.caption_bank=FILE gives other captions than the training edits. Which settings are
+ours, and other backbones: configs/paper.py.
+"""
+
+from configs import paper
+
+
+def get_config():
+    config = paper.get_config()
+    config.benchmark = "cirr"
+    config.shifts = ("edits",)
+    return config

@@ -1,0 +1,43 @@
+"""What the configs of the paper's five benchmarks share; they start from here.
+
+The paper (arXiv 2509.23370) states the linear reward over the rank, the format reward, the Qwen
+family, several sizes of CLIP, and one model a task. Everything else is ours: Qwen2.5-7B-Instruct,
+LoRA, group size, learning rate, weights, prompts, lengths. Other backbones are one override:
+
+    --config.policy.path=Qwen/Qwen2.5-1.5B-Instruct      or Qwen/Qwen3-4B, a directory, ...
+    --config.retriever.path=openai/clip-vit-base-patch32 or openai/clip-vit-base-patch16,
+                                                         any CLIP or SigLIP
+
+A retriever with another context needs --config.retriever.text_length too. None of these configs
+has been run at this size yet; no result is claimed for them.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.policy.path = "Qwen/Qwen2.5-7B-Instruct"
+    config.policy.remat = True
+    config.mesh.fsdp = -1
+    config.mesh.data = 1
+    config.retriever.path = "openai/clip-vit-large-patch14"
+    config.retriever.text_length = 77
+    config.prompt.format = "answer"
+    config.prompt.user = "{query}\nAnswer with <answer>your English search text</answer> only."
+    config.prompt.max_tokens = 256
+    config.rollout.max_tokens = 64
+    config.evaluation.max_tokens = 96
+    config.evaluation.validation_limit = 512
+    # None of the benchmarks has reference texts: GRPO starts from the untrained policy.
+    config.warm_up.towards = "own_best"
+    config.warm_up.steps = 0
+    config.grpo.reward_shape = "linear"  # the paper's
+    config.grpo.steps = 500
+    config.grpo.batch_size = 64
+    config.grpo.group_size = 8
+    config.grpo.learning_rate = 5e-5
+    config.grpo.ramp_steps = 10
+    config.evaluation.every = 50
+    config.checkpoint.every = 50
+    return config

@@ -1,0 +1,46 @@
+"""Ranked lists and right answers in TREC's formats, as trec_eval and ir-measures read them.
+
+A run's line is `query Q0 item position score tag`, and one of the qrels `query 0 item 1`.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from urllib.parse import quote
+
+import numpy as np
+
+
+def run_lines(
+    queries: Sequence[str], items: Sequence[str], rows_QxD: np.ndarray, tag: str
+) -> Iterator[str]:
+    """Lines of a run file.
+
+    Readers sort by score and break ties in ways of their own, so the scores are D, D - 1, ...: they
+    say the order and nothing else.
+
+    Args:
+      queries: Q ids.
+      items: ids of the whole corpus.
+      rows_QxD: int, corpus rows, best first; -1 is padding behind them.
+      tag: the run's name.
+    """
+    items, tag = [word(item) for item in items], word(tag)
+    depth = rows_QxD.shape[1]
+    for query, rows in zip(queries, rows_QxD, strict=True):
+        name = word(query)
+        for i, row in enumerate(rows[rows >= 0].tolist()):
+            yield f"{name} Q0 {items[row]} {i + 1} {depth - i} {tag}\n"
+
+
+def qrel_lines(
+    queries: Sequence[str], items: Sequence[str], targets: Sequence[Sequence[int]]
+) -> Iterator[str]:
+    """Lines of a qrels file; a query whose right items are withheld has none."""
+    for query, rows in zip(queries, targets, strict=True):
+        for row in rows:
+            yield f"{word(query)} 0 {word(items[row])} 1\n"
+
+
+def word(name: str) -> str:
+    """An id as one word: these files are split at white space, which becomes %20 and its like."""
+    return re.sub(r"[\s%]", lambda character: quote(character[0]), name) or "%"
