@@ -9,12 +9,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import one_of_several
 import pytest
+from PIL import Image
 
-from grape_jax import checkpoint, processes, sharding
+from grape_jax import checkpoint, processes, retriever, sharding
 from grape_jax.errors import UserError
 
-PROGRAM = Path(__file__).with_name("one_of_several.py")
+PROGRAM = Path(one_of_several.__file__)
 
 
 def free_port() -> int:
@@ -55,10 +57,21 @@ def play(scene, folder, slurm=False):
     return [(p.returncode, *texts) for p, texts in zip(started, said, strict=True)]
 
 
-def test_two_processes_agree_and_share_every_batch(tmp_path):
-    for code, out, err in play("together", tmp_path):
+def test_two_processes_agree_and_share_batches_and_corpora(tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever, "BATCH", one_of_several.BATCH)
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(one_of_several.PICTURES):
+        pixels = rng.integers(0, 256, (80, 80, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:02d}.png")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    pictures = one_of_several.Pictures(tmp_path / "pictures")
+    alone = one_of_several.embed_and_search(tmp_path / "banks-alone", mesh, pictures)
+    np.savez(tmp_path / "alone.npz", **alone)
+    for code, out, err in play("together+gallery", tmp_path):
         assert code == 0, err[-3000:]
-        assert out.endswith("together done\n")
+        said = [line for line in out.splitlines() if line.endswith("done")]  # Gloo speaks too
+        assert said == ["together done", "gallery done"]
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(tmp_path):
