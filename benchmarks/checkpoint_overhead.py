@@ -32,7 +32,7 @@ def main() -> None:
     with checkpoint.open_manager(workdir, keep=1) as manager:
         for step in range(EVERY * SAVES + 2):
             began = time.perf_counter()
-            state, _, _ = train.explore(run, state, next(batches), step)
+            state, _, _ = train.explore(run, state, batches, step)
             seconds = time.perf_counter() - began
             if step < 2:  # compiles
                 continue

@@ -94,6 +94,8 @@ def refuse(config: ConfigDict) -> None:
             f"the PyTorch version does not know {', '.join(passed_over)}: teach it in "
             "benchmarks/pytorch/settings.py, then name them in keys.py."
         )
+    if sentence := keys.without_peer(config.to_dict()):
+        raise UserError(sentence)
     job.check(config)
 
 
@@ -230,14 +232,16 @@ def our_run(workdir: Path, seed: int) -> Run:
     if (workdir / "report.json").exists():
         for test in json.loads((workdir / "report.json").read_text())["test_sets"]:
             ranks = lambda method, test=test: {
-                decoding: [answer["rank"][f"{method}, {decoding}"] for answer in test["answers"]]
+                decoding: [
+                    answer["ranks"][f"{method}, {decoding}"][0] for answer in test["answers"]
+                ]
                 for decoding in ("greedy", "sampled")
             }
             tests.append(
                 {
                     "name": test["name"],
                     "shift": test["shift"],
-                    "concepts": [answer["concept"] for answer in test["answers"]],
+                    "groups": [answer["group"] for answer in test["answers"]],
                     "ranks": ranks("GRPO"),
                     "ranks_at_start": ranks("untrained"),
                 }
@@ -253,7 +257,7 @@ def their_run(directory: Path, seed: int) -> Run:
                 {
                     "name": test["name"],
                     "shift": test["shift"],
-                    "concepts": [query["concept"] for query in test["queries"]],
+                    "groups": [query["group"] for query in test["queries"]],
                     "ranks": {how: found["ranks"] for how, found in test["answers"].items()},
                 }
             )

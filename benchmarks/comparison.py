@@ -27,7 +27,7 @@ class Run:
     seed: int
     steps: list[dict]  # one for each GRPO step: "step", "seconds", "length", and what it logged
     process_bytes: int | None  # the most that the whole process held; None: it did not end
-    # Of each test set: "name", "shift", "concepts" and "ranks", from decoding to ranks; before
+    # Of each test set: "name", "shift", "groups" and "ranks", from decoding to ranks; before
     # training "ranks_at_start" where they were measured.
     tests: list[dict]
 
@@ -131,9 +131,10 @@ def recalls(runs: list[Run]) -> list[dict]:
             for decoding, found in ranks.items():
                 entry = {"test_set": which[0], "shift": which[1], "run": name}
                 entry |= {"decoding": decoding, "queries": len(found)}
-                for k in (1, 10):
-                    hits = metrics.hits_at(np.asarray(found), k)
-                    interval = metrics.clustered_bootstrap(hits, np.asarray(test["concepts"]))
+                cutoffs = (1, 10)
+                hits = np.stack([metrics.hits_at(np.asarray(found), k) for k in cutoffs], axis=1)
+                intervals = metrics.clustered_bootstrap(hits, np.asarray(test["groups"]))
+                for k, interval in zip(cutoffs, intervals, strict=True):
                     entry[f"recall_at_{k}"] = dataclasses.asdict(interval)
                 table.append(entry)
     return table

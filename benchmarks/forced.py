@@ -6,6 +6,7 @@ A child process of `benchmarks.compare`; `benchmarks.growth` uses its functions.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -53,7 +54,7 @@ def timed_steps(run: Job, batches: list) -> Iterator[dict]:
     for step, batch in enumerate(batches):
         memory.forget_peak()
         began = time.perf_counter()
-        state, metrics, _ = train.explore(run, state, batch, step)
+        state, metrics, _ = train.explore(run, state, itertools.repeat(batch), step)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         if metrics["length"] != run.config.rollout.max_tokens:
@@ -71,7 +72,7 @@ def main() -> None:
     like = run.queries(run.config.shifts[0], "train", 1)[0]
     batches = [
         [
-            (row["shift"], dataclasses.replace(like, text=row["query"], target=row["target"]))
+            (row["shift"], dataclasses.replace(like, text=row["query"], targets=(row["target"],)))
             for row in json.loads(line)
         ]
         for line in (task / "batches.jsonl").read_text().splitlines()

@@ -90,7 +90,7 @@ def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
     ready, growth = time.perf_counter() - began, peak_bytes() - before
     policy_bytes = sum(leaf.nbytes for leaf in leaves(run.base))
     state = run.fresh_state("grpo")
-    train.explore(run, state, next(train.data_iterators(run)["grpo"]), 0)
+    train.explore(run, state, train.data_iterators(run)["grpo"], 0)
     return {
         "file_bytes": file.stat().st_size,
         "seconds_ready": round(ready, 1),

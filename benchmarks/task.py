@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from benchmarks.pytorch.prompts import turns
 from grape_jax import evaluation, files, job, train
+from grape_jax.data import catalogue
+from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.retriever import SHIPPED
@@ -44,7 +46,8 @@ def write(order: dict) -> None:
     batches = forced_batches(run, order) if order["forced_tokens"] else own_batches(run, order)
     lines = [json.dumps([_row(*pair) for pair in batch], ensure_ascii=False) for batch in batches]
     files.replace(directory / "batches.jsonl", "\n".join(lines) + "\n")
-    tests = [] if order["forced_tokens"] else [_test(*found) for found in evaluation.test_sets(run)]
+    found = [] if order["forced_tokens"] else evaluation.test_sets(run)
+    tests = [_test(config, *test_set) for test_set in found]
     files.replace(directory / "tests.json", json.dumps(tests, ensure_ascii=False))
     resolved = json.loads(config.to_json_best_effort())
     resolved["policy"]["path"] = str(policy.resolve())
@@ -63,7 +66,7 @@ def start(config: ConfigDict, workdir: Path) -> tuple[Job, dict]:
     warm_up.grpo.steps = 0
     train.train(warm_up, workdir)
     run, state = restore(workdir)
-    return run, merged_variables(run, state.trained)
+    return dataclasses.replace(run, config=config), merged_variables(run, state.trained)
 
 
 def own_batches(run: Job, order: dict) -> list:
@@ -115,13 +118,25 @@ def text_of_length(tokenizer, prompt: ConfigDict, shift: str, text: str, length:
 
 
 def _row(shift: str, query) -> dict:
-    return {"shift": shift, "query": query.text, "target": int(query.targets[0]), "id": query.id}
+    return {"shift": shift, "query": query.text, "target": _target(query), "id": query.id}
 
 
-def _test(shift: str, split: str, queries: list) -> dict:
-    kept = ("id", "text", "concept", "target")
-    rows = [{name: getattr(query, name) for name in kept} for query in queries]
-    return {"name": evaluation.TEST_SETS[split], "shift": shift, "queries": rows}
+def _test(config: ConfigDict, shift: str, split: str, queries: list) -> dict:
+    names = catalogue.module(config.benchmark).TEST_SETS
+    rows = [
+        {"id": query.id, "text": query.text, "group": query.group, "target": _target(query)}
+        for query in queries
+    ]
+    return {"name": names[split], "shift": shift, "queries": rows}
+
+
+def _target(query: Query) -> int:
+    if len(query.targets) != 1 or query.image >= 0:
+        raise UserError(
+            f"query {query.id} is composed or has not exactly one right picture: the two versions "
+            "are compared on queries that are one text with one right picture."
+        )
+    return query.targets[0]
 
 
 def main() -> None:

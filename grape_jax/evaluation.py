@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from grape_jax import files, fusion, processes, report, run_files, text
+from grape_jax import files, fusion, processes, report, run_files, submission, text
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError
@@ -67,6 +67,14 @@ def test_sets(job: Job) -> list[tuple[str, str, list[Query]]]:
     ]
 
 
+def withheld_sets(job: Job) -> list[tuple[str, str, list[Query]]]:
+    """(shift, split, queries) of what a server judges; none where the evaluation is cut short."""
+    split = getattr(catalogue.module(job.config.benchmark), "WITHHELD", None)
+    if split is None or job.config.evaluation.test_limit:
+        return []
+    return [(shift, split, job.queries(shift, split)) for shift in job.config.shifts]
+
+
 def trained_method(config: ConfigDict) -> str:
     """What the policy at the end of training is called."""
     return GRPO if config.grpo.steps else WARM_UP
@@ -96,6 +104,10 @@ def still_to_write(job: Job, workdir: Path, method: str) -> list[Writing]:
         Writing(_path(workdir, shift, split, method, name), shift, split, queries, *how)
         for shift, split, queries in test_sets(job)
         for name, *how in kinds
+    ]
+    writings += [
+        Writing(_path(workdir, *where, method, "greedy"), *where, queries, *kinds[0][1:])
+        for *where, queries in withheld_sets(job)
     ]
     there = processes.agreed([writing.path.exists() for writing in writings])
     return [one for one, is_there in zip(writings, there, strict=True) if not is_there]
@@ -250,7 +262,9 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
 
 def write_report(run: Job, workdir: Path) -> None:
     """Tables, curves, pictures and run files from what the run left on disk."""
-    sets = all_answers(run, workdir)  # together with the other processes
+    # Searched together with the other processes.
+    sets = all_answers(run, workdir)
+    write_submissions(run, workdir)
     if not processes.is_writer():
         return
     path = workdir / "metrics.jsonl"
@@ -276,13 +290,32 @@ def write_report(run: Job, workdir: Path) -> None:
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 
+def write_submissions(job: Job, workdir: Path) -> None:
+    """What each method finds where only a server knows the truth, in the server's own format."""
+    for shift, split, queries in withheld_sets(job):
+        gallery = job.gallery(split)
+        paths = {m: _path(workdir, shift, split, m, "greedy") for m in (UNTRAINED, WARM_UP, GRPO)}
+        ids = [query.id for query in queries]
+        texts = {RAW: [query.text for query in queries]}
+        texts |= processes.agreed(
+            {m: _read(path, ids) for m, path in paths.items() if path.exists()}
+        )
+        for method, written in texts.items():
+            processes.at(f"the submission of {shift} {split} for {method}")
+            emb_QxE = job.retriever.embed_texts(written)
+            where = (gallery.corpus.ids, gallery.bank_NxE, emb_QxE)
+            name = f"{split}-{_file_name(method)}"
+            if processes.is_writer():
+                submission.write(workdir / "submission", queries, *where, name)
+
+
 def _write_run(job, workdir, shift, split, label, queries, rows_QxD) -> None:
     depth = job.config.evaluation.run_depth
     if not depth or not processes.is_writer():
         return
     folder = workdir / "trec"
     folder.mkdir(parents=True, exist_ok=True)
-    tag = re.sub(r"\W+", "_", label)
+    tag = _file_name(label)
     ids = [query.id for query in queries]
     lines = run_files.run_lines(ids, job.gallery(split).corpus.ids, rows_QxD[:, :depth], tag)
     files.replace_lines(folder / f"{shift}-{split}-{tag}.run", lines)
@@ -300,6 +333,10 @@ def _write_qrels(job, workdir, shift, split, queries) -> None:
 def _joined(lists: Sequence[Sequence[str]]) -> list[str]:
     """Each query's texts in one line."""
     return [" | ".join(texts) for texts in zip(*lists, strict=True)]
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"\W+", "_", label)
 
 
 def _numbered(name: str, number: int) -> str:

@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 from grape_jax import (
     captions,
     checkpoint,
+    grpo,
+    optimizer,
     pretrained,
     processes,
     ranking,
@@ -31,11 +33,14 @@ from grape_jax import (
 from grape_jax.data import benchmark, catalogue, local, xm3600
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
-from grape_jax.learner import GrpoConfig, Learner, OptimizerConfig, TrainState, init_state
+from grape_jax.grpo import GrpoConfig
+from grape_jax.learner import Learner, TrainState, init_state
 from grape_jax.models import policy
 from grape_jax.models.lora import LoraConfig
+from grape_jax.optimizer import OptimizerConfig
 from grape_jax.retriever import Retriever
 from grape_jax.rollout import SamplingConfig
+from grape_jax.scoring import RewardConfig, Scorer
 from grape_jax.text import PromptConfig
 from grape_jax.types import Index
 
@@ -146,21 +151,28 @@ class Job:
     def learner(self, phase: str) -> Learner:
         """The step functions' fixed part, for the phase "warm_up" or "grpo"."""
         config = self.config
-        optimizer = {f.name: config[phase][f.name] for f in dataclasses.fields(OptimizerConfig)}
-        grpo = {
-            f.name: config.grpo[f.name]
-            for f in dataclasses.fields(GrpoConfig)
-            if f.name != "temperature"
-        }
+        updates = config.grpo.passes if phase == "grpo" else 1
+        schedule = _of_config(OptimizerConfig, config[phase])
+        schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
+        rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
         return Learner(
             policy=self.policy,
             lora=self.lora,
-            optimizer=OptimizerConfig(**optimizer),
-            grpo=GrpoConfig(**grpo, temperature=config.rollout.temperature),
+            optimizer=OptimizerConfig(**schedule),
+            grpo=GrpoConfig(**_of_config(GrpoConfig, config.grpo), **rollout),
+            mesh=self.mesh,
+            microbatches=config[phase].microbatches,
+            logprob_chunk=config.policy.logprob_chunk,
+        )
+
+    def scorer(self) -> Scorer:
+        """What fixes how rewrites are ranked and paid."""
+        return Scorer(
+            reward=RewardConfig(**_of_config(RewardConfig, self.config.grpo)),
             retriever=self.retriever.config,
             corpus_size=len(self.gallery("train")),
+            stop_ids=self.stop_ids,
             mesh=self.mesh,
-            logprob_chunk=config.policy.logprob_chunk,
         )
 
     def fresh_state(self, phase: str) -> TrainState:
@@ -199,7 +211,8 @@ def build(config: ConfigDict) -> Job:
     check(config)
     processes.writer_first(lambda: catalogue.prepare(config))
     mesh = sharding.make_mesh(**config.mesh)
-    base = pretrained.load_policy(policy_path(config.policy.path), mesh=mesh)
+    held = config.policy.dtype if config.lora.rank else "float32"  # what is trained is float32
+    base = pretrained.load_policy(policy_path(config.policy.path), held, mesh)
     check_chat(config, base.tokenizer)
     found = retriever.load(config.retriever.path or None)
     if found.preprocess is None and catalogue.load_precomputed(config) is None:
@@ -211,7 +224,9 @@ def build(config: ConfigDict) -> Job:
     run = Job(
         config=config,
         mesh=mesh,
-        policy=dataclasses.replace(base.config, remat=config.policy.remat),
+        policy=dataclasses.replace(
+            base.config, remat=config.policy.remat, dtype=config.policy.dtype
+        ),
         base=base.params,
         lora=LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
         tokenizer=base.tokenizer,
@@ -261,12 +276,35 @@ def check(config: ConfigDict) -> None:
     one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
     for method in config.evaluation.methods:
         one_of("evaluation.methods", method, results.EXTRAS)
-    one_of("grpo.advantage_scale", config.grpo.advantage_scale, ("group", "none"))
+    one_of("policy.dtype", config.policy.dtype, pretrained.DTYPES)
+    one_of("grpo.aggregation", config.grpo.aggregation, grpo.AGGREGATIONS)
+    one_of("grpo.advantage_scale", config.grpo.advantage_scale, grpo.ADVANTAGE_SCALES)
+    one_of("grpo.baseline", config.grpo.baseline, grpo.BASELINES)
+    one_of("grpo.ratio_level", config.grpo.ratio_level, grpo.RATIO_LEVELS)
+    one_of("grpo.kl_estimator", config.grpo.kl_estimator, grpo.KL_ESTIMATORS)
+    one_of("grpo.reference", config.grpo.reference, grpo.REFERENCES)
+    for phase in ("warm_up", "grpo"):
+        one_of(f"{phase}.schedule", config[phase].schedule, optimizer.SCHEDULES)
+    _check_grpo(config.grpo, config.lora.rank)
     for target in config.lora.targets:
         one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
-    for key in ("checkpoint.every", "checkpoint.keep", "log.sample_every", "policy.logprob_chunk"):
+    for key in (
+        "checkpoint.every",
+        "checkpoint.keep",
+        "log.sample_every",
+        "policy.logprob_chunk",
+        "warm_up.microbatches",
+        "grpo.microbatches",
+    ):
         if config[key.split(".")[0]][key.split(".")[1]] < 1:
             raise UserError(f"{key} must be 1 or more.")
+    for phase in ("warm_up", "grpo"):
+        size, parts = config[phase].batch_size, config[phase].microbatches
+        if size % parts:
+            raise UserError(
+                f"{phase}.batch_size={size} does not divide into {phase}.microbatches={parts}: "
+                f"make it a multiple of {parts}."
+            )
     if config.max_skipped < 1:
         raise UserError("max_skipped must be 1 or more.")
     if config.checkpoint.keep_best < 0 or config.step_timeout < 0:
@@ -313,6 +351,39 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"prompt.buckets={tuple(config.prompt.buckets)} must be lengths from 1 that rise and "
             f"stay below prompt.max_tokens={config.prompt.max_tokens}, which is the last bucket."
+        )
+
+
+def _check_grpo(config: ConfigDict, lora_rank: int) -> None:
+    """Refuses what contradicts itself among the keys of `grpo`."""
+    if config.passes < 1:
+        raise UserError("grpo.passes must be 1 or more.")
+    if config.kl_weight < 0:
+        raise UserError("grpo.kl_weight must be 0 or more; 0 leaves the reference policy out.")
+    if not 0 <= config.clip_low < 1 or config.clip_high < 0:
+        raise UserError("grpo.clip_low must be from 0 to below 1, and grpo.clip_high 0 or more.")
+    if config.delta and config.delta <= 1 + config.clip_high:
+        raise UserError(
+            f"grpo.delta={config.delta} must be above 1 + grpo.clip_high = {1 + config.clip_high}, "
+            "where the clip already holds the ratio; 0 switches it off."
+        )
+    if config.truncated_penalty < 0:
+        raise UserError("grpo.truncated_penalty must be 0 or more: it is taken from the reward.")
+    if config.refills < 0 or (config.refills and not config.drop_flat_groups):
+        raise UserError("grpo.refills must be 0 or more, and needs grpo.drop_flat_groups=True.")
+    if config.reference_sync_every < 0 or not 0 < config.reference_mix <= 1:
+        raise UserError(
+            "grpo.reference_sync_every must be 0 or more, grpo.reference_mix above 0, at most 1."
+        )
+    if config.reference_sync_every and not (config.kl_weight and config.reference == "start"):
+        raise UserError(
+            "grpo.reference_sync_every needs a reference that can follow: set "
+            "grpo.reference='start' and a grpo.kl_weight above 0."
+        )
+    if config.reference_sync_every and config.reference_mix < 1 and lora_rank:
+        raise UserError(
+            "grpo.reference_mix must be 1 under LoRA: a mix of two adapters' factors is not the "
+            "adapter of the mixed weights."
         )
 
 
@@ -368,15 +439,14 @@ def _check_sizes(run: Job) -> int:
                 f"{phase}.batch_size={config[phase].batch_size} is more than the {known} training "
                 "queries: lower it, or give more queries."
             )
-    parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    sizes = {"warm_up.batch_size": config.warm_up.batch_size}
-    sizes |= {"grpo.batch_size": config.grpo.batch_size}
-    sizes |= {"evaluation.batch_size": config.evaluation.batch_size}
-    for key, size in sizes.items():
-        if size < 1 or size % parts:
+    devices = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    for phase in ("warm_up", "grpo", "evaluation"):
+        size, parts = config[phase].batch_size, config[phase].get("microbatches", 1)
+        if size < 1 or size % (devices * parts):
+            times = f" x {phase}.microbatches = {parts}" if parts > 1 else ""
             raise UserError(
-                f"{key}={size} does not divide over data x fsdp = {parts} devices: make it a "
-                "multiple of that."
+                f"{phase}.batch_size={size} does not divide over data x fsdp = {devices} devices"
+                f"{times}: make it a multiple of {devices * parts}."
             )
     return most_targets
 
@@ -445,6 +515,11 @@ def policy_path(path: str) -> Path:
             "or name a model with --config.policy.path=PATH."
         )
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _of_config(kind, section: ConfigDict) -> dict:
+    """The fields of a dataclass that a section of the config has."""
+    return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
 
 
 def _prompt_config(config: ConfigDict, shift: str) -> PromptConfig:

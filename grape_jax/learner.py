@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from grape_jax import grpo, rewards, sharding
-from grape_jax.models import policy, towers
+from grape_jax import grpo, scoring, sharding
+from grape_jax.grpo import GrpoConfig
+from grape_jax.models import policy
 from grape_jax.models.lora import LoraConfig
-from grape_jax.ranking import target_ranks
-from grape_jax.types import Index, Prompts, Ranks, Rewrites, Rollout
+from grape_jax.optimizer import OptimizerConfig, make_optimizer
+from grape_jax.types import Prompts, Rollout, Scores
 
 
 @flax.struct.dataclass
@@ -22,36 +23,9 @@ class TrainState:
     """All that training changes; donated to every step."""
 
     step: jax.Array  # int32, steps done
-    trained: dict  # the adapter, or all parameters
-    reference: dict | None  # `trained` as GRPO began with it; None where no KL is asked for
+    trained: dict  # the adapter, or all parameters; float32
+    reference: dict | None  # `trained` as GRPO began with it; None where the config keeps none
     optimizer: optax.OptState
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    learning_rate: float
-    steps: int  # length of the schedule
-    ramp_steps: int  # linear, from one notch above 0
-    final_fraction: float  # of the learning rate, reached linearly at `steps`
-    weight_decay: float
-    max_grad_norm: float
-
-
-@dataclasses.dataclass(frozen=True)
-class GrpoConfig:
-    kl_weight: float  # 0 leaves the reference policy out of the step
-    clip_low: float
-    clip_high: float
-    advantage_scale: str  # "group" or "none"
-    reward_shape: str  # one of rewards.SHAPES
-    reward_normalised: bool  # of "linear"
-    reward_k: int  # of "ndcg" and "recall"
-    reward_temperature: float  # of "contrastive"
-    reward_weight: float
-    format_weight: float
-    format_rule: str  # one of rewards.FORMAT_RULES
-    malformed_reward: float
-    temperature: float  # the rollout's; log-probs are those of the distribution sampled from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,33 +36,22 @@ class Learner:
     lora: LoraConfig | None
     optimizer: OptimizerConfig
     grpo: GrpoConfig
-    retriever: towers.RetrieverConfig
-    corpus_size: int
     mesh: Mesh
+    microbatches: int  # parts of a batch, by prompts, whose activations exist at one time
     logprob_chunk: int  # completion positions whose vocabulary scores exist at one time
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient; the rate ramps up and then falls linearly."""
-    down = max(1, config.steps - config.ramp_steps)
-    rate = optax.join_schedules(
-        [
-            # Starts one notch above zero: a step that changes nothing is a wasted rollout.
-            optax.linear_schedule(
-                config.learning_rate / max(1, config.ramp_steps),
-                config.learning_rate,
-                max(1, config.ramp_steps - 1),
-            ),
-            optax.linear_schedule(
-                config.learning_rate, config.learning_rate * config.final_fraction, down
-            ),
-        ],
-        [config.ramp_steps],
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=config.weight_decay),
-    )
+@flax.struct.dataclass
+class Lesson:
+    """A batch as the loss reads it."""
+
+    prompts: Prompts
+    tokens_BxKxT: jax.Array  # int32
+    mask_BxKxT: jax.Array  # bool, tokens that teach
+    weight_BxKxT: jax.Array  # float32, what each token weighs in the loss
+    old_BxKxT: jax.Array | None = None  # float32, log-probs under the policy that sampled
+    reference_BxKxT: jax.Array | None = None  # float32, log-probs under the reference policy
+    advantage_BxK: jax.Array | None = None  # float32
 
 
 def init_state(learner: Learner, key: jax.Array, base) -> TrainState:
@@ -99,7 +62,7 @@ def init_state(learner: Learner, key: jax.Array, base) -> TrainState:
             trained = jax.tree.map(jnp.copy, base)
         else:
             trained = nn.unbox(policy.init(learner.policy, key, learner.lora)["lora"])
-        reference = jax.tree.map(jnp.copy, trained) if learner.grpo.kl_weight else None
+        reference = jax.tree.map(jnp.copy, trained) if learner.grpo.keeps_reference else None
         optimizer = make_optimizer(learner.optimizer).init(trained)
         return TrainState(jnp.int32(0), trained, reference, optimizer)
 
@@ -114,7 +77,7 @@ def begin_grpo(learner: Learner, state: TrainState) -> TrainState:
     """
     shardings = state_shardings(learner)
     start = jax.jit(make_optimizer(learner.optimizer).init, out_shardings=shardings.optimizer)
-    reference = jax.tree.map(jnp.copy, state.trained) if learner.grpo.kl_weight else None
+    reference = jax.tree.map(jnp.copy, state.trained) if learner.grpo.keeps_reference else None
     return state.replace(reference=reference, optimizer=start(state.trained))
 
 
@@ -132,7 +95,7 @@ def state_shardings(learner: Learner) -> TrainState:
         trained,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, trained, trained if learner.grpo.kl_weight else None, moments)
+    return TrainState(whole, trained, trained if learner.grpo.keeps_reference else None, moments)
 
 
 def policy_variables(learner: Learner, base, trained) -> dict:
@@ -143,170 +106,186 @@ def policy_variables(learner: Learner, base, trained) -> dict:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def warm_up_step(learner: Learner, state: TrainState, base, prompts: Prompts, tokens, mask):
     """One supervised step: raises the likelihood of the references, tokens and mask `[B, 1, T]`."""
+    lesson = Lesson(prompts, tokens, mask, mask / jnp.maximum(mask.sum(), 1))
 
-    def loss_of(trained):
+    def loss_of(trained, part: Lesson):
         variables = policy_variables(learner, base, trained)
-        logprobs, entropy = token_logprobs(learner, variables, prompts, tokens, 1.0)
-        return -grpo.masked_mean(logprobs, mask), grpo.masked_mean(entropy, mask)
+        logprobs, entropy = token_logprobs(learner, variables, part.prompts, part.tokens_BxKxT, 1.0)
+        return -jnp.sum(jnp.where(part.mask_BxKxT, logprobs, 0) * part.weight_BxKxT), entropy
 
-    (loss, entropy), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+    loss, grads, entropy = accumulate(learner, loss_of, state.trained, lesson)
     state, applied = _update(learner, state, loss, grads)
-    return state, {"loss": loss, "entropy": entropy} | applied
+    state = state.replace(step=state.step + 1)
+    return state, {"loss": loss, "entropy": grpo.masked_mean(entropy, mask)} | applied
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def grpo_step(
-    learner: Learner,
-    state: TrainState,
-    base,
-    retriever_params,
-    index: Index,
-    prompts: Prompts,
-    targets_BxP: jax.Array,
-    rollout: Rollout,
-    rewrites: Rewrites,
-    excluded_BxX: jax.Array | None = None,
-    raw_rank_B: jax.Array | None = None,
+    learner: Learner, state: TrainState, base, prompts: Prompts, rollout: Rollout, scores: Scores
 ):
-    """One GRPO step: text tower, exact ranks over the corpus, rewards, advantages, update.
+    """One GRPO step: advantages, and one or more passes of loss, gradient and update.
 
     Args:
       base: frozen parameters, over which the adapter lies.
-      index: from `ranking.shard_corpus`.
-      targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
-      excluded_BxX: int32 corpus rows that leave the corpus for a query, -1 is padding.
-      raw_rank_B: int32, what the queries themselves rank; of the reward "improvement" only.
+      scores: from `scoring.score_rewrites`.
 
     Returns:
-      state: one step further; unchanged but for the step where the loss was not finite.
-      metrics: scalars, and `rank_BxK` and `reward_BxK` for the log.
+      state: one step further; a pass whose loss was not finite changes nothing else.
+      metrics: scalars; those of an update are means over the passes.
     """
     config = learner.grpo
-    tokens, mask = rollout.tokens_BxKxT, rollout.mask_BxKxT
-    ranks = rank_rewrites(learner, retriever_params, index, rewrites, targets_BxP, excluded_BxX)
-    rank_BxK = rewards.best_rank(ranks.rank_QxP)
-    score_BxK = reward_score(learner, ranks, raw_rank_B)
-    parts = rewards.parts(
-        score_BxK,
-        rewrites.well_formed_BxK,
-        rewrites.has_text_BxK,
-        weight=config.reward_weight,
-        format_weight=config.format_weight,
-        format_rule=config.format_rule,
-        malformed=config.malformed_reward,
-    )
-    reward_BxK = parts["rank"] + parts["format"]
-    advantage_BxK = grpo.advantages(reward_BxK, config.advantage_scale)
+    lesson = read_lesson(learner, state, base, prompts, rollout, scores)
+    flat_B = grpo.flat_groups(scores.reward_BxK)
 
-    logprobs_under = functools.partial(
-        token_logprobs,
-        learner,
-        prompts=prompts,
-        tokens_BxKxT=tokens,
-        temperature=config.temperature,
-    )
-    if config.kl_weight:
-        reference, _ = logprobs_under(policy_variables(learner, base, state.reference))
-    else:
-        reference = None
+    taught = lesson.weight_BxKxT > 0
 
-    def loss_of(trained):
-        logprobs, entropy = logprobs_under(policy_variables(learner, base, trained))
-        objective, clipped = grpo.clipped_objective(
-            logprobs, rollout.logprobs_BxKxT, advantage_BxK, config.clip_low, config.clip_high
+    def one_pass(state: TrainState, _):
+        loss, grads, (logprobs, entropy) = policy_gradient(learner, state.trained, base, lesson)
+        state, applied = _update(learner, state, loss, grads)
+        # How far learner and sampler disagree on the same tokens: rounding only, in the first pass.
+        gap = jnp.max(jnp.abs(logprobs - rollout.logprobs_BxKxT) * rollout.mask_BxKxT)
+        seen = grpo.diagnostics(
+            config,
+            logprobs,
+            lesson.old_BxKxT,
+            lesson.reference_BxKxT,
+            lesson.advantage_BxK,
+            taught,
         )
-        mean = functools.partial(grpo.masked_mean, mask=mask)
-        loss = -mean(objective)
-        terms = {
-            "entropy": mean(entropy),
-            "clip_fraction": mean(clipped),
-            # How far learner and sampler disagree on the same tokens: rounding only, while each
-            # batch is used once.
-            "sampler_gap": jnp.max(jnp.abs(logprobs - rollout.logprobs_BxKxT) * mask),
-        }
-        if reference is not None:
-            # Nothing trains the padding, so its ratio may overflow: it is taken out first.
-            kept = lambda x: jnp.where(mask, x, 0.0)
-            terms["kl"] = mean(grpo.kl_to_reference(kept(logprobs), kept(reference)))
-            loss += config.kl_weight * terms["kl"]
-        return loss, terms
+        seen |= {"loss": loss, "entropy": grpo.masked_mean(entropy, taught)}
+        return state, seen | applied | {"sampler_gap": gap}
 
-    (loss, terms), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
-    state, applied = _update(learner, state, loss, grads)
-    metrics = {
-        "loss": loss,
-        **_spread("reward", reward_BxK),
-        **_spread("rank_reward", score_BxK),
-        **_spread("rank_reward_weighted", parts["rank"]),
-        **_spread("well_formed", rewrites.well_formed_BxK.astype(jnp.float32)),
-        **_spread("format_reward_weighted", parts["format"]),
-        "groups_without_variance": (reward_BxK.std(axis=1) < 1e-6).mean(),
-        "median_rank": jnp.median(rank_BxK),
-        "recall_at_10": (rank_BxK <= 10).mean(),
-        # Whether scores inflate: similarities that rise everywhere find nothing.
-        "target_similarity": rewards.similarity(ranks.rank_QxP, ranks.similarity_QxP).mean(),
-        "length": mask.sum(-1).mean(),
-        "rank_BxK": rank_BxK,
-        "reward_BxK": reward_BxK,
+    state, passes = jax.lax.scan(one_pass, state, length=config.passes)
+    metrics = {name: value.mean() for name, value in passes.items()}
+    metrics["sampler_gap"] = passes["sampler_gap"][0]
+    state = _sync_reference(config, state.replace(step=state.step + 1))
+    return state, metrics | scoring.summary(scores) | {
+        "groups_without_variance": flat_B.mean(),
+        "groups_dropped": flat_B.sum() if config.drop_flat_groups else jnp.int32(0),
+        **_lengths(rollout, scores),
+        "tokens": prompts.mask_BxS.sum() + rollout.mask_BxKxT.sum(),
     }
-    return state, metrics | terms | applied
 
 
-def rank_rewrites(
-    learner, retriever_params, index, rewrites: Rewrites, targets_BxP, excluded_BxX=None
-):
-    """Ranks of each rewrite's targets over the whole corpus, with `[B, K]` for Q."""
-    B, K, L = rewrites.tokens_BxKxL.shape
-    emb_QxE = towers.embed_texts(
-        learner.retriever,
-        towers.gather(retriever_params, learner.mesh),
-        rewrites.tokens_BxKxL.reshape(B * K, L),
-        rewrites.mask_BxKxL.reshape(B * K, L),
+def read_lesson(
+    learner: Learner, state: TrainState, base, prompts: Prompts, rollout: Rollout, scores: Scores
+) -> Lesson:
+    """All that the passes over a batch share: weights, advantages, reference log-probs."""
+    config = learner.grpo
+    mask = rollout.mask_BxKxT
+    if config.mask_truncated:
+        mask &= scores.ended_BxK[..., None]
+    counted_B = jnp.ones(mask.shape[0], bool)
+    if config.drop_flat_groups:
+        counted_B = ~grpo.flat_groups(scores.reward_BxK)
+    lesson = Lesson(
+        prompts=prompts,
+        tokens_BxKxT=rollout.tokens_BxKxT,
+        mask_BxKxT=mask,
+        weight_BxKxT=grpo.token_weights(mask, counted_B, config.aggregation, config.max_tokens),
+        old_BxKxT=rollout.logprobs_BxKxT,
+        advantage_BxK=grpo.advantages(scores.reward_BxK, config.advantage_scale, config.baseline),
     )
-    ranks = target_ranks(
-        emb_QxE,
-        index,
-        jnp.repeat(targets_BxP, K, axis=0),
-        None if excluded_BxX is None else jnp.repeat(excluded_BxX, K, axis=0),
-        mesh=learner.mesh,
-        size=learner.corpus_size,
-        temperature=learner.grpo.reward_temperature,
-    )
-    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), ranks)
+    if not config.kl_weight:
+        return lesson
+    variables, lora = {"params": base}, None
+    if config.reference == "start":
+        variables, lora = policy_variables(learner, base, state.reference), learner.lora
+    as_reference = dataclasses.replace(learner, lora=lora)
+
+    def logprobs_of(part: Lesson):
+        return token_logprobs(
+            as_reference, variables, part.prompts, part.tokens_BxKxT, config.temperature
+        )[0]
+
+    reference = jax.lax.map(logprobs_of, _split(learner, lesson))
+    return lesson.replace(reference_BxKxT=_join(reference))
 
 
-def reward_score(learner: Learner, ranks: Ranks, raw_rank_B: jax.Array | None) -> jax.Array:
-    """What each rewrite's ranks are worth under the configured shape: float32 `[B, K]`."""
-    config, size = learner.grpo, learner.corpus_size
-    rank_BxKxP, rank_BxK = ranks.rank_QxP, rewards.best_rank(ranks.rank_QxP)
-    match config.reward_shape:
-        case "linear":
-            return rewards.linear(rank_BxK, size, config.reward_normalised)
-        case "log":
-            return rewards.log(rank_BxK, size)
-        case "reciprocal":
-            return rewards.reciprocal(rank_BxK)
-        case "ndcg":
-            return rewards.ndcg(rank_BxKxP, config.reward_k)
-        case "recall":
-            return rewards.recall(rank_BxKxP, config.reward_k)
-        case "rank_incentive":
-            return rewards.rank_incentive(rank_BxK)
-        case "similarity":
-            return rewards.similarity(rank_BxKxP, ranks.similarity_QxP)
-        case "contrastive":
-            return rewards.contrastive(
-                rank_BxKxP, ranks.similarity_QxP, ranks.log_partition_Q, config.reward_temperature
-            )
-        case "improvement":
-            return rewards.improvement(rank_BxK, raw_rank_B[:, None])
-    raise ValueError(f"unknown reward shape {config.reward_shape!r}")
+def policy_gradient(learner: Learner, trained, base, lesson: Lesson):
+    """Loss, its gradient in `trained`, and log-probs and entropy of every token `[B, K, T]`."""
+    config = learner.grpo
+
+    def loss_of(trained, part: Lesson):
+        variables = policy_variables(learner, base, trained)
+        logprobs, entropy = token_logprobs(
+            learner, variables, part.prompts, part.tokens_BxKxT, config.temperature
+        )
+        losses = grpo.token_losses(
+            config,
+            logprobs,
+            part.old_BxKxT,
+            part.reference_BxKxT,
+            part.advantage_BxK,
+            part.mask_BxKxT,
+        )
+        return jnp.sum(losses * part.weight_BxKxT), (logprobs, entropy)
+
+    return accumulate(learner, loss_of, trained, lesson)
 
 
-def _spread(name: str, value_BxK: jax.Array) -> dict[str, jax.Array]:
-    """For the log: the mean, and the mean of the groups' standard deviations."""
-    in_group = value_BxK.std(axis=1, ddof=1).mean()
-    return {name: value_BxK.mean(), f"{name}_in_group_std": in_group}
+def accumulate(learner: Learner, loss_of, trained, lesson: Lesson):
+    """Loss and gradient of a whole batch, one microbatch's activations at a time.
+
+    The tokens' weights are those of the whole batch, so the microbatches' losses and gradients add
+    up to it: there is no mean of means.
+
+    Args:
+      loss_of: maps trained parameters and a part of the lesson to its share of the loss, and to
+        arrays with the part's prompts on their first axis.
+
+    Returns:
+      loss, gradients, and the arrays of the whole batch.
+    """
+
+    def add(total, part: Lesson):
+        (loss, seen), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), seen
+
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    (loss, grads), seen = jax.lax.scan(add, nothing, _split(learner, lesson))
+    return loss, grads, jax.tree.map(_join, seen)
+
+
+def _split(learner: Learner, tree):
+    """`[B, ...]` to `[microbatches, B / microbatches, ...]`.
+
+    A microbatch takes every n-th prompt, so that each device finds its share among its own.
+    """
+    parts = learner.microbatches
+    apart = lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    along = sharding.logical(learner.mesh, None, "batch")
+    return jax.lax.with_sharding_constraint(jax.tree.map(apart, tree), along)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """What `_split` took apart."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _sync_reference(config: GrpoConfig, state: TrainState) -> TrainState:
+    """Moves the reference towards the policy every so many steps (TR-DPO, arXiv 2404.09656)."""
+    if not (config.keeps_reference and config.reference_sync_every):
+        return state
+    due = state.step % config.reference_sync_every == 0
+    mix = config.reference_mix
+    move = lambda new, old: jnp.where(due, mix * new + (1 - mix) * old, old)
+    return state.replace(reference=jax.tree.map(move, state.trained, state.reference))
+
+
+def _lengths(rollout: Rollout, scores: Scores) -> dict[str, jax.Array]:
+    """Completion lengths in tokens, of all and of those that ended; 0 where none did."""
+    length_BxK = rollout.mask_BxKxT.sum(-1)
+    ended_BxK = scores.ended_BxK
+    shortest = length_BxK.min(where=ended_BxK, initial=rollout.mask_BxKxT.shape[-1])
+    return {
+        "length": length_BxK.mean(),
+        "length_min": length_BxK.min(),
+        "length_max": length_BxK.max(),
+        "ended_length": grpo.masked_mean(length_BxK, ended_BxK),
+        "ended_length_min": jnp.where(ended_BxK.any(), shortest, 0),
+        "ended_length_max": length_BxK.max(where=ended_BxK, initial=0),
+    }
 
 
 def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
@@ -352,7 +331,6 @@ def _update(learner: Learner, state: TrainState, loss, grads):
     trained = optax.apply_updates(state.trained, updates)
     keep = lambda new, old: jnp.where(finite, new, old)
     state = state.replace(
-        step=state.step + 1,
         trained=jax.tree.map(keep, trained, state.trained),
         optimizer=jax.tree.map(keep, optimizer, state.optimizer),
     )

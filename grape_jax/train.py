@@ -8,6 +8,7 @@ The same command again goes on where a run was stopped. On several machines each
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -30,6 +32,7 @@ from grape_jax import (
     command_line,
     evaluation,
     files,
+    grpo,
     job,
     processes,
     retriever,
@@ -43,7 +46,8 @@ from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
 from grape_jax.rewriter import Answer, encode, merged_variables, ranks_of, read_answers
 from grape_jax.rollout import filtered_mass, sample
-from grape_jax.types import Rewrites
+from grape_jax.scoring import score_rewrites
+from grape_jax.types import Prompts, Rewrites, Rollout, Scores
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
 SHOWN_QUERIES = 3  # of a step, in the table of rewrites
@@ -181,7 +185,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             state, metrics = warm_up(run, state, next(batches["warm_up"]), step)
         else:
             phase = "grpo"
-            state, metrics, table = explore(run, state, next(batches["grpo"]), step)
+            state, metrics, table = explore(run, state, batches["grpo"], step)
             log.keep_rewrites(step, table)
             if step % config.log.sample_every == 0 and processes.is_writer():
                 tqdm.write(sample_table(step, table))
@@ -313,40 +317,46 @@ def own_pictures(queries: Sequence[Query]) -> np.ndarray | None:
     return rows_Bx1
 
 
-def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, dict, list[dict]]:
-    """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
-    config = run.config
-    shifts, queries = zip(*batch, strict=True)
-    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
-    rows = run.targets(queries), own_pictures(queries)
-    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A batch of queries, what the policy wrote for them, and what that is worth.
 
-    temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
-    sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
+    Every process knows the texts of all.
+    """
+
+    batch: list[tuple[str, Query]]  # with their shifts
+    answers: list[list[Answer]]
+    prompts: Prompts
+    rollout: Rollout
+    scores: Scores
+
+
+def explore(run: Job, state: TrainState, batches, step: int) -> tuple[TrainState, dict, list[dict]]:
+    """One GRPO step: sample, read the rewrites, rank, learn. Also the table of what was written."""
+    key = jax.random.key(run.config.seed)
     variables = merged_variables(run, state.trained)
-    rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
-    answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
+    found = experience(run, variables, next(batches), jax.random.fold_in(key, step))
+    rollouts, refilled = 1, 0
+    while rollouts <= run.config.grpo.refills and flat_groups(run, found).any():
+        # Beyond the last step's number: no two rollouts of a run share a key.
+        steps = run.config.warm_up.steps + run.config.grpo.steps
+        again = jax.random.fold_in(key, step + rollouts * steps)
+        found, replaced = refill(run, found, experience(run, variables, next(batches), again))
+        rollouts, refilled = rollouts + 1, refilled + replaced
     state, metrics = grpo_step(  # jit, state donated
-        run.learner("grpo"),
-        state,
-        run.base,
-        run.retriever.params,
-        run.gallery("train").index,
-        prompts,
-        targets,
-        rollout,
-        rewrites,
-        excluded,
-        raw_ranks(run, queries),
+        run.learner("grpo"), state, run.base, found.prompts, found.rollout, found.scores
     )
-    if sampling.filtered:
-        metrics["sampler_filtered_mass"] = filtered_mass(rollout)
-    per_rewrite = metrics.pop("rank_BxK"), metrics.pop("reward_BxK")
-    rank_BxK, reward_BxK = sharding.own(run.mesh, per_rewrite)
-    metrics = sharding.whole(run.mesh, metrics)
-    metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
-    table = [
+    if found.rollout.filtered_logprobs_BxKxT is not None:
+        metrics["sampler_filtered_mass"] = filtered_mass(found.rollout)
+    metrics, paid = sharding.whole(run.mesh, (metrics, found.scores))
+    metrics |= {"rollouts": rollouts, "groups_refilled": refilled}
+    metrics["prompt_length"] = found.prompts.tokens_BxS.shape[1]
+    return state, {name: float(value) for name, value in metrics.items()}, table_of(found, paid)
+
+
+def table_of(found: Experience, paid: Scores) -> list[dict]:
+    """What was written for each query of a step; the scores on the host."""
+    return [
         {
             "shift": shift,
             "id": query.id,
@@ -355,12 +365,83 @@ def explore(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
             "targets": list(query.targets),
             "rewrites": [table_entry(*of_one) for of_one in zip(*of_group, strict=True)],
         }
-        for shift, query, *of_group in zip(
-            shifts, queries, answers, rank_BxK, reward_BxK, strict=True
+        for (shift, query), *of_group in zip(
+            found.batch, found.answers, paid.rank_BxK, paid.reward_BxK, strict=True
         )
     ]
-    table = sharding.all_rows(run.mesh, table)
-    return state, {name: float(value) for name, value in metrics.items()}, table
+
+
+def experience(run: Job, variables, batch, key) -> Experience:
+    """Samples rewrites of a batch of queries, reads them, and ranks what they say.
+
+    Args:
+      batch: (shift, query) of the rows that this process holds.
+    """
+    config = run.config
+    shifts, queries = zip(*batch, strict=True)
+    host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
+    rows = run.targets(queries), own_pictures(queries)
+    prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
+    temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
+    sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
+    rollout = sample(run.policy, sampling, variables, prompts, key)  # jit
+    answers, rewrites = read_rewrites(run, rollout)  # host: text in, retriever tokens out
+    scores = score_rewrites(  # jit
+        run.scorer(),
+        run.retriever.params,
+        run.gallery("train").index,
+        targets,
+        rollout,
+        rewrites,
+        excluded,
+        raw_ranks(run, queries),
+    )
+    told = [
+        (shift, dataclasses.asdict(query), group)
+        for shift, query, group in zip(shifts, queries, answers, strict=True)
+    ]
+    told = sharding.all_rows(run.mesh, told)
+    batch = [(shift, Query(**fields)) for shift, fields, _ in told]
+    answers = [[Answer(*one) for one in group] for *_, group in told]
+    return Experience(batch, answers, prompts, rollout, scores)
+
+
+def flat_groups(run: Job, found: Experience) -> np.ndarray:
+    """Which groups have no variance in their rewards: bool `[B]`, on the host."""
+    return np.asarray(grpo.flat_groups(sharding.whole(run.mesh, found.scores.reward_BxK)))
+
+
+def refill(run: Job, found: Experience, more: Experience) -> tuple[Experience, int]:
+    """Groups without variance make way for groups with some (DAPO's dynamic sampling, 2503.14476).
+
+    Returns:
+      The batch, of the same size, and how many groups were replaced.
+    """
+    free, good = np.flatnonzero(flat_groups(run, found)), np.flatnonzero(~flat_groups(run, more))
+    replaced = min(len(free), len(good))
+    size = len(found.batch)
+    row_B = np.arange(size)
+    row_B[free[:replaced]] = size + good[:replaced]
+    choose = lambda one, other: [(one + other)[row] for row in row_B]
+    arrays_of = lambda one: (one.prompts, one.rollout, one.scores)
+    prompts, rollout, scores = _choose_rows(run.mesh, arrays_of(found), arrays_of(more), row_B)
+    batch, answers = choose(found.batch, more.batch), choose(found.answers, more.answers)
+    return Experience(batch, answers, prompts, rollout, scores), replaced
+
+
+def _widened(prompts: Prompts, length: int) -> Prompts:
+    """Prompts of one bucket, padded on the left to the length of another."""
+    more = ((0, 0), (length - prompts.tokens_BxS.shape[1], 0))
+    return jax.tree.map(lambda x: jnp.pad(x, more), prompts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _choose_rows(mesh, one, other, row_B):
+    """Rows of two batches laid end to end, placed as a batch."""
+    length = max(prompts.tokens_BxS.shape[1] for prompts, *_ in (one, other))
+    one, other = ((_widened(prompts, length), *rest) for prompts, *rest in (one, other))
+    chosen = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[row_B], one, other)
+    return jax.lax.with_sharding_constraint(chosen, sharding.logical(mesh, "batch"))
 
 
 def table_entry(answer: Answer, rank, reward) -> dict:

@@ -39,6 +39,20 @@ class Rewrites:
 
 
 @flax.struct.dataclass
+class Scores:
+    """What each rewrite was paid, and for what."""
+
+    reward_BxK: jax.Array  # float32, the sum of all parts
+    shaped_BxK: jax.Array  # float32, the ranks' worth under the configured shape, before weights
+    rank_part_BxK: jax.Array  # float32, what its ranks add to the reward
+    format_part_BxK: jax.Array  # float32, what its format adds
+    rank_BxK: jax.Array  # int32, the best target's
+    similarity_BxK: jax.Array  # float32, to the nearest target
+    well_formed_BxK: jax.Array  # bool
+    ended_BxK: jax.Array  # bool, the completion has its end token; otherwise it is truncated
+
+
+@flax.struct.dataclass
 class Index:
     """The embeddings that rewrites are ranked against, padded with zeros to whole tiles."""
 

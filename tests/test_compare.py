@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from benchmarks import comparison, growth, task
 from benchmarks.comparison import OURS, THEIRS, Run
 from benchmarks.pytorch import keys, prompts, reward, run, settings
-from grape_jax import command_line, grpo, job, learner, ranking, retriever, rewards, text
+from grape_jax import command_line, grpo, job, optimizer, ranking, retriever, rewards, text
 from grape_jax.errors import UserError
 from grape_jax.models import policy
 
@@ -96,9 +96,8 @@ def test_rewards_are_ours(tiny, gallery, shape, rule):
     targets = [5, 5, 5, 5, 17, 17, 17, 17]
     theirs = sum(reward.reward_parts(config.to_dict(), gallery, answers, targets, queries))
 
-    ours = our_rewards(
-        tiny, tiny.gallery("test").bank_NxE[:300:3], config, answers, targets, queries
-    )
+    bank_NxE = tiny.gallery("test").bank_NxE
+    ours = our_rewards(tiny, bank_NxE[:300:3], config, answers, targets, queries)
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, rtol=1e-5, atol=2e-5)
 
 
@@ -140,32 +139,68 @@ def our_rewards(tiny, bank_NxE, config, answers, targets, queries):
     return (parts["rank"] + parts["format"]).reshape(2, 4)
 
 
+@pytest.mark.parametrize("schedule", optimizer.SCHEDULES)
 @pytest.mark.parametrize("final_fraction", [0.1, 1.0])
 @pytest.mark.parametrize("ramp_steps", [0, 1, 4])
-def test_the_optimizer_takes_the_same_steps(final_fraction, ramp_steps):
-    """Gradients of which some are clipped, through AdamW with decay, past the schedule's end."""
+def test_the_optimizer_takes_the_same_steps(schedule, final_fraction, ramp_steps):
+    """Gradients of which some are clipped, through AdamW with decay, past the schedule's end.
+
+    A matrix, which is decayed, and a vector, which is not.
+    """
     config = command_line.load("configs/emoji.py").grpo
     config.update(steps=8, ramp_steps=ramp_steps, final_fraction=final_fraction, weight_decay=0.1)
+    config.schedule = schedule
     rng = np.random.default_rng(0)
-    start = rng.standard_normal((3, 4)).astype(np.float32)
-    gradients = rng.standard_normal((10, 3, 4)).astype(np.float32) * rng.random((10, 1, 1))
+    shapes = {"matrix": (3, 4), "vector": (4,)}
+    draw = lambda scale: {
+        name: scale * rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    start = draw(np.float32(1))
+    gradients = [draw(np.float32(rng.random())) for _ in range(10)]
 
-    fields = {f.name: config[f.name] for f in dataclasses.fields(learner.OptimizerConfig)}
-    transform = learner.make_optimizer(learner.OptimizerConfig(**fields))
-    ours = jnp.asarray(start)
+    fields = {f.name: config[f.name] for f in dataclasses.fields(optimizer.OptimizerConfig)}
+    transform = optimizer.make_optimizer(optimizer.OptimizerConfig(**fields))
+    ours = jax.tree.map(jnp.asarray, start)
     state = transform.init(ours)
-    parameter = torch.nn.Parameter(torch.tensor(start))
-    optimizer, schedule = settings.make_optimizer([parameter], config.to_dict())
-    for gradient in gradients.astype(np.float32):
-        updates, state = transform.update(jnp.asarray(gradient), state, ours)
+    theirs = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
+    adam, rate = settings.make_optimizer(theirs.values(), config.to_dict())
+    for gradient in gradients:
+        updates, state = transform.update(gradient, state, ours)
         ours = optax.apply_updates(ours, updates)
-        parameter.grad = torch.tensor(gradient)
-        torch.nn.utils.clip_grad_norm_([parameter], config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-    moved = np.abs(parameter.detach().numpy() - start).min()
-    assert moved > 1e-5
-    np.testing.assert_allclose(parameter.detach().numpy(), ours, rtol=1e-5, atol=1e-6)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), config.max_grad_norm)
+        adam.step()
+        rate.step()
+    for name, parameter in theirs.items():
+        moved = np.abs(parameter.detach().numpy() - start[name]).min()
+        assert moved > 1e-5
+        np.testing.assert_allclose(parameter.detach().numpy(), ours[name], rtol=1e-5, atol=1e-6)
+
+
+def test_settings_are_trls(tmp_path):
+    """Every setting of the loss under the name that test_trl.py compares it by."""
+    config = command_line.load("configs/emoji.py").to_dict()
+    config["grpo"] |= {
+        "aggregation": "dr_grpo", "advantage_scale": "batch", "ratio_level": "sequence",
+        "clip_low": 0.1, "clip_high": 0.3, "delta": 1.5, "kl_weight": 0.2, "kl_corrected": True,
+        "mask_truncated": True, "microbatches": 4, "reference_sync_every": 3, "reference_mix": 0.6,
+    }  # fmt: skip
+    made = settings.trainer_config(config, 5, None, tmp_path)
+    assert (made.loss_type, made.scale_rewards) == ("dr_grpo", "batch")
+    assert made.importance_sampling_level == "sequence"
+    assert (made.epsilon, made.epsilon_high, made.delta) == (0.1, 0.3, 1.5)
+    assert (made.beta, made.use_bias_correction_kl) == (0.2, True)
+    assert made.mask_truncated_completions
+    assert made.max_completion_length == config["rollout"]["max_tokens"]
+    assert (made.sync_ref_model, made.ref_model_sync_steps) == (True, 3)
+    assert made.ref_model_mixup_alpha == 0.6
+    rows = config["grpo"]["batch_size"] * config["grpo"]["group_size"]
+    assert (made.per_device_train_batch_size, made.generation_batch_size) == (rows // 4, rows)
+    config["grpo"] |= {"delta": 0.0, "reference_sync_every": 0, "kl_corrected": False}
+    made = settings.trainer_config(config, 5, None, tmp_path)
+    assert (made.delta, made.sync_ref_model, made.use_bias_correction_kl) == (None, False, False)
 
 
 def test_adapters_start_alike(tiny):
@@ -283,15 +318,14 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
     config = json.loads((compared / "task" / "config.json").read_text())
     pictures = sorted((compared / "task" / "gallery").glob("*.png"))
     gallery = reward.load_gallery(config["retriever"]["path"], pictures, 16)
-    np.testing.assert_allclose(gallery.rows_NxE, tiny.gallery("test").bank_NxE, atol=1e-5)
+    bank_NxE = tiny.gallery("test").bank_NxE
+    np.testing.assert_allclose(gallery.rows_NxE, bank_NxE, atol=1e-5)
     trainer = run.make_trainer(
         compared / "task", config, {"forced_tokens": None}, gallery, tmp_path
     )
     trainer.train()
     answers, targets, queries = seen[-1]
-    ours = our_rewards(
-        tiny, tiny.gallery("test").bank_NxE, tiny.config.grpo, answers, targets, queries
-    )
+    ours = our_rewards(tiny, bank_NxE, tiny.config.grpo, answers, targets, queries)
     theirs = np.sum([list(part) for part in trainer._logs["rewards"].values()], axis=0)
     assert theirs.std() > 0
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, atol=1e-5)
@@ -304,6 +338,26 @@ def test_every_key_is_known_or_refused(tiny):
     assert keys.unknown(config) == []
     config["grpo"]["momentum"] = 0.9
     assert keys.unknown(config) == ["grpo.momentum"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"policy.dtype": "bfloat16"}, "policy.dtype must be 'float32'"),
+        ({"grpo.passes": 2}, "grpo.passes must be 1"),
+        ({"grpo.kl_estimator": "k2"}, "grpo.kl_estimator must be 'k3'"),
+        ({"grpo.baseline": "leave_one_out"}, "grpo.baseline must be 'mean'"),
+        ({"grpo.truncated_penalty": 0.5}, "grpo.truncated_penalty must be 0.0"),
+        ({"grpo.drop_flat_groups": True}, "grpo.drop_flat_groups must be False"),
+        ({"grpo.reference_sync_every": 5}, "must be 0 under LoRA"),
+        ({"grpo.aggregation": "bnpo", "grpo.microbatches": 2}, "must be 1 with 'bnpo'"),
+    ],
+)
+def test_what_trl_does_not_have_is_refused(settings, sentence):
+    config = command_line.load("configs/emoji.py")
+    assert keys.without_peer(config.to_dict()) is None
+    config.update_from_flattened_dict(settings)
+    assert sentence in keys.without_peer(config.to_dict())
 
 
 def test_the_pytorch_version_imports_nothing_of_ours():

@@ -9,24 +9,31 @@ import numpy as np
 import optax
 import pytest
 
-from grape_jax import grpo, learner, ranking, retriever, rewards, sharding
+from grape_jax import grpo, learner, optimizer, ranking, retriever, rewards, scoring, sharding
 from grape_jax.models import lora, policy
 from grape_jax.types import Prompts, Ranks, Rewrites, Rollout
 
-B, K, T, S, N = 4, 3, 5, 6, 300
+B, K, T, S, N = 8, 3, 5, 6, 300
 POLICY = policy.PolicyConfig(
     vocab_size=97, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_dim=8,
     rope_theta=1e4, norm_eps=1e-5, tied_embeddings=True, max_length=64,
 )  # fmt: skip
-SGD_LIKE = learner.OptimizerConfig(
-    learning_rate=1e-2, steps=10, ramp_steps=0, final_fraction=1.0, weight_decay=0.0,
-    max_grad_norm=1e9,
+SGD_LIKE = optimizer.OptimizerConfig(
+    learning_rate=1e-2, schedule="linear", steps=10, ramp_steps=0, final_fraction=1.0,
+    weight_decay=0.0, max_grad_norm=1e9,
 )  # fmt: skip
-GRPO = learner.GrpoConfig(
-    kl_weight=0.1, clip_low=0.2, clip_high=0.2, advantage_scale="group", reward_shape="log",
-    reward_normalised=True, reward_k=10, reward_temperature=0.05, reward_weight=1.0,
-    format_weight=0.1, format_rule="gate", malformed_reward=0.0, temperature=0.7,
+GRPO = grpo.GrpoConfig(
+    aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
+    clip_low=0.2, clip_high=0.2, delta=0.0, kl_weight=0.1, kl_estimator="k3", kl_corrected=False,
+    reference="start", reference_sync_every=0, reference_mix=1.0, passes=1, mask_truncated=False,
+    drop_flat_groups=False, temperature=0.7, max_tokens=T,
 )  # fmt: skip
+REWARD = scoring.RewardConfig(
+    reward_shape="log", reward_normalised=True, reward_k=10, reward_temperature=0.05,
+    reward_weight=1.0, format_weight=0.1, format_rule="gate", malformed_reward=0.0,
+    truncated_penalty=0.0,
+)  # fmt: skip
+END = 2
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +41,14 @@ def found():
     return retriever.load()
 
 
-def make(found, lora_config, devices=1):
+def make(lora_config=None, devices=1, microbatches=1, dtype=None, **options):
     return learner.Learner(
-        policy=POLICY,
+        policy=dataclasses.replace(POLICY, dtype=dtype),
         lora=lora_config,
         optimizer=SGD_LIKE,
-        grpo=GRPO,
-        retriever=found.config,
-        corpus_size=N,
+        grpo=dataclasses.replace(GRPO, **options),
         mesh=sharding.make_mesh(devices=jax.devices()[:devices]),
+        microbatches=microbatches,
         logprob_chunk=2,
     )
 
@@ -56,10 +62,12 @@ def world(found):
     prompts = Prompts(rng.integers(1, 97, (B, S)).astype(np.int32), mask)
     lengths = rng.integers(1, T + 1, (B, K))
     rollout = Rollout(
-        rng.integers(1, 97, (B, K, T)).astype(np.int32),
+        rng.integers(3, 97, (B, K, T)).astype(np.int32),
         np.arange(T) < lengths[..., None],
         np.log(rng.uniform(0.005, 0.02, (B, K, T))).astype(np.float32),
     )
+    rollout.tokens_BxKxT[np.arange(4), 0, lengths[:4, 0] - 1] = END
+    rollout.tokens_BxKxT[4:, :, 0] = END
     words = ["red apple", "a face", "cat", "dog", "big house", "sun", "fish", "hat", "tree", "car"]
     tokens, text_mask = retriever.tokenize(found, [words[i % 10] for i in range(B * K)], 8)
     ok = rng.random((B, K)) < 0.8
@@ -73,12 +81,29 @@ def world(found):
     return prompts, rollout, rewrites, corpus.astype(np.float32), targets, base
 
 
-def step(found, world, made, state):
-    prompts, rollout, rewrites, corpus, targets, base = world
-    bank = ranking.shard_corpus(made.mesh, corpus)
-    return learner.grpo_step(
-        made, state, base, found.params, bank, prompts, targets, rollout, rewrites
-    )
+def score(found, world, devices=1, **options):
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    _, rollout, rewrites, corpus, targets, _ = world
+    rollout, rewrites, targets = sharding.batch(mesh, (rollout, rewrites, targets))
+    reward = dataclasses.replace(REWARD, **options)
+    scorer = scoring.Scorer(reward, found.config, N, (END,), mesh)
+    bank = ranking.shard_corpus(mesh, corpus)
+    return scoring.score_rewrites(scorer, found.params, bank, targets, rollout, rewrites)
+
+
+@pytest.fixture(scope="module")
+def scores(found, world):
+    return jax.device_get(score(found, world))
+
+
+def step(world, scores, made, state):
+    prompts, rollout, *_, base = world
+    return learner.grpo_step(made, state, base, prompts, rollout, scores)
+
+
+def near(loss):
+    """A loss is what is left of terms of about 1 and of both signs: that is what rounds."""
+    return pytest.approx(float(loss), rel=1e-5, abs=1e-6)
 
 
 def naive_loss(params, reference, world, rewards_BxK):
@@ -110,23 +135,21 @@ def row_logprobs(params, row):
     return jnp.take_along_axis(jax.nn.log_softmax(scores), row[-T:, None], axis=-1)[:, 0]
 
 
-def test_the_step_follows_the_naive_loss(found, world):
+def test_the_step_follows_the_naive_loss(world, scores):
     """Loss and update of a full-parameter step equal those of the loss written out by hand."""
-    made = make(found, None)
+    made = make()
     base = world[-1]
     state = learner.init_state(made, jax.random.key(0), base)
     # A reference that is not the policy, so that the KL has a gradient.
     reference = jax.tree.map(lambda x: np.asarray(x) * np.float32(1.05), base)
     before = jax.device_get(state.trained)
     state = state.replace(reference=jax.device_put(reference))
-    state, metrics = step(found, world, made, state)
-    loss, grads = jax.value_and_grad(naive_loss)(
-        before, reference, world, np.asarray(metrics["reward_BxK"])
-    )
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-    optimizer = learner.make_optimizer(SGD_LIKE)
+    state, metrics = step(world, scores, made, state)
+    loss, grads = jax.value_and_grad(naive_loss)(before, reference, world, scores.reward_BxK)
+    assert metrics["loss"] == near(loss)
+    adam = optimizer.make_optimizer(SGD_LIKE)
     assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
-    updates, _ = optimizer.update(grads, optimizer.init(before), before)
+    updates, _ = adam.update(grads, adam.init(before), before)
     # Adam's first step is the gradient's sign: compared where the gradient is no rounding noise.
     expected = optax.apply_updates(before, updates)
     for path, want in jax.tree.leaves_with_path(expected):
@@ -135,54 +158,202 @@ def test_the_step_follows_the_naive_loss(found, world):
         np.testing.assert_allclose(get(state.trained)[clear], np.asarray(want)[clear], atol=1e-4)
 
 
-def test_an_adapter_starts_as_the_base_and_only_it_is_trained(found, world):
-    made = make(found, lora.LoraConfig(4, 8.0, ("q", "v", "down")))
-    base = world[-1]
+gradients = jax.jit(learner.policy_gradient, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def lesson(world, scores):
+    """The batch as the loss reads it, with a reference that is not the policy."""
+    prompts, rollout, *_, base = world
+    made = make()
     state = learner.init_state(made, jax.random.key(0), base)
-    assert set(state.trained) == {"q", "v", "down"}
-    _, first = step(found, world, made, state)
-    assert first["kl"] == 0  # the reference is the same adapter
-    full = make(found, None)
-    _, whole = step(found, world, full, learner.init_state(full, jax.random.key(0), base))
-    assert first["loss"] == pytest.approx(float(whole["loss"]), rel=1e-5)
+    state = state.replace(reference=jax.tree.map(lambda x: x * 1.05, base))
+    return jax.device_get(learner.read_lesson(made, state, base, prompts, rollout, scores))
 
 
-def test_devices_do_not_change_the_step(found, world):
-    losses, ranks = [], []
-    for devices in (1, 8):
-        made = make(found, None, devices)
-        placed = (*sharding_of(made, world), world[-1])
-        state = learner.init_state(made, jax.random.key(0), world[-1])
-        _, metrics = step(found, placed, made, state)
-        losses.append(float(metrics["loss"]))
-        ranks.append(np.asarray(metrics["rank_BxK"]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    np.testing.assert_array_equal(*ranks)
+@pytest.fixture(scope="module")
+def plain(world, lesson):
+    """Loss and gradient of the batch as it is."""
+    return gradients(make(), world[-1], None, lesson)[:2]
 
 
-def sharding_of(made, world):
-    """The batch doubled, so that it divides over eight devices; the loss stays the same."""
-    prompts, rollout, rewrites, corpus, targets, _ = world
-    twice = lambda tree: jax.tree.map(lambda x: np.concatenate([x, x]), tree)
-    put = lambda tree: sharding.batch(made.mesh, twice(tree))
-    return put(prompts), put(rollout), put(rewrites), corpus, put(targets)
+def assert_same(got, wanted):
+    """Losses, and gradients by their distance, relative 1e-5."""
+    assert float(got[0]) == near(wanted[0])
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(got[1]), jax.tree.leaves(wanted[1]), strict=True
+    ):
+        one, other = np.asarray(one), np.asarray(other)
+        apart = np.linalg.norm(one - other) / np.linalg.norm(other)
+        assert apart < 1e-5, jax.tree_util.keystr(path)
 
 
-def test_a_bad_number_changes_nothing_but_the_step(found, world):
-    made = make(found, None)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_microbatches_add_up_to_the_batch(world, lesson, plain, devices):
+    made = make(devices=devices, microbatches=8 // devices)
+    placed = sharding.batch(made.mesh, lesson)
+    loss, grads, (logprobs, _) = gradients(made, world[-1], None, placed)
+    assert_same((loss, grads), plain)
+    whole = gradients(make(), world[-1], None, lesson)[2][0]
+    np.testing.assert_allclose(logprobs, whole, atol=1e-5)  # in the order they came
+
+
+def test_a_shared_prompt_is_as_good_as_separate_rows(world, lesson, plain):
+    alone = lambda x: x.reshape(B * K, 1, *x.shape[2:])
+    apart = jax.tree.map(alone, lesson.replace(prompts=None)).replace(
+        prompts=jax.tree.map(lambda x: np.repeat(x, K, axis=0), lesson.prompts),
+    )
+    assert_same(gradients(make(), world[-1], None, apart), plain)
+
+
+def test_neither_padding_nor_order_changes_the_loss(world, lesson, plain):
+    prompts = lesson.prompts
+    wide = lambda x, fill: np.pad(x, ((0, 0), (3, 0)), constant_values=fill)
+    long = lambda x, fill: np.pad(x, ((0, 0), (0, 0), (0, 2)), constant_values=fill)
+    padded = lesson.replace(
+        prompts=Prompts(wide(prompts.tokens_BxS, 5), wide(prompts.mask_BxS, False)),
+        tokens_BxKxT=long(lesson.tokens_BxKxT, 7),
+        mask_BxKxT=long(lesson.mask_BxKxT, False),
+        weight_BxKxT=long(lesson.weight_BxKxT, 0),
+        # Whatever stands there: its ratio would overflow.
+        old_BxKxT=long(lesson.old_BxKxT, -1e4),
+        reference_BxKxT=long(lesson.reference_BxKxT, 1e4),
+    )
+    assert_same(gradients(make(), world[-1], None, padded), plain)
+    backwards = jax.tree.map(lambda x: np.asarray(x)[::-1], lesson)
+    assert_same(gradients(make(), world[-1], None, backwards), plain)
+
+
+def test_padding_weighs_nothing_in_any_aggregation():
+    mask = np.arange(T) < np.asarray([[1, 4, 5], [2, 2, 3]])[..., None]
+    wide = np.pad(mask, ((0, 0), (0, 0), (0, 4)))
+    for name in grpo.AGGREGATIONS:
+        one = grpo.token_weights(mask, np.ones(2, bool), name, T)
+        other = grpo.token_weights(wide, np.ones(2, bool), name, T)
+        np.testing.assert_array_equal(one, other[..., :T])
+        assert not other[..., T:].any()
+
+
+def test_an_adapter_is_as_good_as_its_merged_weights(world, lesson):
+    """Also the gradient: dA = scale dW B', dB = scale A' dW."""
+    config = lora.LoraConfig(4, 8.0, ("q", "o", "down"))
+    base, made = world[-1], make(config)
+    adapter = nn.unbox(policy.init(POLICY, jax.random.key(1), config))["lora"]
+    adapter = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size)).reshape(x.shape), adapter)
+    loss, grads, _ = gradients(made, adapter, base, lesson)
+    merged, full, _ = gradients(make(), lora.merge(base, adapter, config), None, lesson)
+    chained = {}
+    for name, low_rank in adapter.items():
+        d_kernel = full["layers"][name]["kernel"] * config.scale
+        chained[name] = {
+            "a": jnp.einsum("ydf,yrf->ydr", d_kernel, low_rank["b"]),
+            "b": jnp.einsum("ydr,ydf->yrf", low_rank["a"], d_kernel),
+        }
+    assert_same((loss, grads), (merged, chained))
+
+
+def test_devices_change_neither_ranks_nor_gradients(found, world, scores, lesson, plain):
+    np.testing.assert_array_equal(score(found, world, devices=8).rank_BxK, scores.rank_BxK)
+    made = make(devices=8)
+    assert_same(gradients(made, world[-1], None, sharding.batch(made.mesh, lesson)), plain)
+
+
+def test_an_adapter_starts_as_the_base_and_only_it_is_trained(world, scores):
+    base = world[-1]
+    made = make(lora.LoraConfig(4, 8.0, ("q", "v", "down")), reference="base")
+    state = learner.init_state(made, jax.random.key(0), base)
+    assert set(state.trained) == {"q", "v", "down"} and state.reference is None
+    state, first = step(world, scores, made, state)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)  # the base is what the adapter starts from
+    _, whole = step(world, scores, make(), learner.init_state(make(), jax.random.key(0), base))
+    assert first["loss"] == near(whole["loss"])
+    _, second = step(world, scores, made, state)
+    assert second["kl"] > 1e-6  # and stays, while the adapter moves on
+
+
+def test_a_bad_number_changes_nothing_but_the_step(world, scores):
+    made = make()
     state = learner.init_state(made, jax.random.key(0), world[-1])
     before = jax.device_get(state)
     prompts, rollout, *rest = world
     broken = dataclasses.replace(rollout, logprobs_BxKxT=rollout.logprobs_BxKxT * np.nan)
-    state, metrics = step(found, (prompts, broken, *rest), made, state)
+    state, metrics = step((prompts, broken, *rest), scores, made, state)
     assert metrics["skipped"] and state.step == 1
     jax.tree.map(np.testing.assert_array_equal, before.trained, jax.device_get(state.trained))
     jax.tree.map(np.testing.assert_array_equal, before.optimizer, jax.device_get(state.optimizer))
 
 
-def test_warm_up_learns_and_nothing_compiles_twice(found, world):
-    made = make(found, lora.LoraConfig(4, 8.0, ("q", "v", "gate", "down")), devices=2)
-    prompts, rollout, _, _, _, base = world
+def test_two_passes_are_two_steps_on_one_batch(world, scores):
+    base = world[-1]
+    start = lambda: learner.init_state(make(), jax.random.key(0), base)
+    state, first = step(world, scores, make(), start())
+    state, second = step(world, scores, make(), state)
+    together, metrics = step(world, scores, make(passes=2), start())
+    assert state.step == 2 and together.step == 1
+    # By distance: Adam's first steps are signs, of rounding noise too where a gradient is nothing.
+    length = lambda tree: float(optax.global_norm(tree))
+    apart = length(jax.tree.map(jnp.subtract, state.trained, together.trained))
+    assert apart < 1e-3 * length(jax.tree.map(jnp.subtract, state.trained, base))
+    for name in ("loss", "kl", "grad_norm", "clip_fraction", "ratio_max"):
+        mean = (float(first[name]) + float(second[name])) / 2
+        assert metrics[name] == pytest.approx(mean, rel=1e-3, abs=1e-6), name
+        assert float(first[name]) != pytest.approx(float(second[name]), rel=1e-2), name
+    assert metrics["sampler_gap"] == pytest.approx(float(first["sampler_gap"]), rel=1e-5)
+
+
+def test_what_is_masked_or_dropped_weighs_nothing(world, scores):
+    prompts, rollout, *_, base = world
+    np.testing.assert_array_equal(scores.ended_BxK[:, 0], True)
+    assert not scores.ended_BxK[:4, 1:].any() and scores.ended_BxK[4:].all()
+    scores = scores.replace(reward_BxK=np.where(np.arange(B)[:, None] == 6, 0.5, scores.reward_BxK))
+
+    def weights(**options):
+        made = make(kl_weight=0.0, **options)
+        lesson = learner.read_lesson(made, None, base, prompts, rollout, scores)
+        return np.asarray(lesson.weight_BxKxT)
+
+    everything = weights()
+    np.testing.assert_array_equal(everything > 0, rollout.mask_BxKxT)
+    masked = weights(mask_truncated=True)
+    np.testing.assert_array_equal(
+        masked > 0, rollout.mask_BxKxT & np.asarray(scores.ended_BxK)[..., None]
+    )
+    dropped = weights(drop_flat_groups=True)
+    assert not dropped[6].any() and (dropped[:6] > 0).sum() == rollout.mask_BxKxT[:6].sum()
+    for one in (everything, masked, dropped):
+        assert one.sum() == pytest.approx(1)
+
+
+def test_a_truncated_completion_is_penalised_whatever_it_says(found, world, scores):
+    got = score(found, world, truncated_penalty=0.25)
+    wanted = scores.reward_BxK - 0.25 * ~np.asarray(scores.ended_BxK)
+    np.testing.assert_allclose(got.reward_BxK, wanted, atol=1e-6)
+
+
+def test_a_reference_follows_every_few_steps():
+    config = dataclasses.replace(GRPO, reference_sync_every=3, reference_mix=0.25)
+    moved = lambda n: learner._sync_reference(
+        config, learner.TrainState(jnp.int32(n), {"w": jnp.ones(2)}, {"w": jnp.full(2, 5.0)}, ())
+    ).reference["w"]
+    assert [moved(n)[0] for n in (1, 2, 3, 4, 6)] == [5, 5, 4, 5, 4]
+
+
+def test_bfloat16_is_computed_in_and_float32_is_kept(world, scores):
+    made, base = make(dtype="bfloat16"), world[-1]
+    hidden = policy.hidden_states(made.policy, {"params": base}, world[0], world[1].tokens_BxKxT)
+    assert hidden.dtype == jnp.bfloat16
+    state = learner.init_state(made, jax.random.key(0), base)
+    state, metrics = step(world, scores, made, state)
+    assert {x.dtype.name for x in jax.tree.leaves(state.trained)} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves(state.optimizer)} == {"float32", "int32"}
+    _, exact = step(world, scores, make(), learner.init_state(make(), jax.random.key(0), base))
+    assert metrics["loss"] != exact["loss"]
+    assert metrics["loss"] == pytest.approx(float(exact["loss"]), abs=0.02)
+
+
+def test_warm_up_learns_and_nothing_compiles_twice(world, scores):
+    made = make(lora.LoraConfig(4, 8.0, ("q", "v", "gate", "down")), devices=2)
+    prompts, rollout, *rest, base = world
     put = lambda tree: sharding.batch(made.mesh, tree)
     args = put((prompts, rollout.tokens_BxKxT[:, :1], rollout.mask_BxKxT[:, :1]))
     state = learner.init_state(made, jax.random.key(0), base)
@@ -195,8 +366,9 @@ def test_warm_up_learns_and_nothing_compiles_twice(found, world):
     assert learner.warm_up_step._cache_size() == 1
     learner.grpo_step.clear_cache()
     state = learner.begin_grpo(made, state)
+    placed = (*put((prompts, rollout)), *rest, base)
     for _ in range(3):
-        state, _ = step(found, world, made, state)
+        state, _ = step(placed, put(scores), made, state)
     assert learner.grpo_step._cache_size() == 1
 
 
@@ -220,18 +392,18 @@ def test_every_reward_is_what_its_ranks_say(shape):
         "contrastive": [both, 0.5 / 0.05 - 11],
         "improvement": [(8 - 4) / 8, (8 - 2) / 8],
     }[shape]
-    config = dataclasses.replace(GRPO, reward_shape=shape)
-    fixed = learner.Learner(POLICY, None, SGD_LIKE, config, None, N, None, 2)
-    got = learner.reward_score(fixed, made, jnp.asarray([8]))
+    config = dataclasses.replace(REWARD, reward_shape=shape)
+    fixed = scoring.Scorer(config, None, N, (END,), None)
+    got = scoring.reward_score(fixed, made, jnp.asarray([8]))
     np.testing.assert_allclose(got, [wanted], rtol=1e-6)
 
 
-def test_every_part_of_the_reward_is_logged(found, world):
-    made = make(found, None)
+def test_every_part_of_the_reward_is_logged(world, scores):
+    made = make()
     state = learner.init_state(made, jax.random.key(0), world[-1])
-    _, metrics = step(found, world, made, state)
-    ok = world[2].well_formed_BxK
-    rank = 1 - np.log(np.asarray(metrics["rank_BxK"])) / np.log(N)
+    _, metrics = step(world, scores, made, state)
+    ok, mask = world[2].well_formed_BxK, world[1].mask_BxKxT
+    rank = 1 - np.log(np.asarray(scores.rank_BxK)) / np.log(N)
     wanted = {
         "rank_reward": rank,
         "rank_reward_weighted": np.where(ok, rank, 0),
@@ -241,5 +413,13 @@ def test_every_part_of_the_reward_is_logged(found, world):
     }
     for name, value_BxK in wanted.items():
         assert metrics[name] == pytest.approx(value_BxK.mean(), abs=1e-6)
+        assert metrics[f"{name}_std"] == pytest.approx(value_BxK.std(ddof=1), abs=1e-6)
         in_group = value_BxK.std(1, ddof=1).mean()
         assert metrics[f"{name}_in_group_std"] == pytest.approx(in_group, abs=1e-6)
+    length, ended = mask.sum(-1), np.asarray(scores.ended_BxK)
+    assert metrics["truncated"] == pytest.approx((~ended).mean())
+    assert metrics["length_max"] == length.max() and metrics["length_min"] == length.min()
+    assert metrics["ended_length"] == pytest.approx(length[ended].mean())
+    assert metrics["ended_length_min"] == length[ended].min()
+    assert metrics["ended_length_max"] == length[ended].max()
+    assert metrics["tokens"] == world[0].mask_BxS.sum() + mask.sum()

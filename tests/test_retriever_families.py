@@ -24,7 +24,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import grape_jax
-from grape_jax import learner, preprocessing, ranking, retriever, sharding
+from grape_jax import preprocessing, ranking, retriever, scoring, sharding
 from grape_jax.errors import UserError
 from grape_jax.types import Rewrites
 from grape_jax.weights import hub
@@ -433,14 +433,14 @@ def test_any_text_tower_stands_in_the_jitted_step(made, name):
         retriever=ours.config,
         corpus_size=len(corpus_NxE),
         mesh=mesh,
-        grpo=SimpleNamespace(reward_temperature=0.01),
+        reward=SimpleNamespace(reward_temperature=0.01),
     )
     queries = ["a red dog", "rain", "soup", "the moon", "mice", "cats and people"]
     tokens_QxL, mask_QxL = retriever.tokenize(ours, queries)
     shape = (2, 3, ours.context)
     ones_BxK = np.ones(shape[:2], bool)
     rewrites = Rewrites(tokens_QxL.reshape(shape), mask_QxL.reshape(shape), ones_BxK, ones_BxK)
-    rank = jax.jit(functools.partial(learner.rank_rewrites, step))
+    rank = jax.jit(functools.partial(scoring.rank_rewrites, step))
     bank = ranking.shard_corpus(mesh, corpus_NxE)
     ranks = rank(ours.params, bank, rewrites, np.asarray([[0], [3]], np.int32))
     scores_QxN = ours.embed_texts(queries) @ corpus_NxE.T

@@ -1,5 +1,6 @@
 """The whole command on real data with a tiny policy: devices, kills, steady state, mistakes."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,15 +10,19 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_policy
 
-from grape_jax import Rewriter, command_line, job, load_policy, text, train
+from grape_jax import Rewriter, command_line, job, load_policy, sharding, text, train
+from grape_jax.errors import UserError
 from grape_jax.rewriter import encode, ranks_of
+from grape_jax.types import Prompts, Rollout, Scores
 
 STEPS = 3, 5  # warm-up, GRPO
 
@@ -194,9 +199,16 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
 
     assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
     overrides = ("warm_up.towards=own_best", "grpo.reward_shape=improvement", "grpo.steps=1")
+    # And a step with everything that the others leave out.
+    overrides += ("policy.dtype=bfloat16", "grpo.passes=2", "grpo.microbatches=2")
+    overrides += ("grpo.drop_flat_groups=True", "grpo.refills=2", "grpo.reference=base")
+    overrides += ("grpo.truncated_penalty=0.5", "warm_up.microbatches=4")
     run(paths, "own", *(f"--config.{override}" for override in overrides))
-    pairs = [line["pairs"] for line in lines(paths, "own", "metrics.jsonl")[: STEPS[0]]]
+    *warm_up, grpo = lines(paths, "own", "metrics.jsonl")
+    pairs = [line["pairs"] for line in warm_up]
     assert all(0 <= n <= 8 for n in pairs) and any(pairs)
+    assert 1 <= grpo["rollouts"] <= 3 and grpo["grad_norm"] > 0 and grpo["kl"] > 0
+    assert grpo["groups_dropped"] == round(8 * grpo["groups_without_variance"])
 
 
 MIXED_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -257,6 +269,43 @@ def stopped_after(said: str) -> int:
     match = re.fullmatch(r"stopped after step (\d+); the same command goes on from there\.", last)
     assert match, last
     return int(match[1])
+
+
+def test_groups_without_variance_make_way_for_others():
+    """Rows of prompts, rollouts, scores and texts move together, in order, as many as there are.
+
+    The longer prompts of another bucket have the shorter ones padded on their left.
+    """
+
+    def batch(first: int, reward_BxK, length=1) -> train.Experience:
+        rows_Bx1 = first + np.arange(4)[:, None]
+        reward_BxK = jnp.asarray(reward_BxK, jnp.float32)
+        own = jnp.broadcast_to(jnp.asarray(rows_Bx1), reward_BxK.shape)
+        names = [field.name for field in dataclasses.fields(Scores)]
+        return train.Experience(
+            batch=[("noisy", f"query {row}") for row in rows_Bx1[:, 0]],
+            answers=[f"answers {row}" for row in rows_Bx1[:, 0]],
+            prompts=Prompts(*(np.repeat(x, length, axis=1) for x in (rows_Bx1, rows_Bx1 > 0))),
+            rollout=Rollout(own[..., None], own[..., None] > 0, own[..., None] * 0.5),
+            scores=Scores(**dict.fromkeys(names, own) | {"reward_BxK": reward_BxK}),
+        )
+
+    mesh = SimpleNamespace(mesh=sharding.make_mesh(devices=jax.devices()[:2]))
+    found = batch(10, [[1, 1], [0, 1], [0, 0], [2, 2]])
+    more = batch(20, [[0, 0], [3, 1], [5, 5], [4, 6]], length=3)
+    filled, replaced = train.refill(mesh, found, more)
+    rows = [21, 11, 23, 13]
+    assert replaced == 2 and train.flat_groups(mesh, filled).tolist() == [False, False, False, True]
+    assert filled.batch == [("noisy", f"query {row}") for row in rows]
+    assert filled.answers == [f"answers {row}" for row in rows]
+    np.testing.assert_array_equal(filled.prompts.tokens_BxS[:, -1], rows)
+    seen = [[True] * 3, [False, False, True]] * 2
+    np.testing.assert_array_equal(filled.prompts.mask_BxS, seen)
+    np.testing.assert_array_equal(filled.rollout.tokens_BxKxT[:, 1, 0], rows)
+    np.testing.assert_array_equal(filled.scores.rank_BxK[:, 0], rows)
+    np.testing.assert_array_equal(filled.scores.reward_BxK, [[3, 1], [0, 1], [4, 6], [2, 2]])
+    same, replaced = train.refill(mesh, filled, batch(30, [[1, 1]] * 4))
+    assert replaced == 0 and same.batch == filled.batch
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
@@ -349,6 +398,37 @@ def refused(paths, argv):
 def test_mistakes_are_one_sentence(paths, override, sentence):
     workdir = "mistake" + re.sub(r"\W", "", override)
     assert sentence in refused(paths, command(paths, workdir, override))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"policy.dtype": "float16"}, "float32, bfloat16"),
+        ({"grpo.aggregation": "mean"}, "grpo, dr_grpo, dapo, bnpo"),
+        ({"grpo.advantage_scale": "all"}, "group, batch, none"),
+        ({"grpo.baseline": "median"}, "mean, leave_one_out"),
+        ({"grpo.ratio_level": "word"}, "token, sequence"),
+        ({"grpo.kl_estimator": "k4"}, "k1, k2, k3"),
+        ({"grpo.reference": "latest"}, "start, base"),
+        ({"warm_up.schedule": "staircase"}, "linear, cosine, constant"),
+        ({"grpo.passes": 0}, "grpo.passes must be 1 or more"),
+        ({"grpo.kl_weight": -0.1}, "grpo.kl_weight must be 0 or more"),
+        ({"grpo.clip_low": 1.0}, "grpo.clip_low must be"),
+        ({"grpo.delta": 1.1}, "above 1 + grpo.clip_high"),
+        ({"grpo.truncated_penalty": -1.0}, "grpo.truncated_penalty must be 0 or more"),
+        ({"grpo.refills": 2}, "needs grpo.drop_flat_groups"),
+        ({"grpo.reference_mix": 0.0}, "grpo.reference_mix above 0"),
+        ({"grpo.reference_sync_every": 5, "grpo.kl_weight": 0.0}, "reference that can follow"),
+        ({"grpo.reference_sync_every": 5, "grpo.reference_mix": 0.5}, "must be 1 under LoRA"),
+        ({"grpo.microbatches": 0}, "grpo.microbatches must be 1 or more"),
+        ({"warm_up.microbatches": 3}, "warm_up.batch_size=32 does not divide"),
+    ],
+)
+def test_a_contradiction_is_refused_before_anything_is_loaded(settings, sentence):
+    config = command_line.load("configs/emoji.py")
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        job.check(config)
 
 
 def test_an_unwritable_workdir_is_one_sentence(paths):

@@ -1,5 +1,6 @@
 """A resolved config in the words of TRL, peft and torch: the one place where its keys are read."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def trainer_config(config: dict, steps: int, forced_tokens: int | None, out: Pat
         output_dir=str(out),
         seed=config["seed"],
         max_steps=steps,
-        per_device_train_batch_size=rows,
+        per_device_train_batch_size=rows // grpo["microbatches"],
+        gradient_accumulation_steps=grpo["microbatches"],
         num_generations=grpo["group_size"],
         shuffle_dataset=False,
         max_completion_length=forced_tokens or config["rollout"]["max_tokens"],
@@ -35,10 +37,17 @@ def trainer_config(config: dict, steps: int, forced_tokens: int | None, out: Pat
         min_p=config["rollout"]["min_p"] or None,
         generation_kwargs={"min_new_tokens": forced_tokens} if forced_tokens else None,
         beta=grpo["kl_weight"],
+        use_bias_correction_kl=grpo["kl_corrected"],
+        sync_ref_model=grpo["reference_sync_every"] > 0,
+        ref_model_sync_steps=grpo["reference_sync_every"] or 1,
+        ref_model_mixup_alpha=grpo["reference_mix"],
         epsilon=grpo["clip_low"],
         epsilon_high=grpo["clip_high"],
+        delta=grpo["delta"] or None,
+        importance_sampling_level=grpo["ratio_level"],
         scale_rewards=grpo["advantage_scale"],
-        loss_type="dapo",  # the mean over all tokens of a batch
+        loss_type=grpo["aggregation"],
+        mask_truncated_completions=grpo["mask_truncated"],
         max_grad_norm=grpo["max_grad_norm"],
         bf16=False,
         gradient_checkpointing=config["policy"]["remat"],
@@ -76,25 +85,31 @@ def start_adapter(model: torch.nn.Module, seed: int) -> None:
 
 
 def make_optimizer(parameters, grpo: dict):
-    """AdamW, with a rate that ramps up and then falls linearly."""
+    """AdamW that decays matrices alone, with a rate that ramps up and then follows its schedule."""
+    parameters = list(parameters)
+    decayed = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        parameters,
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
         lr=grpo["learning_rate"],
         betas=(0.9, 0.99),
         eps=1e-8,
         weight_decay=grpo["weight_decay"],
     )
-    schedule = rate(grpo["ramp_steps"], grpo["steps"], grpo["final_fraction"])
+    schedule = rate(grpo["schedule"], grpo["ramp_steps"], grpo["steps"], grpo["final_fraction"])
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
 
-def rate(ramp_steps: int, steps: int, final_fraction: float) -> Callable[[int], float]:
+def rate(
+    schedule: str, ramp_steps: int, steps: int, final_fraction: float
+) -> Callable[[int], float]:
     """What the learning rate is multiplied with at each step, from 0."""
 
     def factor(step: int) -> float:
         if step < ramp_steps:
             return (step + 1) / ramp_steps
-        fallen = min(1.0, (step - ramp_steps) / max(1, steps - ramp_steps))
-        return 1 - fallen * (1 - final_fraction)
+        done = min(1.0, (step - ramp_steps) / max(1, steps - ramp_steps))
+        fallen = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}
+        return 1 - fallen[schedule] * (1 - final_fraction)
 
     return factor

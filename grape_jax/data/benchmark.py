@@ -5,6 +5,7 @@ A benchmark is a module of `grape_jax.data` with
   SHIFTS: its sets of queries; each has one prompt.
   SPLITS: the splits of each set.
   TEST_SETS: the splits that a report is made of, each with its name for the reader.
+  WITHHELD: only where there is one, the split whose truth a server keeps.
   gallery_of(split): the name of the corpus that this split's queries are ranked in.
   prepare(...): writes the sets, once.
   load_queries(data_dir, shift, split, limit) and load_corpus(data_dir, gallery).

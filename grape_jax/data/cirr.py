@@ -9,9 +9,8 @@ Read from `manual_dir` (or from its folder cirr/):
 
 A query is ranked among its split's pictures without its own one, the reference; `subset` holds the
 other members of its set, of which the right one is (subset recall). The right picture is
-`target_hard`. The truth of test1 is withheld: `grape_jax.submission` writes what the official
-server judges. The report is made of the validation split, which training looks at and never learns
-from.
+`target_hard`. The truth of test1 is withheld: an evaluation writes what the official server judges.
+The report is made of the validation split, which training looks at and never learns from.
 """
 
 from pathlib import Path

@@ -45,6 +45,7 @@ class PolicyConfig:
     qk_norm: bool = False  # queries and keys normed for each head, before their rotation
     windows: tuple[int, ...] | None = None  # tokens that each layer sees, 0: all; None: all, always
     remat: bool = False  # recompute a layer's activations in the backward pass
+    dtype: str | None = None  # what is computed in; None: what the weights are held in
 
 
 @flax.struct.dataclass
@@ -198,7 +199,7 @@ def decode(
 
         return attend
 
-    x = embed(variables, tokens_BxK)
+    x = embed(config, variables, tokens_BxK)
     lengths_B = jnp.sum(prompt_mask_BxS, axis=-1)
     positions = jnp.broadcast_to(lengths_B[:, None] + t, tokens_BxK.shape)
     layers = (
@@ -242,21 +243,23 @@ def hidden_states(
     lengths_B = jnp.sum(mask, axis=-1)
     own_positions = jnp.broadcast_to(jnp.tile(jnp.arange(T), K), (B, K * T)) + lengths_B[:, None]
     positions_BxN = jnp.concatenate([prompt_positions(mask), own_positions], axis=1)
-    x = embed(variables, tokens_BxN)
+    x = embed(config, variables, tokens_BxN)
     x, _ = _through_layers(config, lora, variables, x, positions_BxN, attend_with)
     last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
     states = jnp.concatenate([last_prompt, group(x)[:, :, :-1]], axis=2)
     return _final_norm(config, variables, states)
 
 
-def embed(variables, tokens: jax.Array) -> jax.Array:
-    return variables["params"]["embedding"][tokens]
+def embed(config: PolicyConfig, variables, tokens: jax.Array) -> jax.Array:
+    """The tokens' vectors, in the dtype that every layer then computes in."""
+    x = variables["params"]["embedding"][tokens]
+    return x.astype(config.dtype or x.dtype)
 
 
 def logits(variables, hidden: jax.Array) -> jax.Array:
     """Vocabulary scores `[..., V]` in float32 of normed hidden states `[..., D]`."""
     params = variables["params"]
-    table_VxD = params.get("head", params["embedding"])
+    table_VxD = params.get("head", params["embedding"]).astype(hidden.dtype)
     return jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
 
 
@@ -272,7 +275,7 @@ def _read_prompts(config, variables, prompts: Prompts, lora):
     def attend_with(_, window):
         return lambda q, k, v: (attention.attend_prompt(q, k, v, mask, window), (k, v))
 
-    x = embed(variables, prompts.tokens_BxS)
+    x = embed(config, variables, prompts.tokens_BxS)
     return _through_layers(config, lora, variables, x, prompt_positions(mask), attend_with)
 
 
