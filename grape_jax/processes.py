@@ -219,6 +219,11 @@ def at(what: str, limited: bool = True) -> None:
         _watch.at(what, limited)
 
 
+def preparing(what: str) -> None:
+    """`at` for what others wait for, but which may take its time where there are none."""
+    at(what, limited=distributed.global_state.num_processes > 1)
+
+
 def leave_at_once(code: int) -> NoReturn:
     """Ends this process; beside others without the farewell, for which it would wait."""
     if distributed.global_state.num_processes > 1:

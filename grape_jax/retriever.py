@@ -228,7 +228,7 @@ def corpus_bank(
     silent = not len(new) or not processes.is_writer()
     with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
         for start in range(0, len(new), part):
-            processes.at(f"embedding the corpus, {start} of {len(new)} new items")
+            processes.preparing(f"embedding the corpus, {start} of {len(new)} new items")
             rows = new[start : start + part]
             parts = []
             for emb_NxE in batches(retriever, items, rows):
@@ -351,8 +351,7 @@ def _embedded(
         chunk = rows_N[start : start + step]
         # The last row again, up to whole batches; it is read once.
         own, again = np.unique(np.minimum(mine, len(chunk) - 1), return_inverse=True)
-        arrays = processes.together(functools.partial(read, chunk[own]))
-        emb_NxE = _compute(retriever, tower, [array[again] for array in arrays])
+        emb_NxE = _compute(retriever, tower, [array[again] for array in read(chunk[own])])
         if running is not None:
             yield whole(running[0])[: running[1]]
         running = emb_NxE, len(chunk)
@@ -407,7 +406,8 @@ def _image_batches(
         raise UserError("this retriever is a sentence encoder: its corpus must be text.")
     pixels = lambda row: preprocessing.preprocess(how, preprocessing.open_picture(images[row]))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        read = lambda rows: (np.stack(list(threads.map(pixels, rows))),)
+        decoded = lambda rows: (np.stack(list(threads.map(pixels, rows))),)
+        read = lambda rows: processes.together(lambda: decoded(rows))
         yield from _embedded(retriever, towers.embed_images, np.asarray(rows), read)
 
 

@@ -129,8 +129,7 @@ def with_whole_paths(config: ConfigDict) -> None:
 def prepare(config: ConfigDict, workdir: Path) -> Job:
     """Loads all that the run works with, and claims the workdir for it."""
     started = time.perf_counter()
-    # Data are prepared by process 0 while the others wait; alone it may take its time.
-    processes.at("preparing the run", limited=jax.process_count() > 1)
+    processes.preparing("preparing the run")
     processes.say("preparing data, policy and retriever ...")
     run = job.build(config)
     if processes.is_writer():
