@@ -41,6 +41,7 @@ setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",
+        "etils[epath]>=1.10,<2",
         "flax>=0.12,<0.13",
         "ftfy>=6.1,<7",
         "gguf>=0.17,<1",

@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     # local. Of the five archives the sets are written to data_dir by `python -m grape_jax.prepare`.
     config.benchmark = "emoji"
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
+    config.step_timeout = 1800.0  # seconds; a step that takes longer ends the run; 0: never
+    config.max_skipped = 5  # steps in a row without a finite loss or gradient end the run
     config.shifts = ("noisy",)  # which sets of queries; of emoji: noisy, long, languages
     config.xm3600 = ConfigDict()
     config.xm3600.languages = ()  # which of the 36, such as ("de", "th"); (): all
@@ -162,8 +164,9 @@ def get_config() -> ConfigDict:
     config.evaluation.run_depth = 1000  # of each query's list in the TREC run files; 0: none
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 10
-    config.checkpoint.keep = 2
+    config.checkpoint.every = 10  # steps; validated steps are saved too
+    config.checkpoint.keep = 2  # the newest
+    config.checkpoint.keep_best = 1  # beside them, by Recall@10 on the validation split; 0: none
 
     config.log = ConfigDict()
     config.log.sample_every = 5  # steps between rewrites shown on the terminal

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grape_jax import files
+from grape_jax import files, processes
 from grape_jax.errors import UserError
 from grape_jax.retriever import Retriever
 
@@ -38,21 +38,34 @@ def embed_bank(retriever: Retriever, captions: Sequence[str], cache_dir: str | P
     """
     content = "\0".join([retriever.fingerprint, *captions]).encode()
     path = Path(cache_dir) / f"captions-{hashlib.sha256(content).hexdigest()[:32]}.npy"
-    shape = (len(captions), retriever.config.projection)
-    if path.exists():
-        try:
-            bank_CxE = np.load(path, allow_pickle=False)
-            if bank_CxE.shape != shape:
-                raise ValueError(f"shape {bank_CxE.shape} instead of {shape}")
-            return bank_CxE
-        except (ValueError, OSError, EOFError) as error:
-            warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=2)
-    bank_CxE = retriever.embed_texts(captions)
+    bank_CxE = _kept(path, (len(captions), retriever.config.projection))
+    missing = bank_CxE is None
+    # Processes embed together, also what one alone does not find on its disk.
+    if processes.any_of(missing):
+        bank_CxE = retriever.embed_texts(captions)
+        processes.writer_first(lambda: _keep(path, bank_CxE) if missing else None)
+    return bank_CxE
+
+
+def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """What the file holds; None where there is none, or a damaged one, with a warning."""
+    if not path.exists():
+        return None
+    try:
+        bank_CxE = np.load(path, allow_pickle=False)
+        if bank_CxE.shape != shape:
+            raise ValueError(f"shape {bank_CxE.shape} instead of {shape}")
+        return bank_CxE
+    except (ValueError, OSError, EOFError) as error:
+        warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=3)
+        return None
+
+
+def _keep(path: Path, bank_CxE: np.ndarray) -> None:
     written = io.BytesIO()
     np.save(written, bank_CxE)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.replace(path, written.getvalue())
-    return bank_CxE
 
 
 def closest(bank_CxE: np.ndarray, emb_QxE: np.ndarray, count: int) -> np.ndarray:

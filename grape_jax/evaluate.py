@@ -11,12 +11,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from grape_jax import checkpoint, command_line, evaluation, job
+from grape_jax import checkpoint, command_line, evaluation, files, job
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.results import EXTRAS, UNTRAINED
 from grape_jax.rewriter import merged_variables, sampling_variables
-from grape_jax.train import StopSignal, evaluate_policy, interruptible
+from grape_jax.train import StopSignal, evaluate_policy, interruptible, with_whole_paths
 
 
 def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] | None) -> None:
@@ -38,12 +38,12 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
     if stored:
         run = job.build_again(config.to_dict())
     else:
-        config.data_dir = str(Path(config.data_dir).resolve())
+        with_whole_paths(config)
         checkpoint.refuse_other_config(workdir, config)
         run = job.build(config)
         checkpoint.keep_config(workdir, config)
     with StopSignal() as stop:
-        evaluate_policy(run, workdir, sampling_variables(run, run.base), UNTRAINED, stop)
+        evaluate_policy(run, workdir, sampling_variables(run, run.base), UNTRAINED, 0, stop)
         evaluate_trained(run, workdir, stop)
     evaluation.write_report(run, workdir)
 
@@ -53,13 +53,13 @@ def evaluate_trained(run: Job, workdir: Path, stop: StopSignal) -> None:
     method = evaluation.trained_method(run.config)
     if not evaluation.still_to_write(run, workdir, method) or not checkpoint.holds_any(workdir):
         return
-    with checkpoint.open_manager(workdir, run.config.checkpoint.keep) as manager:
+    with checkpoint.open_manager(workdir) as manager:
         done, last = manager.latest_step(), run.config.warm_up.steps + run.config.grpo.steps
         if done is None or done < last:
             print(f"trained {done or 0} of {last} steps: the unfinished policy is left out.")
             return
-        state, _ = checkpoint.restore(manager, run.fresh_state("grpo"))
-    evaluate_policy(run, workdir, merged_variables(run, state.trained), method, stop)
+        state, _ = checkpoint.restore(manager, run.fresh_state("grpo"), run.about())
+    evaluate_policy(run, workdir, merged_variables(run, state.trained), method, last, stop)
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     if methods is not None:
         methods = EXTRAS if methods == ["all"] else tuple(methods)
     with interruptible():
-        evaluate(flags.FLAGS.config, Path(flags.FLAGS.workdir), methods)
+        evaluate(flags.FLAGS.config, files.path(flags.FLAGS.workdir), methods)
 
 
 if __name__ == "__main__":

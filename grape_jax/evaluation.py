@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from grape_jax import files, fusion, report, run_files, submission, text
+from grape_jax import files, fusion, processes, report, run_files, submission, text
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError
@@ -109,7 +109,8 @@ def still_to_write(job: Job, workdir: Path, method: str) -> list[Writing]:
         Writing(_path(workdir, *where, method, "greedy"), *where, queries, *kinds[0][1:])
         for *where, queries in withheld_sets(job)
     ]
-    return [writing for writing in writings if not writing.path.exists()]
+    there = processes.agreed([writing.path.exists() for writing in writings])
+    return [one for one, is_there in zip(writings, there, strict=True) if not is_there]
 
 
 def write_answers(
@@ -131,7 +132,8 @@ def write_answers(
             seed=writing.seed,
             after_batch=after_batch,
         )
-        _write(writing.path, [query.id for query in writing.queries], found)
+        if processes.is_writer():
+            _write(writing.path, [query.id for query in writing.queries], found)
 
 
 def _prompted(job: Job, writing: Writing, texts: Sequence[str]) -> Job:
@@ -181,12 +183,14 @@ def _answers_to(
 
     def known(method: str, *names: str) -> list[list[str]]:
         paths = [_path(workdir, shift, split, method, name) for name in names]
-        return [_read(path, ids) for path in paths] if all(p.exists() for p in paths) else []
+        found = [_read(path, ids) for path in paths] if all(p.exists() for p in paths) else []
+        return processes.agreed(found)
 
     def numbered(name: str) -> list[str]:
         return [_numbered(name, i) for i in range(job.config.evaluation.samples)]
 
     def keep(method: str, decoding: str, texts: Sequence[str], result: Found) -> None:
+        processes.at(f"the report of {shift} {split} after {method}")
         nearest = result.rows_QxD[:, :TOP]
         subset = None if result.subset_QxP is None else among_all(result.subset_QxP)
         one = Answers(method, decoding, tuple(texts), among_all(result.ranks_QxP), nearest, subset)
@@ -258,6 +262,11 @@ def validate(job: Job, variables: dict) -> dict[str, float]:
 
 def write_report(run: Job, workdir: Path) -> None:
     """Tables, curves, pictures and run files from what the run left on disk."""
+    # Searched together with the other processes.
+    sets = all_answers(run, workdir)
+    write_submissions(run, workdir)
+    if not processes.is_writer():
+        return
     path = workdir / "metrics.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
@@ -277,8 +286,7 @@ def write_report(run: Job, workdir: Path) -> None:
         "command": f"python -m grape_jax.evaluate --workdir={shlex.quote(str(workdir))} "
         f"--methods={','.join(run.config.evaluation.methods)}",
     }
-    report.write(workdir, all_answers(run, workdir), log, about)
-    write_submissions(run, workdir)
+    report.write(workdir, sets, log, about)
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 
@@ -289,17 +297,21 @@ def write_submissions(job: Job, workdir: Path) -> None:
         paths = {m: _path(workdir, shift, split, m, "greedy") for m in (UNTRAINED, WARM_UP, GRPO)}
         ids = [query.id for query in queries]
         texts = {RAW: [query.text for query in queries]}
-        texts |= {method: _read(path, ids) for method, path in paths.items() if path.exists()}
+        texts |= processes.agreed(
+            {m: _read(path, ids) for m, path in paths.items() if path.exists()}
+        )
         for method, written in texts.items():
+            processes.at(f"the submission of {shift} {split} for {method}")
             emb_QxE = job.retriever.embed_texts(written)
             where = (gallery.corpus.ids, gallery.bank_NxE, emb_QxE)
             name = f"{split}-{_file_name(method)}"
-            submission.write(workdir / "submission", queries, *where, name)
+            if processes.is_writer():
+                submission.write(workdir / "submission", queries, *where, name)
 
 
 def _write_run(job, workdir, shift, split, label, queries, rows_QxD) -> None:
     depth = job.config.evaluation.run_depth
-    if not depth:
+    if not depth or not processes.is_writer():
         return
     folder = workdir / "trec"
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +322,8 @@ def _write_run(job, workdir, shift, split, label, queries, rows_QxD) -> None:
 
 
 def _write_qrels(job, workdir, shift, split, queries) -> None:
-    if not job.config.evaluation.run_depth or not any(query.targets for query in queries):
+    wanted = job.config.evaluation.run_depth and processes.is_writer()
+    if not wanted or not any(query.targets for query in queries):
         return
     ids, targets = [query.id for query in queries], [query.targets for query in queries]
     lines = run_files.qrel_lines(ids, job.gallery(split).corpus.ids, targets)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax import command_line
+from grape_jax import command_line, files
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.rewriter import merged_variables, restore
@@ -25,7 +25,7 @@ def main() -> None:
     command_line.parse()
     if flags.FLAGS.workdir is None or flags.FLAGS.out is None:
         raise UserError("give both --workdir=RUN and --out=DIR.")
-    export(Path(flags.FLAGS.workdir), Path(flags.FLAGS.out), flags.FLAGS.adapter)
+    export(files.path(flags.FLAGS.workdir), Path(flags.FLAGS.out), flags.FLAGS.adapter)
 
 
 def export(workdir: Path, out: Path, adapter: bool) -> None:

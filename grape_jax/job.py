@@ -18,9 +18,11 @@ from PIL import Image, ImageDraw
 
 from grape_jax import (
     captions,
+    checkpoint,
     grpo,
     optimizer,
     pretrained,
+    processes,
     ranking,
     results,
     retriever,
@@ -164,6 +166,14 @@ class Job:
         """Where training starts."""
         return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
 
+    def about(self) -> dict:
+        """What a checkpoint must agree with: the config, and the weights that are not trained."""
+        weights = {
+            "policy": checkpoint.fingerprint(self.base),
+            "retriever": self.retriever.fingerprint,
+        }
+        return checkpoint.resolved(self.config) | {"weights": weights}
+
     def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
         """How to sample; T is `max_tokens`. At temperature 0 no filter counts."""
         return make_sampling(
@@ -219,7 +229,7 @@ def build(config: ConfigDict) -> Job:
       UserError: anything about config, files or devices that the user can mend.
     """
     check(config)
-    catalogue.prepare(config)
+    processes.writer_first(lambda: catalogue.prepare(config))
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
     check_chat(config, base.tokenizer)
@@ -311,6 +321,10 @@ def check(config: ConfigDict) -> None:
                 f"{phase}.batch_size={size} does not divide into {phase}.microbatches={parts}: "
                 f"make it a multiple of {parts}."
             )
+    if config.max_skipped < 1:
+        raise UserError("max_skipped must be 1 or more.")
+    if config.checkpoint.keep_best < 0 or config.step_timeout < 0:
+        raise UserError("checkpoint.keep_best and step_timeout must be 0 or more.")
     if config.warm_up.steps < 0 or config.grpo.steps < 0:
         raise UserError("warm_up.steps and grpo.steps must be 0 or more.")
     if config.lora.rank < 0 or (config.lora.rank and not config.lora.targets):

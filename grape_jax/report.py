@@ -52,7 +52,7 @@ def write(
     Raises:
       UserError: a test set is empty, or a method answers another number of queries.
     """
-    workdir = Path(workdir)
+    workdir = files.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     numbers = {"test_sets": [numbers_of(test_set) for test_set in test_sets], "about": about}
     main = [test_set for test_set in test_sets if test_set.name == test_sets[0].name]

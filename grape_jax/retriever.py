@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from grape_jax import files, preprocessing
+from grape_jax import files, preprocessing, processes, sharding
 from grape_jax.errors import UserError
 from grape_jax.models import towers
 from grape_jax.models.clip import LEGACY_END_TOKEN
@@ -73,10 +73,9 @@ class Retriever:
         tokens_NxL, mask_NxL = tokenize(self, texts)
         padded_N = _padded_lengths(self, mask_NxL.sum(axis=1))
         for length in np.unique(padded_N):
-            for rows in _chunks(np.flatnonzero(padded_N == length)):
-                padded = _pad(tokens_NxL[rows, :length], mask_NxL[rows, :length])
-                embedded = _embed_texts(self.config, self.mesh, self.params, *padded)
-                emb_NxE[rows] = np.asarray(embedded)[: len(rows)]
+            rows = np.flatnonzero(padded_N == length)
+            read = lambda i, length=length: (tokens_NxL[i, :length], mask_NxL[i, :length])
+            emb_NxE[rows] = np.concatenate([*_embedded(self, towers.embed_texts, rows, read)])
         return emb_NxE
 
     def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
@@ -158,7 +157,7 @@ def _model_type(config_file: Path) -> str:
 
 def place(retriever: Retriever, mesh: Mesh) -> Retriever:
     """Splits the weights over a mesh, as their logical axes say."""
-    params = jax.device_put(retriever.params, towers.shardings(retriever.config, mesh))
+    params = sharding.place(retriever.params, towers.shardings(retriever.config, mesh))
     return dataclasses.replace(retriever, params=params, mesh=mesh)
 
 
@@ -234,27 +233,36 @@ def corpus_bank(
     Raises:
       UserError: a file is missing or not a picture.
     """
-    digests = _digests(retriever, items)
+    digests = processes.together(lambda: _digests(retriever, items))
     rows_of: dict[bytes, list[int]] = {}
     for row, digest in enumerate(digests):
         rows_of.setdefault(digest, []).append(row)
     bank_NxE = np.empty((len(items), retriever.config.projection), np.float32)
     folder = Path(cache_dir) / retriever.fingerprint
+    missing_N = np.zeros(len(items), bool)
+    missing_N[[rows[0] for rows in rows_of.values()]] = True
     for digest, emb_E in _known(folder, rows_of, bank_NxE.shape[1]):
-        bank_NxE[rows_of.pop(digest)] = emb_E
-    new = [rows[0] for rows in rows_of.values()]
+        bank_NxE[rows_of[digest]] = emb_E
+        missing_N[rows_of[digest][0]] = False
+    # Processes embed together, also what one alone does not find on its disk.
+    new = np.flatnonzero(processes.any_of_each(missing_N))
     batches = _text_batches if retriever.preprocess is None else _image_batches
-    with tqdm(total=len(new), desc="embedding the corpus", disable=not new) as bar:
-        for start in range(0, len(new), PART):
-            rows = new[start : start + PART]
+    together = _rows_together(retriever)
+    part = -(-PART // together) * together
+    silent = not len(new) or not processes.is_writer()
+    with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
+        for start in range(0, len(new), part):
+            processes.preparing(f"embedding the corpus, {start} of {len(new)} new items")
+            rows = new[start : start + part]
             parts = []
             for emb_NxE in batches(retriever, items, rows):
                 parts.append(emb_NxE)
                 bar.update(len(emb_NxE))
             emb_NxE = np.concatenate(parts)
-            _write_part(folder, [digests[row] for row in rows], emb_NxE)
-            for row, emb_E in zip(rows, emb_NxE, strict=True):
-                bank_NxE[rows_of[digests[row]]] = emb_E
+            keys = [digests[row] for row in rows]
+            processes.writer_first(functools.partial(_write_part, folder, keys, emb_NxE))
+            for key, emb_E in zip(keys, emb_NxE, strict=True):
+                bank_NxE[rows_of[key]] = emb_E
     return bank_NxE
 
 
@@ -345,14 +353,64 @@ def _check_vocabulary(
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_texts(config: RetrieverConfig, mesh, params: Params, tokens_NxL, mask_NxL) -> jax.Array:
-    return towers.embed_texts(config, towers.gather(params, mesh), tokens_NxL, mask_NxL)
+def _embedded(
+    retriever: Retriever, tower: Callable, rows_N: np.ndarray, read: Callable
+) -> Iterator[np.ndarray]:
+    """Embeds rows of a corpus, `BATCH` at a time on each device, on every process.
+
+    A process reads only what its own devices embed, a batch while the last is computed.
+
+    Args:
+      tower: `towers.embed_texts` or `towers.embed_images`.
+      read: from row numbers to the tower's arrays, a tuple.
+
+    Yields:
+      float32 [n, E], batch by batch in the order of the rows.
+    """
+    mesh, step = retriever.mesh, _rows_together(retriever)
+    mine = np.arange(step) if mesh is None else sharding.own_rows(mesh, step, "corpus")
+    whole = np.asarray if mesh is None else functools.partial(sharding.whole, mesh)
+    running = None
+    for start in range(0, len(rows_N), step):
+        chunk = rows_N[start : start + step]
+        # The last row again, up to whole batches; it is read once.
+        own, again = np.unique(np.minimum(mine, len(chunk) - 1), return_inverse=True)
+        emb_NxE = _compute(retriever, tower, [array[again] for array in read(chunk[own])])
+        if running is not None:
+            yield whole(running[0])[: running[1]]
+        running = emb_NxE, len(chunk)
+    if running is not None:
+        yield whole(running[0])[: running[1]]
+
+
+def _rows_together(retriever: Retriever) -> int:
+    """How many rows are embedded at one time, on all devices."""
+    return BATCH * (retriever.mesh.size if retriever.mesh else 1)
+
+
+def _compute(retriever: Retriever, tower: Callable, arrays: Sequence[np.ndarray]) -> jax.Array:
+    config, mesh, params = retriever.config, retriever.mesh, retriever.params
+    if mesh is None:
+        return _embed(tower, config, params, *arrays)
+    return _embed_split(tower, config, mesh, params, *sharding.batch(mesh, arrays, "corpus"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_images(config: RetrieverConfig, mesh, params: Params, pixels_NxHxWx3) -> jax.Array:
-    return towers.embed_images(config, towers.gather(params, mesh), pixels_NxHxWx3)
+def _embed(tower: Callable, config: RetrieverConfig, params: Params, *arrays) -> jax.Array:
+    return tower(config, params, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed_split(tower, config: RetrieverConfig, mesh: Mesh, params: Params, *arrays) -> jax.Array:
+    """Every device embeds its own rows, with the weights brought together."""
+    by_row = PartitionSpec(sharding.MESH_AXES)
+    return jax.shard_map(
+        functools.partial(tower, config),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *[by_row] * len(arrays)),
+        out_specs=by_row,
+        check_vma=False,
+    )(params, *arrays)
 
 
 def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
@@ -366,38 +424,21 @@ def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
 def _image_batches(
     retriever: Retriever, images: Sequence[Picture], rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """Embeddings of the pictures in these rows; a batch is decoded while the last is computed."""
+    """Embeddings of the pictures in these rows."""
     how = retriever.preprocess
     if how is None:
         raise UserError("this retriever is a sentence encoder: its corpus must be text.")
     pixels = lambda row: preprocessing.preprocess(how, preprocessing.open_picture(images[row]))
-    finished = lambda emb_NxE, real: np.asarray(emb_NxE)[:real]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        running = None
-        for batch in _chunks(rows):
-            padded = _pad(np.stack(list(threads.map(pixels, batch))))
-            emb_NxE = _embed_images(retriever.config, retriever.mesh, retriever.params, *padded)
-            if running is not None:
-                yield finished(*running)
-            running = emb_NxE, len(batch)
-        if running is not None:
-            yield finished(*running)
+        decoded = lambda rows: (np.stack(list(threads.map(pixels, rows))),)
+        read = lambda rows: processes.together(lambda: decoded(rows))
+        yield from _embedded(retriever, towers.embed_images, np.asarray(rows), read)
 
 
 def _text_batches(
     retriever: Retriever, texts: Sequence[str], rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    return (retriever.embed_texts([texts[row] for row in batch]) for batch in _chunks(rows))
-
-
-def _chunks(rows: Sequence[int]) -> list[Sequence[int]]:
-    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-
-
-def _pad(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Repeats the last row up to one whole batch."""
-    missing = BATCH - len(arrays[0])
-    return [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in arrays]
+    yield retriever.embed_texts([texts[row] for row in rows])
 
 
 def _digests(retriever: Retriever, items: Sequence[Picture]) -> list[bytes]:
@@ -422,17 +463,21 @@ def _known(folder: Path, wanted: dict, width: int) -> Iterator[tuple[bytes, np.n
                 raise ValueError("its rows are not of unit length")
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=3)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have done so
             continue
         yield from ((digests[i], emb_NxE[i]) for i in found if digests[i] in wanted)
 
 
 def _write_part(folder: Path, digests: list[bytes], emb_NxE: np.ndarray) -> None:
+    """Writes the file, but where another process with the same disk just did."""
+    path = folder / f"{_hash(digests)}.npz"
+    if path.exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
     content = io.BytesIO()
     np.savez(content, digests=rows, embeddings=emb_NxE)
-    files.replace(folder / f"{_hash(digests)}.npz", content.getvalue())
+    files.replace(path, content.getvalue())
 
 
 def _hash(parts) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax import command_line
+from grape_jax import command_line, files
 from grape_jax.contact_sheet import Row, contact_sheet
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.rewriter import Rewriter
@@ -23,8 +23,8 @@ def main() -> None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     if not queries:
         raise UserError('no query is given: add one in quotes, such as "smilign fcae".')
-    workdir = Path(flags.FLAGS.workdir)
-    out = Path(flags.FLAGS.out or workdir / "matches.png")
+    workdir = files.path(flags.FLAGS.workdir)
+    out = files.path(flags.FLAGS.out or workdir / "matches.png")
     show(Rewriter.load(workdir), queries, flags.FLAGS.shift, flags.FLAGS.top, out)
 
 

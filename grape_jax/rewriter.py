@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from grape_jax import checkpoint, job, sharding, text
+from grape_jax import checkpoint, job, processes, sharding, text
 from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError
 from grape_jax.job import Job
@@ -70,8 +70,8 @@ def restore(workdir: Path) -> tuple[Job, TrainState]:
       UserError: there is no run, or nothing is trained yet.
     """
     loaded = job.build_again(checkpoint.read_config(workdir))
-    with checkpoint.open_manager(workdir, loaded.config.checkpoint.keep) as manager:
-        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"))
+    with checkpoint.open_manager(workdir) as manager:
+        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"), loaded.about())
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
     return loaded, restored[0]
@@ -126,21 +126,31 @@ def rewrite(
     for start in range(0, len(queries), batch):
         chunk = order[start : start + batch]
         short = text.to_bucket(jax.tree.map(lambda x, rows=chunk: x[rows], whole), buckets)
-        prompts, real = _full_batch(short, batch)
+        # The last query again, up to a whole batch, so that nothing compiles twice; each process
+        # takes the rows that its own devices hold.
+        rows = np.minimum(sharding.own_rows(job.mesh, batch), len(chunk) - 1)
+        prompts = jax.tree.map(lambda x, rows=rows: x[rows], short)
         key = jax.random.fold_in(jax.random.key(seed), start)
         sampling = job.sampling(1, temperature, job.config.evaluation.max_tokens)
         rollout = sample(job.policy, sampling, variables, sharding.batch(job.mesh, prompts), key)
-        tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
-        answers = read_answers(job, tokens[:real], mask[:real])
-        for i, [answer] in zip(chunk, answers, strict=True):
-            rewrites[i] = answer.text
-        after_batch(real)
+        answers = read_answers(
+            job, *sharding.own(job.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
+        )
+        texts = sharding.all_rows(job.mesh, [answer.text for [answer] in answers])
+        for i, words in zip(chunk, texts[: len(chunk)], strict=True):
+            rewrites[i] = words
+        after_batch(len(chunk))
     return rewrites
 
 
 def encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
-    """Prompts of queries, each in the words of its shift, as long as their bucket (numpy)."""
-    return text.to_bucket(_encode(job, queries, shifts), job.config.prompt.buckets)
+    """Prompts of queries, each in the words of its shift, as long as their bucket (numpy).
+
+    Processes that each give their part of a batch agree on its bucket.
+    """
+    prompts = _encode(job, queries, shifts)
+    longest = max(processes.gather(int(prompts.mask_BxS.sum(axis=1).max())))
+    return text.to_bucket(prompts, job.config.prompt.buckets, longest)
 
 
 def _encode(job: Job, queries: Sequence[str], shifts: Sequence[str]) -> Prompts:
@@ -226,14 +236,3 @@ def nearest(
             similarity_N[excluded_Qx1[query, 0]] = -np.inf
         rows.append(np.argsort(-similarity_N, kind="stable")[:top])
     return np.stack(rows) if rows else np.zeros((0, top), np.int64)
-
-
-def _full_batch(prompts: Prompts, batch: int) -> tuple[Prompts, int]:
-    """Repeats the last prompt up to a whole batch, so that nothing compiles twice.
-
-    Returns:
-      The filled prompts, and how many of them are real.
-    """
-    real = len(prompts.tokens_BxS)
-    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], batch - real, axis=0)])
-    return jax.tree.map(fill, prompts), real

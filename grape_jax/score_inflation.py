@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grape_jax import files
+from grape_jax import files, processes
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.train import run_command, train
 
@@ -46,7 +46,10 @@ def compare(config: ConfigDict, workdir: Path) -> None:
         one = ConfigDict(config.to_dict())
         one.grpo.reward_shape = shape
         train(one, workdir / shape)
-        curves[shape] = read_curve(workdir / shape, config.warm_up.steps)
+        if processes.is_writer():
+            curves[shape] = read_curve(workdir / shape, config.warm_up.steps)
+    if not processes.is_writer():
+        return
     files.replace(workdir / "score_inflation.png", draw(curves))
     files.replace(workdir / "score_inflation.md", table(curves).encode())
     print(f"table: {workdir / 'score_inflation.md'}")

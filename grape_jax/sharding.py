@@ -1,12 +1,14 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from grape_jax import processes
 from grape_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -90,21 +92,86 @@ def of_parameters(mesh: Mesh, boxed, rules=RULES) -> object:
     return jax.tree.map(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def batch(mesh: Mesh, tree):
-    """Places host arrays whose first axis is the batch.
+def batch(mesh: Mesh, tree, axis: str = "batch"):
+    """Places host arrays whose first axis is the batch, of which each process gives `own_rows`.
+
+    Args:
+      axis: the logical axis that the first one is, "batch" or "corpus".
 
     Raises:
       UserError: the batch does not divide over the mesh.
     """
-    sharding = logical(mesh, "batch")
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = jax.tree.leaves(tree)[0].shape[0]
+    parts = _parts(mesh, axis)
+    size = _whole_size(mesh, jax.tree.leaves(tree)[0].shape[0], axis)
     if size % parts:
         raise UserError(
             f"a batch of {size} does not divide over data x fsdp = {parts} devices: "
             "choose a batch size that is a multiple of it."
         )
-    return jax.device_put(tree, sharding)
+    where, rows = logical(mesh, axis), own_rows(mesh, size, axis)
+
+    def one(array) -> jax.Array:
+        block = lambda index: array[np.searchsorted(rows, np.arange(size)[index[0]])]
+        return jax.make_array_from_callback((size, *array.shape[1:]), where, block)
+
+    return jax.tree.map(one, tree)
+
+
+def own_rows(mesh: Mesh, size: int, axis: str = "batch") -> np.ndarray:
+    """Which rows of a global batch lie on this process's devices, ascending."""
+    held = logical(mesh, axis).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+
+
+def own(mesh: Mesh, tree):
+    """The `own_rows` of global arrays whose first axis is the batch (numpy)."""
+
+    def blocks(array: jax.Array) -> list[jax.Array]:
+        starts = {
+            shard.index[0].indices(len(array))[0]: shard for shard in array.addressable_shards
+        }
+        return [starts[start].data for start in sorted(starts)]
+
+    leaves, treedef = jax.tree.flatten(jax.device_put(tree, logical(mesh, "batch")))
+    fetched = jax.device_get([blocks(leaf) for leaf in leaves])
+    return treedef.unflatten([np.concatenate(parts) for parts in fetched])
+
+
+def whole(mesh: Mesh, tree):
+    """Global arrays on every process, whole (numpy)."""
+    if jax.process_count() > 1:
+        tree = jax.device_put(tree, replicated(mesh))
+    return jax.device_get(tree)
+
+
+def all_rows(mesh: Mesh, items: Sequence) -> list:
+    """JSON values that each process has for its `own_rows`, brought together in batch order."""
+    if jax.process_count() == 1:
+        return list(items)
+    size = _whole_size(mesh, len(items), "batch")
+    by_row = {}
+    for rows, part in processes.gather([own_rows(mesh, size).tolist(), list(items)]):
+        by_row |= dict(zip(rows, part, strict=True))
+    return [by_row[row] for row in range(size)]
+
+
+def place(tree, shardings):
+    """Places host arrays that every process has; each process gives what its devices hold."""
+    put = lambda array, where: jax.make_array_from_callback(
+        array.shape, where, lambda index: np.asarray(array[index])
+    )
+    return jax.tree.map(put, tree, shardings)
+
+
+def _parts(mesh: Mesh, axis: str) -> int:
+    """Into how many parts the mesh cuts a logical axis."""
+    return math.prod(mesh.shape[name] for name in dict(RULES)[axis])
+
+
+def _whole_size(mesh: Mesh, own_size: int, axis: str) -> int:
+    """How long an axis is of which this process holds so much."""
+    parts = _parts(mesh, axis)
+    return own_size * parts // len(own_rows(mesh, parts, axis))
 
 
 def _divides(mesh: Mesh, axes, size: int) -> bool:

@@ -43,13 +43,14 @@ def encode_prompts(tokenizer, config: PromptConfig, queries: Sequence[str]) -> P
     return Prompts(tokens, mask)
 
 
-def to_bucket(prompts: Prompts, buckets: Sequence[int]) -> Prompts:
+def to_bucket(prompts: Prompts, buckets: Sequence[int], longest: int | None = None) -> Prompts:
     """Cuts padding that all prompts have: to the shortest bucket that holds the longest of them.
 
     Args:
       buckets: lengths in rising order; where none is long enough, the prompts stay as they are.
+      longest: tokens of the longest, where these prompts are a part of a batch; None: of these.
     """
-    longest = int(prompts.mask_BxS.sum(axis=1).max())
+    longest = int(prompts.mask_BxS.sum(axis=1).max()) if longest is None else longest
     width = prompts.tokens_BxS.shape[1]
     length = next((bucket for bucket in buckets if longest <= bucket < width), width)
     return Prompts(prompts.tokens_BxS[:, width - length :], prompts.mask_BxS[:, width - length :])

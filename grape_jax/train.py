@@ -2,7 +2,8 @@
 
     python -m grape_jax.train --config=configs/emoji.py --workdir=runs/emoji
 
-The same command again goes on where a run was stopped.
+The same command again goes on where a run was stopped. On several machines each runs it, with
+--coordinator, --process_id and --process_count, or without where a TPU pod or SLURM tells them.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -33,12 +34,13 @@ from grape_jax import (
     files,
     grpo,
     job,
+    processes,
     retriever,
     sharding,
     text,
 )
 from grape_jax.data import pipeline
-from grape_jax.data.benchmark import excluded_of
+from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.learner import TrainState, begin_grpo, grpo_step, warm_up_step
@@ -57,15 +59,20 @@ from grape_jax.types import Prompts, Rewrites, Rollout, Scores
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
 SHOWN_QUERIES = 3  # of a step, in the table of rewrites
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, cached programs included
-MAX_SKIPPED = 5  # steps in a row without a finite loss, before the run stops
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the current step is done, the rest can wait."""
+    """Ctrl-C or SIGTERM: the current step is done and saved, the rest can wait."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}; the same command goes on from there.")
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once.
+
+    SIGTERM is also what a machine that is about to be taken away sends.
+    """
 
     def __init__(self):
         self.asked = False
@@ -84,9 +91,9 @@ class StopSignal:
         self.asked = True
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once.", sys.stderr)
 
-    def raise_if_asked(self, *_):
-        if self.asked:
-            raise Interrupted
+    def asked_anywhere(self) -> bool:
+        """Whether any process was asked to stop; all must ask this together."""
+        return processes.any_of(self.asked)
 
 
 def train(config, workdir: Path) -> None:
@@ -97,63 +104,87 @@ def train(config, workdir: Path) -> None:
       Interrupted: stopped on request; everything is saved.
     """
     job.check(config)
-    # So that the run can be used from any folder.
+    with_whole_paths(config)
+    checkpoint.refuse_other_config(workdir, config)
+    with StopSignal() as stop:
+        run = prepare(config, workdir)
+        evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", 0, stop)
+        keep, best = config.checkpoint.keep, config.checkpoint.keep_best
+        with checkpoint.open_manager(workdir, keep, best) as manager:
+            state = learn(run, workdir, manager, stop)
+        method = evaluation.trained_method(config)
+        variables = merged_variables(run, state.trained)
+        evaluate_policy(run, workdir, variables, method, int(state.step), stop)
+        evaluation.write_report(run, workdir)
+    counted = run.retriever.cut_texts
+    if counted.cut:
+        processes.say(
+            f"{counted.cut} of {counted.read} texts were longer than the retriever reads: cut."
+        )
+
+
+def with_whole_paths(config: ConfigDict) -> None:
+    """Makes the config's paths absolute, so that its run can be used from any folder."""
     config.data_dir = str(Path(config.data_dir).resolve())
     for name in ("images", "embeddings", "queries"):
         path = config.local[name]
         config.local[name] = path and str(Path(path).expanduser().resolve())
     if config.prompt.caption_bank:
         config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
-    checkpoint.refuse_other_config(workdir, config)
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Job:
+    """Loads all that the run works with, and claims the workdir for it."""
     started = time.perf_counter()
-    print("preparing data, policy and retriever ...", flush=True)
+    processes.preparing("preparing the run")
+    processes.say("preparing data, policy and retriever ...")
     run = job.build(config)
-    checkpoint.keep_config(workdir, config)
-    print(
+    if processes.is_writer():
+        checkpoint.keep_config(workdir, config)
+    processes.say(
         f"{len(run.gallery('train'))} pictures, policy of {run.policy.layers} layers, "
-        f"{jax.device_count()} {jax.default_backend()} device(s), "
-        f"ready in {time.perf_counter() - started:.0f} s",
-        flush=True,
+        f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
+        f"process(es), ready in {time.perf_counter() - started:.0f} s"
     )
-    with StopSignal() as stop:
-        evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", stop)
-        with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
-            state = learn(run, workdir, manager, stop)
-        method = evaluation.trained_method(config)
-        evaluate_policy(run, workdir, merged_variables(run, state.trained), method, stop)
-    evaluation.write_report(run, workdir)
-    counted = run.retriever.cut_texts
-    if counted.cut:
-        print(f"{counted.cut} of {counted.read} texts were longer than the retriever reads: cut.")
+    return run
 
 
 def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal) -> TrainState:
     """The loop: warm-up steps, then GRPO steps; resumes from the newest checkpoint."""
     config = run.config
     last = config.warm_up.steps + config.grpo.steps
+    about = run.about()
     batches = data_iterators(run)
     state = run.fresh_state("warm_up")
-    restored = checkpoint.restore(manager, state)
+    in_a_row, skipped = 0, 0  # steps without a finite loss: the last ones, and all
+    processes.at("restoring the newest checkpoint")
+    restored = checkpoint.restore(manager, state, about)
     if restored is not None:
-        state, positions = restored
+        state, saved = restored
+        in_a_row, skipped = saved["skipped"]
         for phase, iterator in batches.items():
-            iterator.set_state(positions[phase])
+            iterator.set_state(saved["positions"][phase])
     first = int(state.step)
+    checkpoint.set_aside_after(manager, first)
     log = Log(workdir, first)
-    skipped = 0
-    bar = tqdm(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True)
+    bar = progress(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True)
 
-    def save(step: int) -> None:
+    def save(step: int, metrics: dict) -> None:
         positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
-        checkpoint.save(manager, step, state, positions)
+        saved = {"positions": positions, "skipped": [in_a_row, skipped], "about": about}
+        checkpoint.save(manager, step, state, saved, metrics)
 
     for step in range(first, last):
         if step == config.warm_up.steps:
             if step:
                 # The warm-up alone is judged before anything changes it.
-                save(step)
-                evaluate_policy(run, workdir, merged_variables(run, state.trained), "warm-up", stop)
+                save(step, {})
+                checkpoint.wait(manager)
+                variables = merged_variables(run, state.trained)
+                evaluate_policy(run, workdir, variables, "warm-up", step, stop)
             state = begin_grpo(run.learner("grpo"), state)
+        done = step + 1
+        processes.at(f"step {done}")
         began = time.perf_counter()
         if step < config.warm_up.steps:
             phase = "warm-up"
@@ -162,26 +193,35 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             phase = "grpo"
             state, metrics, table = explore(run, state, batches["grpo"], step)
             log.keep_rewrites(step, table)
-            if step % config.log.sample_every == 0:
+            if step % config.log.sample_every == 0 and processes.is_writer():
                 tqdm.write(sample_table(step, table))
-        skipped = skipped + 1 if metrics.pop("skipped") else 0
-        if skipped >= MAX_SKIPPED:
+        in_a_row = in_a_row + 1 if metrics["skipped"] else 0
+        skipped += int(metrics["skipped"])
+        metrics |= {"skipped": skipped, "seconds": time.perf_counter() - began}
+        if in_a_row >= config.max_skipped:
+            bar.close()
+            checkpoint.wait(manager)
             raise UserError(
-                f"{skipped} steps in a row had no finite loss; the last good checkpoint is step "
+                f"{in_a_row} steps in a row had no finite loss; the last good checkpoint is step "
                 f"{manager.latest_step()}: lower {phase.replace('-', '_')}.learning_rate and begin "
                 "in another --workdir."
             )
-        done = step + 1
-        metrics["seconds"] = time.perf_counter() - began
-        if config.evaluation.every and done % config.evaluation.every == 0:
-            variables = merged_variables(run, state.trained)
-            metrics |= evaluation.validate(run, variables)
+        validated = bool(config.evaluation.every) and done % config.evaluation.every == 0
+        if validated:
+            processes.at(f"the validation after step {done}")
+            metrics |= evaluation.validate(run, merged_variables(run, state.trained))
         log.write(done, phase, metrics)
         bar.set_postfix_str("  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics))
         bar.update()
-        if done % config.checkpoint.every == 0 or done == last or stop.asked:
-            save(done)
-        stop.raise_if_asked()
+        stopping = stop.asked_anywhere()
+        # What was validated may be the best so far.
+        if done % config.checkpoint.every == 0 or done == last or validated or stopping:
+            processes.at(f"saving step {done}")
+            save(done, metrics)
+        if stopping:
+            bar.close()
+            checkpoint.wait(manager)
+            raise Interrupted(done)
     bar.close()
     log.close()
     return state
@@ -190,15 +230,21 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
 def data_iterators(run: Job) -> dict:
     """One endless stream of batches of (shift, query) for each phase that has steps.
 
-    A batch is of one shift.
+    A batch is of one shift; a process gets the rows that it holds.
     """
     config, shifts = run.config, run.config.shifts
     sets = {
         "warm_up": [[(shift, query) for query in run.lessons(shift)] for shift in shifts],
         "grpo": [[(shift, query) for query in run.queries(shift, "train")] for shift in shifts],
     }
+
+    def stream(phase: str, seed: int):
+        size = config[phase].batch_size
+        rows = sharding.own_rows(run.mesh, size)
+        return pipeline.train_iterator(sets[phase], size, seed, rows)
+
     return {
-        phase: pipeline.train_iterator(sets[phase], config[phase].batch_size, config.seed + i)
+        phase: stream(phase, config.seed + i)
         for i, phase in enumerate(("warm_up", "grpo"))
         if config[phase].steps
     }
@@ -219,7 +265,7 @@ def warm_up(run: Job, state: TrainState, batch, step: int) -> tuple[TrainState, 
     mask &= np.asarray([bool(goal) for goal in goals])[:, None, None]
     tokens, mask = sharding.batch(run.mesh, (tokens, mask))
     state, metrics = warm_up_step(run.learner("warm_up"), state, run.base, prompts, tokens, mask)
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics = {name: float(x) for name, x in sharding.whole(run.mesh, metrics).items()}
     metrics["prompt_length"] = prompts.tokens_BxS.shape[1]
     return state, metrics | {"pairs": float(mask.any(axis=(1, 2)).sum())}
 
@@ -230,8 +276,9 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     Self-distillation (ConvSearch-R1's warm-up): it needs the right pictures and no reference text.
 
     Returns:
-      Texts; "" where none of the K ranks the picture better than the query itself does. One that
-      would not end within rollout.max_tokens does not count: cut off, it would teach not to end.
+      Texts of this process's queries; "" where none of the K ranks the picture better than the
+      query itself does. One that would not end within rollout.max_tokens does not count: cut off,
+      it would teach not to end.
     """
     config = run.config
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -240,12 +287,14 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
         config.grpo.group_size, config.rollout.temperature, config.evaluation.max_tokens
     )
     rollout = sample(run.policy, sampling, sampling_variables(run, run.base), prompts, key)
-    answers = read_answers(run, *jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT)))
+    tokens, mask = sharding.own(run.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     # The query stands first: a rewrite that only ties with it teaches nothing.
     candidates = [
         [query.text, *(answer.text for answer in group)]
-        for query, group in zip(queries, answers, strict=True)
+        for query, group in zip(queries, read_answers(run, tokens, mask), strict=True)
     ]
+    # All processes rank the candidates of all.
+    queries, candidates = all_queries(run, queries), sharding.all_rows(run.mesh, candidates)
     texts = [words for row in candidates for words in row]
     asked = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
     ranks = ranks_of(run, run.retriever.embed_texts(texts), asked, "train")
@@ -256,14 +305,32 @@ def best_of_own(run: Job, prompts, queries, step: int) -> list[str]:
     ranks, usable = ranks.reshape(shape), usable.reshape(shape)
     usable[:, 0] = True
     best = np.where(usable, ranks, len(run.gallery("train")) + 1).argmin(axis=1)
-    return [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
+    goals = [row[i] if i else "" for row, i in zip(candidates, best, strict=True)]
+    return [goals[i] for i in sharding.own_rows(run.mesh, len(goals))]
+
+
+def all_queries(run: Job, queries: Sequence[Query]) -> list[Query]:
+    """The queries of a whole batch, of which each process gives its own."""
+    known = sharding.all_rows(run.mesh, [dataclasses.asdict(query) for query in queries])
+    return [Query(**fields) for fields in known]
+
+
+def own_pictures(queries: Sequence[Query]) -> np.ndarray | None:
+    """`excluded_of` for this process's part of a batch: None on all processes, or on none."""
+    rows_Bx1 = excluded_of(queries)
+    if processes.any_of(rows_Bx1 is not None) and rows_Bx1 is None:
+        return np.full((len(queries), 1), -1, np.int32)
+    return rows_Bx1
 
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """A batch of queries, what the policy wrote for them, and what that is worth."""
+    """A batch of queries, what the policy wrote for them, and what that is worth.
 
-    batch: list  # (shift, query)
+    Every process knows the texts of all.
+    """
+
+    batch: list[tuple[str, Query]]  # with their shifts
     answers: list[list[Answer]]
     prompts: Prompts
     rollout: Rollout
@@ -276,7 +343,7 @@ def explore(run: Job, state: TrainState, batches, step: int) -> tuple[TrainState
     variables = merged_variables(run, state.trained)
     found = experience(run, variables, next(batches), jax.random.fold_in(key, step))
     rollouts, refilled = 1, 0
-    while rollouts <= run.config.grpo.refills and flat_groups(found).any():
+    while rollouts <= run.config.grpo.refills and flat_groups(run, found).any():
         # Beyond the last step's number: no two rollouts of a run share a key.
         steps = run.config.warm_up.steps + run.config.grpo.steps
         again = jax.random.fold_in(key, step + rollouts * steps)
@@ -286,11 +353,11 @@ def explore(run: Job, state: TrainState, batches, step: int) -> tuple[TrainState
     state, metrics = grpo_step(  # jit, state donated
         run.learner("grpo"), state, run.base, found.prompts, found.rollout, found.scores
     )
-    metrics |= {"rollouts": rollouts, "groups_refilled": refilled}
-    metrics["prompt_length"] = found.prompts.tokens_BxS.shape[1]
     if found.rollout.filtered_logprobs_BxKxT is not None:
         metrics["sampler_filtered_mass"] = filtered_mass(found.rollout)
-    metrics, paid = jax.device_get((metrics, found.scores))
+    metrics, paid = sharding.whole(run.mesh, (metrics, found.scores))
+    metrics |= {"rollouts": rollouts, "groups_refilled": refilled}
+    metrics["prompt_length"] = found.prompts.tokens_BxS.shape[1]
     return state, {name: float(value) for name, value in metrics.items()}, table_of(found, paid)
 
 
@@ -312,11 +379,15 @@ def table_of(found: Experience, paid: Scores) -> list[dict]:
 
 
 def experience(run: Job, variables, batch, key) -> Experience:
-    """Samples rewrites of a batch of queries, reads them, and ranks what they say."""
+    """Samples rewrites of a batch of queries, reads them, and ranks what they say.
+
+    Args:
+      batch: (shift, query) of the rows that this process holds.
+    """
     config = run.config
     shifts, queries = zip(*batch, strict=True)
     host_prompts = encode(run, run.prompt_texts(queries, "train"), shifts)
-    rows = run.targets(queries), excluded_of(queries)
+    rows = run.targets(queries), own_pictures(queries)
     prompts, targets, excluded = sharding.batch(run.mesh, (host_prompts, *rows))
     temperature, max_tokens = config.rollout.temperature, config.rollout.max_tokens
     sampling = run.sampling(config.grpo.group_size, temperature, max_tokens)
@@ -332,12 +403,19 @@ def experience(run: Job, variables, batch, key) -> Experience:
         excluded,
         raw_ranks(run, queries),
     )
-    return Experience(list(batch), answers, prompts, rollout, scores)
+    told = [
+        (shift, dataclasses.asdict(query), group)
+        for shift, query, group in zip(shifts, queries, answers, strict=True)
+    ]
+    told = sharding.all_rows(run.mesh, told)
+    batch = [(shift, Query(**fields)) for shift, fields, _ in told]
+    answers = [[Answer(*one) for one in group] for *_, group in told]
+    return Experience(batch, answers, prompts, rollout, scores)
 
 
-def flat_groups(found: Experience) -> np.ndarray:
+def flat_groups(run: Job, found: Experience) -> np.ndarray:
     """Which groups have no variance in their rewards: bool `[B]`, on the host."""
-    return np.asarray(grpo.flat_groups(found.scores.reward_BxK))
+    return np.asarray(grpo.flat_groups(sharding.whole(run.mesh, found.scores.reward_BxK)))
 
 
 def refill(run: Job, found: Experience, more: Experience) -> tuple[Experience, int]:
@@ -346,14 +424,13 @@ def refill(run: Job, found: Experience, more: Experience) -> tuple[Experience, i
     Returns:
       The batch, of the same size, and how many groups were replaced.
     """
-    free, good = np.flatnonzero(flat_groups(found)), np.flatnonzero(~flat_groups(more))
+    free, good = np.flatnonzero(flat_groups(run, found)), np.flatnonzero(~flat_groups(run, more))
     replaced = min(len(free), len(good))
     size = len(found.batch)
     row_B = np.arange(size)
     row_B[free[:replaced]] = size + good[:replaced]
     choose = lambda one, other: [(one + other)[row] for row in row_B]
-    length = max(one.prompts.tokens_BxS.shape[1] for one in (found, more))
-    arrays_of = lambda one: (_widened(one.prompts, length), one.rollout, one.scores)
+    arrays_of = lambda one: (one.prompts, one.rollout, one.scores)
     prompts, rollout, scores = _choose_rows(run.mesh, arrays_of(found), arrays_of(more), row_B)
     batch, answers = choose(found.batch, more.batch), choose(found.answers, more.answers)
     return Experience(batch, answers, prompts, rollout, scores), replaced
@@ -368,6 +445,8 @@ def _widened(prompts: Prompts, length: int) -> Prompts:
 @functools.partial(jax.jit, static_argnums=0)
 def _choose_rows(mesh, one, other, row_B):
     """Rows of two batches laid end to end, placed as a batch."""
+    length = max(prompts.tokens_BxS.shape[1] for prompts, *_ in (one, other))
+    one, other = ((_widened(prompts, length), *rest) for prompts, *rest in (one, other))
     chosen = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[row_B], one, other)
     return jax.lax.with_sharding_constraint(chosen, sharding.logical(mesh, "batch"))
 
@@ -388,13 +467,19 @@ def raw_ranks(run: Job, queries) -> jax.Array | None:
     """What the queries themselves rank, where the reward is a gain over that: int32 `[B]`."""
     if run.config.grpo.reward_shape != "improvement":
         return None
-    emb_QxE = run.retriever.embed_texts([query.text for query in queries])
-    return sharding.batch(run.mesh, ranks_of(run, emb_QxE, queries, "train"))
+    # All processes rank the queries of all.
+    known = all_queries(run, queries)
+    emb_QxE = run.retriever.embed_texts([query.text for query in known])
+    ranks = ranks_of(run, emb_QxE, known, "train")
+    return sharding.batch(run.mesh, ranks[sharding.own_rows(run.mesh, len(ranks))])
 
 
 def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
-    """The one host hop: completions to texts, texts to the retriever's tokens."""
-    tokens, mask = jax.device_get((rollout.tokens_BxKxT, rollout.mask_BxKxT))
+    """The one host hop: completions to texts, texts to the retriever's tokens.
+
+    Each process reads the rewrites that its own devices hold.
+    """
+    tokens, mask = sharding.own(run.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(run, tokens, mask)
     words = [answer.text for group in answers for answer in group]
     tokens_QxL, mask_QxL = retriever.tokenize(
@@ -410,19 +495,29 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
     return answers, sharding.batch(run.mesh, rewrites)
 
 
-def evaluate_policy(run: Job, workdir: Path, variables, method: str, stop: StopSignal) -> None:
-    """Has one policy answer the test queries, with progress; nothing is done twice."""
+def evaluate_policy(
+    run: Job, workdir: Path, variables, method: str, step: int, stop: StopSignal
+) -> None:
+    """Has the policy of a step answer the test queries, with progress; nothing is done twice."""
     writings = evaluation.still_to_write(run, workdir, method)
     if not writings:
         return
     total = sum(len(writing.queries) for writing in writings)
-    with tqdm(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
+    processes.at(f"the test of the {method} policy")
+    with progress(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 
         def after_batch(done: int) -> None:
             bar.update(done)
-            stop.raise_if_asked()
+            processes.at(f"the test of the {method} policy after {bar.n} rewrites")
+            if stop.asked_anywhere():
+                raise Interrupted(step)
 
         evaluation.write_answers(run, variables, writings, after_batch)
+
+
+def progress(**settings) -> tqdm:
+    """A progress bar, of one process."""
+    return tqdm(**settings, disable=not processes.is_writer())
 
 
 def sample_table(step: int, table: list[dict]) -> str:
@@ -446,37 +541,45 @@ def sample_table(step: int, table: list[dict]) -> str:
 
 
 class Log:
-    """metrics.jsonl, rewrites.jsonl and TensorBoard events; a resumed run drops what it redoes."""
+    """metrics.jsonl, rewrites.jsonl and TensorBoard events; a resumed run drops what it redoes.
+
+    Process 0 alone writes.
+    """
 
     def __init__(self, workdir: Path, first: int):
         self.workdir = workdir
-        _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
-        _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self.events = None
         self.compiled = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
+        if processes.is_writer():
+            _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
+            _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
+            self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
 
     def _count(self, event: str, *_, **__) -> None:
         self.compiled += event == COMPILED
 
     def write(self, step: int, phase: str, metrics: dict) -> None:
+        if self.events is None:
+            return
         # Since the line before: a step that goes on compiling is a step of ever new shapes.
         metrics = metrics | {"compilations": self.compiled}
         self.compiled = 0
         line = {"step": step, "phase": phase} | metrics
-        with (self.workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        files.append(self.workdir / "metrics.jsonl", json.dumps(line) + "\n")
         for name, value in metrics.items():
             self.events.add_scalar(f"{phase}/{name}", value, step)
 
     def keep_rewrites(self, step: int, table: list[dict]) -> None:
-        with (self.workdir / "rewrites.jsonl").open("a", encoding="utf-8") as file:
-            for row in table:
-                file.write(json.dumps({"step": step + 1} | row, ensure_ascii=False) + "\n")
+        if self.events is None:
+            return
+        lines = [json.dumps({"step": step + 1} | row, ensure_ascii=False) for row in table]
+        files.append(self.workdir / "rewrites.jsonl", "".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._count)
-        self.events.close()
+        if self.events is not None:
+            self.events.close()
 
 
 def _drop_lines(path: Path, dropped) -> None:
@@ -494,25 +597,41 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     """A command line with --config and --workdir for work that can be stopped and gone on with."""
     command_line.define_config()
     flags.DEFINE_string("workdir", None, "Where the run lives; a run found there goes on.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several.")
+    flags.DEFINE_integer("process_id", None, "Which of the processes this one is, from 0.")
+    flags.DEFINE_integer("process_count", None, "How many processes there are.")
     command_line.parse()
-    if flags.FLAGS.workdir is None:
+    given = flags.FLAGS
+    if given.workdir is None:
         raise UserError(f"no workdir is given: add --workdir={example}.")
-    with interruptible():
-        start(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+    workdir = files.path(given.workdir)
+    processes.join(given.coordinator, given.process_id, given.process_count)
+    with processes.watched(given.config.step_timeout), interruptible():
+        start(given.config, workdir)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Quiet work that can be stopped: exit code 130 and a line on how to go on."""
+    """Quiet work that can be stopped: exit code 0, and the last line says how to go on.
+
+    Stopped at once it exits with 130. A mistake of one process ends it beside the others.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        with files.failures_told():
+            yield
+    except Interrupted as stopped:
+        processes.say(str(stopped))
+    except KeyboardInterrupt:
+        said = "stopped at once; the same command goes on from the last checkpoint."
+        print(said, file=sys.stderr, flush=True)
+        processes.leave_at_once(130)
+    except Exception as error:
+        processes.end_all(error)
+        raise
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_sets_take_turns_and_each_batch_is_of_one():
 
 def test_processes_share_each_batch():
     whole = _take(train_iterator([QUERIES], 6, seed=3), 5)
-    shares = [_take(train_iterator([QUERIES], 6, 3, rank, 3), 5) for rank in range(3)]
+    shares = [_take(train_iterator([QUERIES], 6, 3, rows), 5) for rows in ([0, 1], [2], [3, 4, 5])]
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == whole
 
 
@@ -66,8 +66,6 @@ def test_processes_share_each_batch():
         ((11, 0), "10 or less"),
         ((0, 0), "1 or more"),
         ((4, -1), "choose one from 0"),
-        ((4, 0, 0, 3), "multiple of 3"),
-        ((4, 0, 2, 2), "no process 2"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, advice):

@@ -100,7 +100,7 @@ def test_bank_is_read_from_its_cache(shipped, tmp_path, monkeypatch):
     pictures = some_pictures()
     first = retriever.corpus_bank(shipped, pictures, tmp_path)
     (file,) = tmp_path.rglob("*.npz")
-    monkeypatch.setattr(retriever, "_embed_images", None)  # nothing is computed any more
+    monkeypatch.setattr(retriever, "_embed", None)  # nothing is computed any more
     np.testing.assert_array_equal(retriever.corpus_bank(shipped, pictures, tmp_path), first)
     # In another order, and where the corpus is another one.
     some = [3, 1, 1]
@@ -115,9 +115,10 @@ def test_bank_is_read_from_its_cache(shipped, tmp_path, monkeypatch):
 
 
 def test_a_killed_bank_goes_on_with_the_rest(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever, "BATCH", 2)
     monkeypatch.setattr(retriever, "PART", 2)
     pictures = some_pictures(5)
-    embed, calls = retriever._embed_images, []
+    embed, calls = retriever._embed, []
 
     def embed_until_killed(*arguments):
         calls.append(arguments)
@@ -125,7 +126,7 @@ def test_a_killed_bank_goes_on_with_the_rest(shipped, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return embed(*arguments)
 
-    monkeypatch.setattr(retriever, "_embed_images", embed_until_killed)
+    monkeypatch.setattr(retriever, "_embed", embed_until_killed)
     with pytest.raises(KeyboardInterrupt):
         retriever.corpus_bank(shipped, pictures, tmp_path)
     assert len(list(tmp_path.rglob("*.npz"))) == 2

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,20 +211,64 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
     assert grpo["groups_dropped"] == round(8 * grpo["groups_without_variance"])
 
 
+MIXED_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
 def test_eight_devices_give_the_same_numbers(paths, undisturbed):
+    run(paths, "eight", *MIXED_MESH, devices=8)
+    assert_same_numbers(paths, "one", "eight")
+
+
+def assert_same_numbers(paths, one_run, other_run):
     """Over five steps; later on the last bits, summed in another order, may flip a token."""
-    run(paths, "eight", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
 
     def both(name):
-        pairs = zip(lines(paths, "one", name), lines(paths, "eight", name), strict=True)
-        return [(one, eight) for one, eight in pairs if one["step"] <= 5]
+        pairs = zip(lines(paths, one_run, name), lines(paths, other_run, name), strict=True)
+        return [(one, other) for one, other in pairs if one["step"] <= 5]
 
-    for one, eight in both("rewrites.jsonl"):
-        for a, b in zip(one["rewrites"], eight["rewrites"], strict=True):
+    for one, other in both("rewrites.jsonl"):
+        assert one["query"] == other["query"]
+        for a, b in zip(one["rewrites"], other["rewrites"], strict=True):
             assert (a["text"], a["rank"]) == (b["text"], b["rank"])
             assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
-    for one, eight in both("metrics.jsonl"):
-        assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5, abs=1e-5)
+    for one, other in both("metrics.jsonl"):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
+
+
+def test_two_processes_give_the_same_numbers_and_stop_together(paths, undisturbed):
+    """SIGTERM to one of them in GRPO: both save that step; one process alone goes on from there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    pair = [
+        subprocess.Popen(
+            command(paths, "pair", *MIXED_MESH, f"--coordinator={address}", f"--process_id={i}",
+                    "--process_count=2"),
+            env=environment(paths, devices=4),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    wait_for(paths / "pair", "step 6")
+    pair[1].terminate()
+    said = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said[0][1][-2000:]
+    step = stopped_after(said[0][0])
+    saved = sorted(int(p.name) for p in (paths / "pair" / "checkpoints").iterdir())
+    assert step in (6, 7, 8) and saved[-1] == step
+    run(paths, "pair", *MIXED_MESH, devices=8)
+    assert_same_numbers(paths, "one", "pair")
+    for name in ("metrics.jsonl", "rewrites.jsonl"):
+        steps = [line["step"] for line in lines(paths, "pair", name)]
+        assert steps == [line["step"] for line in lines(paths, "one", name)]
+
+
+def stopped_after(said: str) -> int:
+    """The step in the last line of a run that was asked to stop."""
+    last = said.splitlines()[-1]
+    match = re.fullmatch(r"stopped after step (\d+); the same command goes on from there\.", last)
+    assert match, last
+    return int(match[1])
 
 
 def test_groups_without_variance_make_way_for_others():
@@ -250,7 +295,7 @@ def test_groups_without_variance_make_way_for_others():
     more = batch(20, [[0, 0], [3, 1], [5, 5], [4, 6]], length=3)
     filled, replaced = train.refill(mesh, found, more)
     rows = [21, 11, 23, 13]
-    assert replaced == 2 and train.flat_groups(filled).tolist() == [False, False, False, True]
+    assert replaced == 2 and train.flat_groups(mesh, filled).tolist() == [False, False, False, True]
     assert filled.batch == [("noisy", f"query {row}") for row in rows]
     assert filled.answers == [f"answers {row}" for row in rows]
     np.testing.assert_array_equal(filled.prompts.tokens_BxS[:, -1], rows)
@@ -270,13 +315,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(paths, undisturbed, kill):
     for moment in ("test-warm-up", "step 6"):
         process = subprocess.Popen(
             command(paths, workdir), env=environment(paths),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         wait_for(paths / workdir, moment)
         process.send_signal(kill)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == (130 if kill == signal.SIGINT else -9)
-        assert kill == signal.SIGKILL or "the same command goes on" in said
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == (-9 if kill == signal.SIGKILL else 0)
+        if kill != signal.SIGKILL:
+            assert stopped_after(said) >= (STEPS[0] if moment == "test-warm-up" else 6)
     run(paths, workdir)
     assert_same_run(paths, "one", workdir)
 
@@ -292,6 +338,16 @@ def wait_for(workdir, moment):
             return
         time.sleep(0.02)
     raise AssertionError(f"the run never reached {moment}")
+
+
+def test_steps_without_a_finite_loss_are_counted_and_end_the_run(paths):
+    """A learning rate that ruins the parameters at once; nothing of what follows is applied."""
+    overrides = ("warm_up.learning_rate=1e30", "max_skipped=2", "evaluation.every=0")
+    flags = [f"--config.{override}" for override in overrides]
+    said = refused(paths, command(paths, "ruined", *flags))
+    assert "2 steps in a row had no finite loss" in said
+    assert "last good checkpoint is step 2: lower warm_up.learning_rate" in said
+    assert [line["skipped"] for line in lines(paths, "ruined", "metrics.jsonl")] == [0, 1]
 
 
 def test_another_config_is_refused_in_the_same_workdir(paths, undisturbed):

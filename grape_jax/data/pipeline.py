@@ -18,8 +18,7 @@ def train_iterator(
     sets: Sequence[Sequence[Any]],
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches of queries, in a new order every epoch.
 
@@ -32,21 +31,19 @@ def train_iterator(
       sets: any objects; never copied or changed.
       batch_size: B, queries in a global batch, over all processes.
       seed: 0 <= seed < 2**32, decides the order of all epochs.
-      process_index: which slice of each global batch this process takes.
-      process_count: into how many equal slices a global batch is cut.
+      rows: which rows of each global batch this process takes; None: all.
 
     Returns:
-      A grain iterator over lists of `batch_size // process_count` queries. `get_state()` gives a
-      small dictionary that JSON can hold; `set_state()` takes it back, in an iterator made with the
-      same arguments. The state counts global batches, so it is the same on every process.
+      A grain iterator over lists of queries. `get_state()` gives a small dictionary that JSON can
+      hold; `set_state()` takes it back, in an iterator made with the same arguments but for the
+      rows. The state counts global batches, so it is the same on every process.
 
     Raises:
-      UserError: the batch is larger than the data, or does not divide among the processes.
+      UserError: the batch is larger than the data.
     """
     smallest = min(len(queries) for queries in sets)
-    _refuse_impossible(smallest, batch_size, seed, process_index, process_count)
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+    _refuse_impossible(smallest, batch_size, seed)
+    rows = range(batch_size) if rows is None else rows
 
     def batches(queries: Sequence[Any]) -> grain.MapDataset:
         return (
@@ -55,7 +52,7 @@ def train_iterator(
             .repeat()
             # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
             .batch(batch_size, drop_remainder=True, batch_fn=list)
-            .map(lambda batch: batch[mine])
+            .map(lambda batch: [batch[row] for row in rows])
         )
 
     in_turn = grain.MapDataset.mix([batches(queries) for queries in sets])
@@ -63,9 +60,7 @@ def train_iterator(
     return iter(in_turn.to_iter_dataset(in_this_thread))
 
 
-def _refuse_impossible(
-    size: int, batch_size: int, seed: int, process_index: int, process_count: int
-) -> None:
+def _refuse_impossible(size: int, batch_size: int, seed: int) -> None:
     if batch_size < 1:
         raise UserError(f"The batch size is {batch_size}: set it to 1 or more.")
     if batch_size > size:
@@ -75,10 +70,3 @@ def _refuse_impossible(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"The seed {seed} is out of range: choose one from 0 to {2**32 - 1}.")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"There is no process {process_index} among {process_count}.")
-    if batch_size % process_count:
-        raise UserError(
-            f"A batch of {batch_size} queries does not divide among {process_count} processes: "
-            f"set the batch size to a multiple of {process_count}."
-        )

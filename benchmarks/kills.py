@@ -1,0 +1,109 @@
+"""A run that is killed again and again, against one that was left alone: the same to the bit?
+
+    python benchmarks/kills.py --out=runs/kills --kills=25 --processes=1
+    python benchmarks/kills.py --out=runs/kills --kills=25 --processes=2
+
+SIGKILL comes at random moments of the steps, and every third time while a checkpoint is being
+written. Of several processes one is killed, and the others must end by themselves. Prints a table
+of the kills, then what was compared.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tiny_runs
+
+LIMIT = 600  # seconds within which a run must show the awaited sign, and the others must end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    folder, rng = given.out.resolve(), random.Random(given.seed)
+    tiny_runs.prepare(folder)
+    devices = 4 if given.processes > 1 else 1
+    # Every kill costs a start; a step or two lie between two kills.
+    settings = {"warm_up.steps": 4, "grpo.steps": 2 * given.kills + 8, "checkpoint.every": 2}
+    begin = lambda name: tiny_runs.start(folder, name, settings, given.processes, devices)
+    quiet, killed = f"quiet-{given.processes}", f"killed-{given.processes}"
+    tiny_runs.finish(begin(quiet))
+    print("| kill | moment | newest log line | newest checkpoint | exit codes |")
+    print("|---:|---|---:|---:|---|")
+    for number in range(1, given.kills + 1):
+        run = begin(killed)
+        moment = "while saving" if number % 3 == 0 else "in a step"
+        await_moment(folder / killed, moment, rng, run)
+        run[rng.randrange(len(run))].kill()
+        codes = [process.wait(timeout=LIMIT) for process in run]
+        assert all(codes), f"a process ended as if nothing had happened: {codes}"
+        steps = checkpoints(folder / killed)
+        print(f"| {number} | {moment} | {last_line(folder / killed)} | {steps[-1:]} | {codes} |")
+    tiny_runs.finish(begin(killed))
+    for file in ("metrics.jsonl", "rewrites.jsonl"):
+        same = tiny_runs.lines(folder, quiet, file) == tiny_runs.lines(folder, killed, file)
+        print(f"{file}: {'the same' if same else 'DIFFERENT'}")
+    print(f"state: {compare_states(folder / quiet, folder / killed)}")
+
+
+def await_moment(workdir: Path, moment: str, rng: random.Random, run: list) -> None:
+    """Until some time after the next step, or until a checkpoint is half written."""
+    before, deadline = last_line(workdir), time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        if any(process.poll() is not None for process in run):
+            raise SystemExit("the run ended before it could be killed: see its log")
+        if moment == "in a step" and last_line(workdir) > before:
+            time.sleep(rng.uniform(0, 2 * seconds_of_a_step(workdir)))
+            return
+        if moment == "while saving" and any(workdir.glob("checkpoints/*orbax-checkpoint-tmp*")):
+            return
+        time.sleep(0.002)
+    raise SystemExit(f"the moment {moment!r} did not come within {LIMIT} s")
+
+
+def last_line(workdir: Path) -> int:
+    """The newest step in the log, 0 where there is none."""
+    log = workdir / "metrics.jsonl"
+    whole = (
+        [x for x in log.read_text().splitlines(True) if x.endswith("\n")] if log.exists() else []
+    )
+    return int(whole[-1].split('"step": ')[1].split(",")[0]) if whole else 0
+
+
+def seconds_of_a_step(workdir: Path) -> float:
+    line = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(line.rpartition('"seconds": ')[2].rstrip("}")) if '"seconds": ' in line else 1.0
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())
+
+
+def compare_states(one: Path, other: Path) -> str:
+    def last(workdir: Path) -> dict:
+        path = workdir / "checkpoints" / str(checkpoints(workdir)[-1]) / "state"
+        reader = ocp.PyTreeCheckpointer()
+        as_numpy = lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray)
+        wanted = jax.tree.map(as_numpy, reader.metadata(path).item_metadata.tree)
+        state = reader.restore(path, restore_args=wanted)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+    ours, theirs = last(one), last(other)
+    different = [
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not np.array_equal(ours[name], theirs[name])
+    ]
+    return f"DIFFERENT: {different}" if different else f"the same bits in {len(ours)} arrays"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What each process of tests/test_processes.py does: SCENE+SCENE FOLDER [COORDINATOR ID COUNT]."""
+
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from grape_jax import captions, checkpoint, processes, ranking, retriever, search, sharding
+from grape_jax.data.benchmark import Corpus, Query
+from grape_jax.errors import UserError
+from grape_jax.job import Gallery
+
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 4, 2))
+ROWS = 16
+BATCH, PART, PICTURES = 2, 16, 19  # of each device; of a file; of the corpus
+
+
+def together(folder: Path) -> None:
+    """Everything that processes do together, on meshes of every kind."""
+    me = jax.process_index()
+    assert processes.gather({"process": me}) == [{"process": 0}, {"process": 1}]
+    assert processes.gather("x" * me) == ["", "x"]
+    assert processes.any_of(me == 1) and not processes.any_of(False)
+    assert processes.agreed(f"of {me}") == "of 0"
+    assert processes.writer_first(lambda: f"work of {me}") == f"work of {me}"
+    for culprit in (0, 1):
+
+        def fail(culprit=culprit):
+            if me == culprit:
+                raise UserError(f"process {culprit} could not")
+
+        try:
+            processes.writer_first(fail)
+        except UserError as error:
+            assert str(error) == f"process {culprit} could not"
+        else:
+            raise AssertionError("a mistake of one process is one of all")
+    values = np.arange(ROWS * 3, dtype=np.float32).reshape(ROWS, 3)
+    for data, fsdp, tensor in MESHES:
+        mesh = sharding.make_mesh(data, fsdp, tensor)
+        rows = sharding.own_rows(mesh, ROWS)
+        assert len(rows) == (ROWS if tensor == 8 else ROWS // 2), (data, fsdp, tensor)
+        placed = sharding.batch(mesh, {"a": values[rows], "b": rows})
+        assert placed["a"].shape == values.shape
+        back = sharding.whole(mesh, placed)
+        np.testing.assert_array_equal(back["a"], values)
+        np.testing.assert_array_equal(back["b"], np.arange(ROWS))
+        # Whatever sharding the compiler has chosen.
+        spread = jax.device_put(placed, sharding.logical(mesh, "corpus"))
+        np.testing.assert_array_equal(sharding.own(mesh, spread)["a"], values[rows])
+        assert sharding.all_rows(mesh, [f"row {row}" for row in rows]) == [
+            f"row {row}" for row in range(ROWS)
+        ]
+        corpus = sharding.place(values, sharding.logical(mesh, "corpus"))
+        np.testing.assert_array_equal(sharding.whole(mesh, corpus), values)
+
+
+class Pictures(Sequence):
+    """Files, and how often each was asked for."""
+
+    def __init__(self, folder: Path):
+        self.paths = sorted(folder.glob("*.png"))
+        self.asked = [0] * len(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> bytes:
+        self.asked[row] += 1
+        return self.paths[row].read_bytes()
+
+
+def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.ndarray]:
+    """A corpus, its captions, and searches of every kind in it."""
+    found = retriever.place(retriever.load(), mesh)
+    bank_NxE = retriever.corpus_bank(found, pictures, folder)
+    names = [f"picture {i}" for i in range(len(pictures))]
+    gallery = Gallery(Corpus(names, names, None), bank_NxE, ranking.shard_corpus(mesh, bank_NxE))
+    job = types.SimpleNamespace(mesh=mesh, retriever=found, gallery=lambda split: gallery)
+    # Two right pictures of nine, without the query's own.
+    queries = [
+        Query(name, name, "en", name, (i, (i + 1) % 9), "", (i + 2) % 9, tuple(range(9)))
+        for i, name in enumerate(names[:9])
+    ]
+    one = search.search(job, found.embed_texts(names[:9]), queries, "test", 5)
+    fused = search.search_fused(job, [names[:9], names[9:18]], queries, "test", 5)
+    return {
+        "bank": bank_NxE, "captions": captions.embed_bank(found, names[:3], folder),
+        "ranks": one.ranks_QxP, "subset": one.subset_QxP, "rows": one.rows_QxD,
+        "fused": fused.rows_QxD, "fused_subset": fused.subset_QxP,
+    }  # fmt: skip
+
+
+def gallery(folder: Path) -> None:
+    """What one process on one device found, to the bit, with half of the pictures for each."""
+    retriever.BATCH, retriever.PART = BATCH, PART
+    mesh, first = sharding.make_mesh(data=2, fsdp=4), processes.is_writer()
+    pictures = Pictures(folder / "pictures")
+    with np.load(folder / "alone.npz") as alone:
+        for name, array in embed_and_search(folder / "banks", mesh, pictures).items():
+            np.testing.assert_array_equal(array, alone[name], err_msg=name)
+        # All are hashed, and opened are 8 of the first 16 and what is there of the last 3.
+        opened = [row for row, asked in enumerate(pictures.asked) if asked == 2]
+        assert opened == ([*range(8), 16, 17, 18] if first else [*range(8, 16), 18])
+        # The other process has a disk of its own, without the bank: both embed once more.
+        cache = folder / ("banks" if first else "other")
+        found = retriever.place(retriever.load(), mesh)
+        bank_NxE = retriever.corpus_bank(found, pictures, cache)
+        np.testing.assert_array_equal(bank_NxE, alone["bank"])
+        assert len(list(cache.rglob("*.npz"))) == 2
+    broken = [path.read_bytes() for path in pictures.paths[:12]]
+    broken[11] = b"no picture"
+    try:
+        retriever.corpus_bank(found, broken, folder / "broken")
+    except UserError as error:
+        assert "an encoded picture of 10 bytes cannot be read" in str(error)
+    else:
+        raise AssertionError("a picture that one process cannot read is a mistake of all")
+
+
+def restore(folder: Path) -> None:
+    """A checkpoint of one process with 8 devices, read by two with 4, and gone on from."""
+    saved = np.load(folder / "saved.npy")
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    like = {"w": sharding.place(np.zeros_like(saved), sharding.logical(mesh, "embed"))}
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        state, run = checkpoint.restore(manager, like)
+        np.testing.assert_array_equal(sharding.whole(mesh, state["w"]), saved)
+        more = jax.tree.map(lambda w: w + 1, state)
+        checkpoint.save(manager, 7, more, run, {})
+        checkpoint.wait(manager)
+        state, _ = checkpoint.restore(manager, like)
+    np.testing.assert_array_equal(sharding.whole(mesh, state["w"]), saved + 1)
+
+
+def lost(folder: Path) -> None:
+    """Process 1 is killed in step 3."""
+    in_steps(limit=60, at_three=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hung(folder: Path) -> None:
+    """Process 1 does not come back from step 3."""
+    in_steps(limit=3, at_three=lambda: time.sleep(600))
+
+
+def in_steps(limit: float, at_three) -> None:
+    with processes.watched(limit):
+        try:
+            for step in range(1, 2000):
+                processes.at(f"step {step}")
+                if jax.process_index() == 1 and step == 3:
+                    time.sleep(2 * processes.BEAT)  # so that the others have heard of it
+                    processes.at("a long sleep")
+                    at_three()
+                processes.any_of(False)
+        except Exception as error:
+            processes.end_all(error)
+
+
+if __name__ == "__main__":
+    names, folder, *given = sys.argv[1:]
+    processes.join(*(int(x) if x.isdigit() else x for x in given))
+    for scene in names.split("+"):
+        globals()[scene](Path(folder))
+        print(f"{scene} done", flush=True)
