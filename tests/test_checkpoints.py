@@ -1,5 +1,6 @@
 """Whole checkpoints: several files, dtypes, bad ones, and those that are written for others."""
 
+import dataclasses
 import json
 import socket
 from types import SimpleNamespace
@@ -257,8 +258,10 @@ def run(checkpoint):
         lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32),
         nn.unbox(shapes),
     )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     job = SimpleNamespace(
-        policy=base.config,
+        mesh=mesh,
+        policy=dataclasses.replace(base.config, mesh=mesh),
         base=base.params,
         lora=LORA,
         tokenizer=base.tokenizer,
