@@ -56,6 +56,11 @@ for ((i = 0; i < count; i++)); do
     >>"$logs/process-$i.log" 2>&1 </dev/null &
   processes+=($!)
 done
+# A signal that came before the last process was on the list has missed it.
+if [[ -n $stopping ]]; then
+  stopping=
+  stop_all
+fi
 tail -n 0 -F "$logs/process-0.log" &
 shown=$!
 
