@@ -64,10 +64,11 @@ fi
 tail -n 0 -F "$logs/process-0.log" &
 shown=$!
 
-# Waits for whichever ends next; a signal ends a wait early, and what still runs is waited for again.
+# Looks twice a second who still runs: `wait -n` would sleep through a signal that came just before.
 running=("${processes[@]}")
 while ((${#running[@]})); do
-  wait -n "${running[@]}" && status=0 || status=$?
+  sleep 0.5 &
+  wait $! || true
   still=()
   for process in "${running[@]}"; do
     if kill -0 "$process" 2>/dev/null; then
