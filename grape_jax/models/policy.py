@@ -259,7 +259,9 @@ def hidden_states(
 
 def embed(config: PolicyConfig, variables, tokens: jax.Array) -> jax.Array:
     """The tokens' vectors, in the dtype that every layer then computes in."""
-    x = variables["params"]["embedding"][tokens]
+    # Rows are looked up whole: split by width, all tokens would be looked up on every device.
+    table_VxD = sharding.constrain(config.mesh, variables["params"]["embedding"], "vocab", None)
+    x = sharding.constrain(config.mesh, table_VxD[tokens], "batch", *[None] * tokens.ndim)
     return x.astype(config.dtype or x.dtype)
 
 
