@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import comparison
 from benchmarks.comparison import OURS, THEIRS, Run
 from benchmarks.pytorch import keys
-from grape_jax import command_line, files, job
+from grape_jax import checks, command_line, files
 from grape_jax.data import catalogue
 from grape_jax.errors import UserError, exit_with_sentence
 
@@ -96,7 +96,7 @@ def refuse(config: ConfigDict) -> None:
         )
     if sentence := keys.without_peer(config.to_dict()):
         raise UserError(sentence)
-    job.check(config)
+    checks.check(config)
 
 
 def compare(config: ConfigDict, overrides: dict, out: Path, seeds: list[int]) -> None:

@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import comparison, forced, task
-from grape_jax import command_line, files, job, train
+from grape_jax import checks, command_line, files, train
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 
@@ -51,7 +51,7 @@ def main() -> None:
     config.grpo.batch_size = FLAGS.batch
     config.prompt.max_tokens = max(prompts)
     config.rollout.max_tokens = FLAGS.completion_tokens
-    job.check(config)
+    checks.check(config)
     try:
         measure_all(config, Path(FLAGS.out), prompts, groups, FLAGS.completion_tokens, FLAGS.steps)
     except KeyboardInterrupt:

@@ -26,7 +26,17 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grape_jax import command_line, hlo, job, learner, pretrained, ranking, retriever, sharding
+from grape_jax import (
+    checks,
+    command_line,
+    hlo,
+    job,
+    learner,
+    pretrained,
+    ranking,
+    retriever,
+    sharding,
+)
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.models import policy, towers
 from grape_jax.rewriter import gather, merge
@@ -116,9 +126,9 @@ def report(config: ConfigDict, topology: str, corpus_size: int) -> bool:
     Raises:
       UserError: the config, or a mesh or a batch that does not divide, or an unknown slice.
     """
-    job.check(config)
+    checks.check(config)
     mesh = sharding.make_mesh(**config.mesh, devices=slice_of(topology))
-    job.check_batches(config, mesh)
+    checks.check_batches(config, mesh)
     chip = CHIPS[mesh.devices.flat[0].device_kind]
     shapes = shapes_of(config, mesh, corpus_size)
     at_rest = shapes.at_rest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from grape_jax import checkpoint, command_line, evaluation, files, job
+from grape_jax import checkpoint, checks, command_line, evaluation, files, job
 from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.results import EXTRAS, UNTRAINED
@@ -34,7 +34,7 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
     config = ConfigDict(checkpoint.read_config(workdir)) if stored else config
     if methods is not None:
         config.evaluation.methods = methods
-    job.check(config)
+    checks.check(config)
     if stored:
         run = job.build_again(config.to_dict())
     else:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,18 +18,15 @@ from PIL import Image, ImageDraw
 from grape_jax import (
     captions,
     checkpoint,
-    grpo,
-    optimizer,
+    checks,
     pretrained,
     processes,
     ranking,
-    results,
     retriever,
-    rewards,
     sharding,
     text,
 )
-from grape_jax.data import benchmark, catalogue, local, xm3600
+from grape_jax.data import benchmark, catalogue, local
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
 from grape_jax.grpo import GrpoConfig
@@ -77,7 +73,9 @@ class Job:
     prompts: dict[str, PromptConfig]  # one for each shift
     retriever: Retriever  # its parameters placed on the mesh
     most_targets: int = 1  # P, the right pictures of the query that has most of them
-    galleries: dict[str, Gallery] = dataclasses.field(default_factory=dict)  # opened so far
+    # Opened and read so far.
+    galleries: dict[str, Gallery] = dataclasses.field(default_factory=dict, repr=False)
+    splits: dict[tuple[str, str], list[Query]] = dataclasses.field(default_factory=dict, repr=False)
 
     def gallery(self, split: str) -> Gallery:
         """The corpus that this split's queries are ranked in, embedded when it is first needed."""
@@ -104,7 +102,10 @@ class Job:
 
     def queries(self, shift: str, split: str, limit: int = 0) -> list[Query]:
         """The queries of a split; a limit takes a fixed subset, 0 all."""
-        return catalogue.load_queries(self.config, shift, split, limit)
+        if (shift, split) not in self.splits:
+            self.splits[shift, split] = catalogue.load_queries(self.config, shift, split)
+        queries = self.splits[shift, split]
+        return benchmark.subset(queries, limit) if limit else list(queries)
 
     def lessons(self, shift: str) -> list[Query]:
         """What the warm-up learns from: the training queries, and words where they are wanted."""
@@ -228,7 +229,7 @@ def build(config: ConfigDict) -> Job:
     Raises:
       UserError: anything about config, files or devices that the user can mend.
     """
-    check(config)
+    checks.check(config)
     processes.writer_first(lambda: catalogue.prepare(config))
     mesh = sharding.make_mesh(**config.mesh)
     base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
@@ -260,147 +261,6 @@ def build_again(stored: dict) -> Job:
     """`build` from a run's stored config, on whatever devices are here."""
     mesh = {"data": 1, "fsdp": 1, "tensor": len(jax.devices())}
     return build(ConfigDict(stored | {"mesh": mesh}))
-
-
-def check(config: ConfigDict) -> None:
-    """Refuses impossible settings before a device is touched."""
-
-    def one_of(key: str, value, known) -> None:
-        if value not in known:
-            raise UserError(f"{key}={value!r} is unknown: choose one of {', '.join(known)}.")
-
-    shifts = catalogue.module(config.benchmark).SHIFTS
-    for shift in config.shifts:
-        one_of("shifts", shift, shifts)
-    if not config.shifts:
-        raise UserError(f"shifts is empty: choose from {', '.join(shifts)}.")
-    one_of("xm3600.captions", config.xm3600.captions, xm3600.CAPTIONS)
-    if config.benchmark == "local":
-        local.check(config.local)
-    one_of("prompt.format", config.prompt.format, text.FORMATS)
-    one_of("warm_up.towards", config.warm_up.towards, ("references", "own_best"))
-    if config.warm_up.words and (config.benchmark, config.warm_up.towards) != (
-        "emoji",
-        "references",
-    ):
-        raise UserError(
-            "warm_up.words are pairs of benchmark='emoji' without a picture: they need "
-            "warm_up.towards='references'."
-        )
-    one_of("grpo.reward_shape", config.grpo.reward_shape, rewards.SHAPES)
-    one_of("grpo.format_rule", config.grpo.format_rule, rewards.FORMAT_RULES)
-    one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
-    for method in config.evaluation.methods:
-        one_of("evaluation.methods", method, results.EXTRAS)
-    one_of("policy.dtype", config.policy.dtype, pretrained.DTYPES)
-    one_of("grpo.aggregation", config.grpo.aggregation, grpo.AGGREGATIONS)
-    one_of("grpo.advantage_scale", config.grpo.advantage_scale, grpo.ADVANTAGE_SCALES)
-    one_of("grpo.baseline", config.grpo.baseline, grpo.BASELINES)
-    one_of("grpo.ratio_level", config.grpo.ratio_level, grpo.RATIO_LEVELS)
-    one_of("grpo.kl_estimator", config.grpo.kl_estimator, grpo.KL_ESTIMATORS)
-    one_of("grpo.reference", config.grpo.reference, grpo.REFERENCES)
-    for phase in ("warm_up", "grpo"):
-        one_of(f"{phase}.schedule", config[phase].schedule, optimizer.SCHEDULES)
-    _check_grpo(config.grpo, config.lora.rank)
-    for target in config.lora.targets:
-        one_of("lora.targets", target, ("q", "k", "v", "o", "gate", "up", "down"))
-    for key in (
-        "checkpoint.every",
-        "checkpoint.keep",
-        "log.sample_every",
-        "policy.logprob_chunk",
-        "warm_up.microbatches",
-        "grpo.microbatches",
-    ):
-        if config[key.split(".")[0]][key.split(".")[1]] < 1:
-            raise UserError(f"{key} must be 1 or more.")
-    for phase in ("warm_up", "grpo"):
-        size, parts = config[phase].batch_size, config[phase].microbatches
-        if size % parts:
-            raise UserError(
-                f"{phase}.batch_size={size} does not divide into {phase}.microbatches={parts}: "
-                f"make it a multiple of {parts}."
-            )
-    if config.max_skipped < 1:
-        raise UserError("max_skipped must be 1 or more.")
-    if config.checkpoint.keep_best < 0 or config.step_timeout < 0:
-        raise UserError("checkpoint.keep_best and step_timeout must be 0 or more.")
-    if config.warm_up.steps < 0 or config.grpo.steps < 0:
-        raise UserError("warm_up.steps and grpo.steps must be 0 or more.")
-    if config.lora.rank < 0 or (config.lora.rank and not config.lora.targets):
-        raise UserError("lora.rank must be 0 or more, and lora.targets not empty where it is.")
-    if "{query}" not in config.prompt.user:
-        raise UserError("prompt.user must contain {query}, where the query goes.")
-    for name in ("{captions}", "{query}"):
-        if name not in config.prompt.with_captions:
-            raise UserError(f"prompt.with_captions must contain {name}.")
-    if config.prompt.captions < 1:
-        raise UserError("prompt.captions must be 1 or more: a picture is told in captions.")
-    if config.prompt.caption_bank and not Path(config.prompt.caption_bank).is_file():
-        raise UserError(f"there is no caption bank {config.prompt.caption_bank}: give a text file.")
-    if config.prompt.format == "answer" and config.prompt.answer_start:
-        raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
-    if config.evaluation.samples < 2:
-        raise UserError("evaluation.samples must be 2 or more: one text has nothing to fuse with.")
-    if config.evaluation.run_depth < 0:
-        raise UserError("evaluation.run_depth must be 0 or more.")
-    if config.grpo.reward_k < 1:
-        raise UserError("grpo.reward_k must be 1 or more.")
-    if config.grpo.reward_temperature <= 0:
-        raise UserError("grpo.reward_temperature must be above 0.")
-    if config.grpo.malformed_reward > 0:
-        raise UserError("grpo.malformed_reward must be 0 or less: it is paid for no content.")
-    if config.grpo.group_size < 2:
-        raise UserError("grpo.group_size must be 2 or more: a group of one has no advantage.")
-    if config.rollout.temperature <= 0:
-        raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
-    if config.rollout.top_k < 0 or config.rollout.top_k == 1:
-        raise UserError("rollout.top_k must be 0 (off) or 2 or more: of one token all are alike.")
-    if not 0 < config.rollout.top_p <= 1:
-        raise UserError("rollout.top_p must be above 0 and at most 1 (off).")
-    if not 0 <= config.rollout.min_p < 1:
-        raise UserError("rollout.min_p must be 0 (off) or more, and below 1.")
-    if any(not isinstance(stop, str) or not stop for stop in config.rollout.stop):
-        raise UserError("rollout.stop must hold texts of one token each, such as ('\\n',).")
-    buckets = (0, *config.prompt.buckets, config.prompt.max_tokens)
-    if any(short >= long for short, long in itertools.pairwise(buckets)):
-        raise UserError(
-            f"prompt.buckets={tuple(config.prompt.buckets)} must be lengths from 1 that rise and "
-            f"stay below prompt.max_tokens={config.prompt.max_tokens}, which is the last bucket."
-        )
-
-
-def _check_grpo(config: ConfigDict, lora_rank: int) -> None:
-    """Refuses what contradicts itself among the keys of `grpo`."""
-    if config.passes < 1:
-        raise UserError("grpo.passes must be 1 or more.")
-    if config.kl_weight < 0:
-        raise UserError("grpo.kl_weight must be 0 or more; 0 leaves the reference policy out.")
-    if not 0 <= config.clip_low < 1 or config.clip_high < 0:
-        raise UserError("grpo.clip_low must be from 0 to below 1, and grpo.clip_high 0 or more.")
-    if config.delta and config.delta <= 1 + config.clip_high:
-        raise UserError(
-            f"grpo.delta={config.delta} must be above 1 + grpo.clip_high = {1 + config.clip_high}, "
-            "where the clip already holds the ratio; 0 switches it off."
-        )
-    if config.truncated_penalty < 0:
-        raise UserError("grpo.truncated_penalty must be 0 or more: it is taken from the reward.")
-    if config.refills < 0 or (config.refills and not config.drop_flat_groups):
-        raise UserError("grpo.refills must be 0 or more, and needs grpo.drop_flat_groups=True.")
-    if config.reference_sync_every < 0 or not 0 < config.reference_mix <= 1:
-        raise UserError(
-            "grpo.reference_sync_every must be 0 or more, grpo.reference_mix above 0, at most 1."
-        )
-    if config.reference_sync_every and not (config.kl_weight and config.reference == "start"):
-        raise UserError(
-            "grpo.reference_sync_every needs a reference that can follow: set "
-            "grpo.reference='start' and a grpo.kl_weight above 0."
-        )
-    if config.reference_sync_every and config.reference_mix < 1 and lora_rank:
-        raise UserError(
-            "grpo.reference_mix must be 1 under LoRA: a mix of two adapters' factors is not the "
-            "adapter of the mixed weights."
-        )
 
 
 def check_chat(config: ConfigDict, tokenizer) -> None:
@@ -455,7 +315,7 @@ def _check_sizes(run: Job) -> int:
                 f"{phase}.batch_size={config[phase].batch_size} is more than the {known} training "
                 "queries: lower it, or give more queries."
             )
-    check_batches(config, run.mesh)
+    checks.check_batches(config, run.mesh)
     return most_targets
 
 
@@ -471,21 +331,6 @@ def policy_settings(
 def held_dtype(config: ConfigDict) -> str:
     """What the base is held in: whatever is trained is float32."""
     return config.policy.dtype if config.lora.rank else "float32"
-
-
-def check_batches(config: ConfigDict, mesh: Mesh) -> None:
-    """Refuses batches that the mesh does not divide; a phase without steps has none."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    for phase in ("warm_up", "grpo", "evaluation"):
-        size, parts = config[phase].batch_size, config[phase].get("microbatches", 1)
-        if not config[phase].get("steps", 1):
-            continue
-        if size < 1 or size % (devices * parts):
-            times = f" x {phase}.microbatches = {parts}" if parts > 1 else ""
-            raise UserError(
-                f"{phase}.batch_size={size} does not divide over data x fsdp = {devices} devices"
-                f"{times}: make it a multiple of {devices * parts}."
-            )
 
 
 def _check_prompts(run: Job, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:

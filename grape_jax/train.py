@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from grape_jax import (
     checkpoint,
+    checks,
     command_line,
     evaluation,
     files,
@@ -103,7 +104,7 @@ def train(config, workdir: Path) -> None:
       UserError: the user can mend it.
       Interrupted: stopped on request; everything is saved.
     """
-    job.check(config)
+    checks.check(config)
     with_whole_paths(config)
     checkpoint.refuse_other_config(workdir, config)
     with StopSignal() as stop:

@@ -13,7 +13,7 @@ import official_files
 import pytest
 import tiny_policy
 
-from grape_jax import captions, command_line, job, prepare, submission, train
+from grape_jax import captions, checks, command_line, job, prepare, submission, train
 from grape_jax.data import catalogue, cirr, flickr30k_cn, tagged, wikipedia, xm3600
 from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError
@@ -409,7 +409,7 @@ def config_of(name, data_dir, tiny):
 @pytest.mark.parametrize("name", MADE)
 def test_every_config_is_of_its_benchmark(name):
     config = command_line.load(f"configs/{name}.py")
-    job.check(config)
+    checks.check(config)
     assert config.benchmark == name
     assert tuple(config.shifts) == catalogue.module(name).SHIFTS
     assert config.prompt.system[config.shifts[0]]
@@ -472,7 +472,7 @@ def test_a_picture_is_told_in_the_captions_closest_to_it(composed, tmp_path):
         wrong = config.copy_and_resolve_references()
         wrong.prompt[key] = value
         with pytest.raises(UserError, match=sentence):
-            job.check(wrong)
+            checks.check(wrong)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="is empty"):
         captions.read_bank(tmp_path / "empty.txt")

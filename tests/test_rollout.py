@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grape_jax import command_line, job, load_policy, text
+from grape_jax import checks, command_line, load_policy, text
 from grape_jax.errors import UserError
 from grape_jax.models import policy
 from grape_jax.rollout import SamplingConfig, draw_tokens, filtered_mass, sample, score_floor
@@ -331,10 +331,10 @@ def test_greedy_is_what_transformers_generates(family, tmp_path):
 )
 def test_impossible_sampling_is_refused(key, value, sentence):
     config = command_line.load("configs/emoji.py")
-    job.check(config)
+    checks.check(config)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=sentence):
-        job.check(config)
+        checks.check(config)
 
 
 def test_a_damaged_generation_config_is_one_sentence(tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import checkpoint, command_line, files, job, sharding
+from grape_jax import checkpoint, checks, command_line, files, sharding
 from grape_jax.errors import UserError
 
 ABOUT = {"seed": 0, "lora": {"rank": 2}, "checkpoint": {"every": 1}, "weights": {"policy": "ab"}}
@@ -231,7 +231,7 @@ def test_impossible_settings_are_refused(key, value, advice):
     config = command_line.load("configs/emoji.py")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=rf"{key}.* must be {advice}"):
-        job.check(config)
+        checks.check(config)
 
 
 def test_an_object_store_stays_one():

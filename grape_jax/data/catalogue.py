@@ -51,12 +51,10 @@ def prepare(config: ConfigDict) -> None:
             local.prepare(config.local, config.data_dir)
 
 
-def load_queries(config: ConfigDict, shift: str, split: str, limit: int = 0) -> list[Query]:
-    """The queries of one split as a run's config asks for them; a limit takes a fixed subset."""
+def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
+    """The queries of one split as a run's config asks for them."""
     chosen = config.xm3600 if config.benchmark == "xm3600" else {}
-    return module(config.benchmark).load_queries(
-        _place(config), shift, split, limit or None, **chosen
-    )
+    return module(config.benchmark).load_queries(_place(config), shift, split, **chosen)
 
 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
