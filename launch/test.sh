@@ -38,4 +38,4 @@ fi
 
 # Two processes, one thread each: XLA reads NPROC, torch and BLAS read OMP_NUM_THREADS.
 export NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-"$venv/bin/python" -m pytest -n 2 --dist loadfile --durations=10 "$@" </dev/null
+"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" </dev/null

@@ -1,20 +1,30 @@
-"""Eight virtual devices for every test, and flags parsed once, which grain's readers ask for."""
+"""What every test finds: eight virtual devices, compiled programs of other tests, parsed flags."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+import xla_flags
 
 # Before jax is imported: single-device tests take the first one.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.devices(8)}"
 
 # Where libtpu is installed for the tests that compile with it, jax would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# One folder for the workers and all commands that they start: a program is compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import importlib.util
 from pathlib import Path
 
 from absl import flags
 
+# Which grain's readers ask for.
 flags.FLAGS(["x"])
 
 
@@ -41,3 +51,12 @@ def name_torchvision_operators():
 
 # Kept: the names go with it.
 TORCHVISION_OPERATORS = name_torchvision_operators()
+
+
+# Files that start whole runs, the longest first: two workers then end at about the same time.
+LONGEST = ("test_train", "test_compare", "test_learner", "test_benchmarks", "test_evaluate")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))

@@ -13,6 +13,7 @@ import optax
 import pytest
 import tiny_policy
 import torch
+import xla_flags
 from ml_collections import ConfigDict
 
 from benchmarks import comparison, growth, task
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
 def tiny(folder):
     config = command_line.load("configs/emoji.py")
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
+    config.prompt.max_tokens = 48
     return job.build(config)
 
 
@@ -256,16 +258,12 @@ def compare(folder, out, *overrides):
         *(f"--config.{key}={value}" for key, value in config.items()),
     ]
     return subprocess.run(
-        [*argv, *overrides], env=environment(folder), capture_output=True, text=True, check=False
+        [*argv, *overrides],
+        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-
-def environment(folder):
-    """One device; the processes of this file share what they compile."""
-    return os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +314,7 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
 
     monkeypatch.setattr(run, "reward_parts", spied)
     config = json.loads((compared / "task" / "config.json").read_text())
+    config["grpo"]["format_rule"] = "sum"  # a malformed answer is paid for its rank too
     pictures = sorted((compared / "task" / "gallery").glob("*.png"))
     gallery = reward.load_gallery(config["retriever"]["path"], pictures, 16)
     bank_NxE = tiny.gallery("test").bank_NxE
@@ -325,7 +324,8 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
     )
     trainer.train()
     answers, targets, queries = seen[-1]
-    ours = our_rewards(tiny, bank_NxE, tiny.config.grpo, answers, targets, queries)
+    paid = ConfigDict(config["grpo"])
+    ours = our_rewards(tiny, bank_NxE, paid, answers, targets, queries)
     theirs = np.sum([list(part) for part in trainer._logs["rewards"].values()], axis=0)
     assert theirs.std() > 0
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, atol=1e-5)
@@ -386,23 +386,27 @@ def test_growth_is_measured_once(folder):
     """Steps whose completions do not have the asked length end the command with an error."""
     argv = [
         *(sys.executable, "-m", "benchmarks.growth", "--config=configs/emoji.py"),
-        *(f"--out={folder / 'growth'}", "--prompts=40,48", "--groups=2", "--completion_tokens=5"),
+        *(f"--out={folder / 'growth'}", "--prompts=45,52", "--groups=2", "--completion_tokens=5"),
         *("--batch=2", "--steps=2", f"--config.data_dir={folder / 'data'}"),
         f"--config.policy.path={folder / 'tiny.gguf'}",
     ]
     done = subprocess.run(
-        argv, env=environment(folder), capture_output=True, text=True, check=False
+        argv,
+        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((folder / "growth" / "growth.json").read_text())
-    assert [(p["prompt"], p["group"]) for p in found["points"]] == [(40, 2), (48, 2)]
+    assert [(p["prompt"], p["group"]) for p in found["points"]] == [(45, 2), (52, 2)]
     assert all(len(point["seconds"]) == 1 for point in found["points"])
     assert (folder / "growth" / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "ms a prompt token" in (folder / "growth" / "growth.md").read_text()
     config = ConfigDict(found["settings"]["config"])
-    assert growth.measure_all(config, folder / "growth", [40, 48], [2], 5, 2) == found
+    assert growth.measure_all(config, folder / "growth", [45, 52], [2], 5, 2) == found
     with pytest.raises(UserError, match="other measurements"):
-        growth.measure_all(config, folder / "growth", [40], [2], 5, 3)
+        growth.measure_all(config, folder / "growth", [45], [2], 5, 3)
 
 
 def test_the_cost_of_a_prompt_token_is_a_slope():

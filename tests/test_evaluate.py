@@ -8,6 +8,7 @@ import sys
 import ir_measures as ir
 import pytest
 import tiny_policy
+import xla_flags
 
 METHODS = [
     *("raw query", "untrained, greedy", "untrained, sampled", "untrained + query, greedy"),
@@ -25,11 +26,7 @@ def folder(tmp_path_factory):
 def evaluate(folder, *arguments, code=0):
     done = subprocess.run(
         [sys.executable, "-m", "grape_jax.evaluate", f"--workdir={folder / 'run'}", *arguments],
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        },
+        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
         capture_output=True,
         text=True,
         check=False,

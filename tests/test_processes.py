@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import one_of_several
 import pytest
+import xla_flags
 from PIL import Image
 
 from grape_jax import checkpoint, processes, retriever, sharding
@@ -27,7 +28,7 @@ def free_port() -> int:
 
 def play(scene, folder, slurm=False):
     """Runs a scene in two processes of four devices; gives (exit code, stdout, stderr) of each."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags.devices(4)}
     environment["PYTHONPATH"] = str(PROGRAM.parent.parent)
     started = []
     address = f"127.0.0.1:{free_port()}"

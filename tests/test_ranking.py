@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -254,7 +255,7 @@ def test_two_processes_give_the_same_ranks():
         "got = ranking.target_ranks(emb, index, targets, mesh=mesh, size=900);"
         "print(jax.device_count(), np.asarray(got.rank_QxP)[:, 0].tolist())"
     )
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = {"XLA_FLAGS": xla_flags.devices(2)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(i)], cwd=ROOT, env=os.environ | flags,

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from grape_jax import preprocessing, retriever, sharding, train_retriever
@@ -188,17 +187,7 @@ def test_shipped_files_are_small():
     assert sum(file.stat().st_size for file in retriever.SHIPPED.iterdir()) <= 16e6
 
 
-@pytest.fixture
-def compiled_once(tmp_path):
-    """Three runs of one program: it is compiled for the first and read for the others."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
-def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch, compiled_once):
+def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch):
     """The whole recipe on two concepts and one style: stopped, resumed, saved, loadable."""
     concepts = [
         Concept("1F680", "🚀", "rocket", "rocket", ("launch", "space")),

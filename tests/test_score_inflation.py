@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny_policy
+import xla_flags
 
 
 def command(folder, *overrides):
@@ -18,6 +19,7 @@ def command(folder, *overrides):
         "grpo.steps": 2,
         "grpo.batch_size": 2,
         "grpo.group_size": 4,
+        "prompt.max_tokens": 48,
         "rollout.max_tokens": 4,
         "evaluation.batch_size": 8,
         "evaluation.test_limit": 8,
@@ -30,11 +32,7 @@ def command(folder, *overrides):
         sys.executable, "-m", "grape_jax.score_inflation", f"--workdir={folder / 'both'}",
         "--config=configs/score_inflation.py", *flags, *overrides,
     ]  # fmt: skip
-    # The second run finds the programs of the first.
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    }
+    environment = os.environ | {"XLA_FLAGS": xla_flags.devices(1)}
     return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
 
 

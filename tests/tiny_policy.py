@@ -1,4 +1,4 @@
-"""A random policy of two layers in a real GGUF file, with SmolLM2's own tokenizer."""
+"""A random policy of two layers in a real GGUF file, with the first tokens of SmolLM2's own."""
 
 from pathlib import Path
 
@@ -7,13 +7,17 @@ from gguf import GGUFReader, GGUFWriter
 
 from grape_jax import job
 
+# Of 49,152: reading all takes seconds in each process. Merges are in the order of their tokens.
+VOCAB = 8192
 WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 8
 
 
 def write(path: Path) -> Path:
     source = GGUFReader(job.policy_path(""))
     field = lambda name: source.get_field(f"tokenizer.{name}").contents()
-    tokens = field("ggml.tokens")
+    tokens, merges = field("ggml.tokens"), field("ggml.merges")
+    merges = merges[: VOCAB - (len(tokens) - len(merges))]
+    tokens = tokens[:VOCAB]
     writer = GGUFWriter(str(path), "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(WIDTH)
@@ -27,8 +31,8 @@ def write(path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types(field("ggml.token_type"))
-    writer.add_token_merges(field("ggml.merges"))
+    writer.add_token_types(field("ggml.token_type")[:VOCAB])
+    writer.add_token_merges(merges)
     writer.add_chat_template(field("chat_template"))
     writer.add_bos_token_id(field("ggml.bos_token_id"))
     writer.add_eos_token_id(field("ggml.eos_token_id"))
@@ -47,9 +51,9 @@ def _tensors(vocab: int, end_token: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape) / np.sqrt(shape[-1])
     tensors = {"token_embd.weight": normal(vocab, WIDTH), "output_norm.weight": np.ones(WIDTH)}
-    # Long rows make a peaked distribution, as a trained model has one: over 49,152 equally likely
-    # tokens the last bit of a sum would decide. The end token's is longer still: about a quarter of
-    # all states end a completion with it.
+    # Long rows make a peaked distribution, as a trained model has one: over thousands of
+    # equally likely tokens the last bit of a sum would decide. The end token's is longer still:
+    # about a quarter of all states end a completion with it.
     tensors["token_embd.weight"] *= 6
     tensors["token_embd.weight"][end_token] *= 5
     for i in range(LAYERS):
