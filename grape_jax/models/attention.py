@@ -7,6 +7,7 @@ The prompt's keys and values stand once, `[B, S, G, d]`; the completions' stand 
 import jax
 import jax.numpy as jnp
 
+BLOCK = 128  # queries of a prompt whose scores exist at one time
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -23,14 +24,23 @@ def attend_prompt(
     """
     S = q_BxSxHxd.shape[1]
     q_BxSxGxRxd = _group_heads(q_BxSxHxd, k_BxSxGxd.shape[2])
-    scores = jnp.einsum("bsgrd,bugd->bgrsu", q_BxSxGxRxd, k_BxSxGxd).astype(jnp.float32)
-    causal_SxS = jnp.tril(jnp.ones((S, S), bool))
-    if window is not None:
-        causal_SxS &= jnp.arange(S)[:, None] - jnp.arange(S) < window
-    visible = causal_SxS[None] & mask_BxS[:, None, :]
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxGxd.dtype)
-    return jnp.einsum("bgrsu,bugd->bsgrd", weights, v_BxSxGxd).reshape(q_BxSxHxd.shape)
+
+    def rows(start: int, end: int) -> jax.Array:
+        """Queries from start to end, which see nothing after them."""
+        q, k, v = q_BxSxGxRxd[:, start:end], k_BxSxGxd[:, :end], v_BxSxGxd[:, :end]
+        scores = jnp.einsum("bsgrd,bugd->bgrsu", q, k).astype(jnp.float32)
+        behind = jnp.arange(start, end)[:, None] - jnp.arange(end)
+        visible = behind >= 0
+        if window is not None:
+            visible &= behind < window
+        visible = visible[None] & mask_BxS[:, None, :end]
+        scores = jnp.where(visible[:, None, None], scores, MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bgrsu,bugd->bsgrd", weights, v)
+
+    # In blocks, half of the square is never computed, and what is stays in near memory.
+    blocks = [rows(start, min(start + BLOCK, S)) for start in range(0, S, BLOCK)]
+    return jnp.concatenate(blocks, axis=1).reshape(q_BxSxHxd.shape)
 
 
 def attend_completions(

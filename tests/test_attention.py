@@ -1,0 +1,60 @@
+"""Prompts that attend in blocks, against the whole square in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grape_jax.models import attention
+
+B, H, G, D = 2, 4, 2, 8
+
+
+def arrays(S):
+    rng = np.random.default_rng(S)
+    q, k, v = (rng.standard_normal((B, S, heads, D)) for heads in (H, G, G))
+    mask_BxS = np.arange(S) >= np.asarray([[0], [S // 3]])  # prompts stand on the right
+    return q, k, v, mask_BxS
+
+
+def naive(q, k, v, mask_BxS, window):
+    """Every query against every key, one head after the other."""
+    S = q.shape[1]
+    behind = np.arange(S)[:, None] - np.arange(S)
+    visible = (behind >= 0) & (behind < (window or S)) & mask_BxS[:, None]
+    out = np.zeros_like(q)
+    for head in range(H):
+        own = head // (H // G)
+        scores = np.einsum("bsd,bud->bsu", q[:, :, head], k[:, :, own]) / np.sqrt(D)
+        weights = np.where(visible, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+        weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+        out[:, :, head] = np.einsum("bsu,bud->bsd", weights, v[:, :, own])
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("S", [1, attention.BLOCK, attention.BLOCK + 1, 2 * attention.BLOCK + 44])
+def test_blocks_are_the_whole_square(S, window):
+    q, k, v, mask_BxS = arrays(S)
+    width = None if window is None else jnp.int32(window)
+    ours = attention.attend_prompt(*map(jnp.float32, (q, k, v)), jnp.asarray(mask_BxS), width)
+    real = mask_BxS[..., None, None]  # what padding sees counts nowhere
+    np.testing.assert_allclose(ours * real, naive(q, k, v, mask_BxS, window) * real, atol=2e-6)
+
+
+def test_gradients_do_not_depend_on_the_block(monkeypatch):
+    q, k, v, mask_BxS = arrays(300)
+    pull = jnp.float32(
+        np.random.default_rng(1).standard_normal(q.shape) * mask_BxS[..., None, None]
+    )
+
+    def gradients():
+        loss = lambda *qkv: jnp.sum(
+            jnp.float32(pull) * attention.attend_prompt(*qkv, jnp.asarray(mask_BxS))
+        )
+        return jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.float32, (q, k, v)))
+
+    in_blocks = gradients()
+    monkeypatch.setattr(attention, "BLOCK", 300)
+    for ours, whole in zip(in_blocks, gradients(), strict=True):
+        np.testing.assert_allclose(ours, whole, atol=1e-5)
