@@ -13,6 +13,7 @@ DEMO = [
     "resvg-py>=0.5,<1",
 ]
 TEST = [
+    "filelock>=3,<4",
     "hypothesis>=6,<7",
     "ir-measures>=0.4.3,<0.5",
     "pytest>=9,<10",

@@ -22,7 +22,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import importlib.util
 from pathlib import Path
 
+import pytest
 from absl import flags
+from filelock import FileLock
 
 # Which grain's readers ask for.
 flags.FLAGS(["x"])
@@ -51,6 +53,36 @@ def name_torchvision_operators():
 
 # Kept: the names go with it.
 TORCHVISION_OPERATORS = name_torchvision_operators()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """Made once for all workers: `data`, the embedded benchmark with its bank, and `tiny.gguf`."""
+    import tiny_policy
+
+    from grape_jax import retriever
+    from grape_jax.data import emoji
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = tmp_path_factory.mktemp("shared")
+            tiny_policy.write(making / "tiny.gguf")
+            emoji.prepare(making / "data")
+            images = emoji.load_corpus(making / "data", emoji.gallery_of("train")).images
+            retriever.corpus_bank(retriever.load(), images, making / "data" / "banks")
+            making.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(shared, tmp_path_factory):
+    """A place for the runs of one file, with what is shared."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("data", "tiny.gguf"):
+        (folder / name).symlink_to(shared / name)
+    return folder
 
 
 # Files that start whole runs, the longest first: two workers then end at about the same time.

@@ -11,10 +11,21 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grape_jax import captions, checkpoint, processes, ranking, retriever, search, sharding
+from grape_jax import (
+    captions,
+    checkpoint,
+    processes,
+    ranking,
+    retriever,
+    rewriter,
+    search,
+    sharding,
+    train,
+)
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.errors import UserError
 from grape_jax.job import Gallery
+from grape_jax.types import Prompts, Rollout, Scores
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 4, 2))
 ROWS = 16
@@ -59,6 +70,56 @@ def together(folder: Path) -> None:
         ]
         corpus = sharding.place(values, sharding.logical(mesh, "corpus"))
         np.testing.assert_array_equal(sharding.whole(mesh, corpus), values)
+
+
+def batches(folder: Path) -> None:
+    """What `train.py` makes of a batch of which each process has a part."""
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    prompt = types.SimpleNamespace(buckets=(4, 9))
+    run = types.SimpleNamespace(mesh=mesh, config=types.SimpleNamespace(prompt=prompt))
+    own = sharding.own_rows(mesh, ROWS)
+    # Three tokens here and seven there are of one bucket.
+    real = np.arange(12) >= (9 if processes.is_writer() else 5)
+    mine = Prompts(np.zeros((len(own), 12), np.int32), np.tile(real, (len(own), 1)))
+    rewriter._encode = lambda job, queries, shifts: mine
+    assert rewriter.encode(run, [], []).mask_BxS.sum(1).tolist() == [real.sum()] * len(own)
+    assert rewriter.encode(run, [], []).tokens_BxS.shape[1] == 9
+    # Pictures of their own have the queries of one process only.
+    queries = [
+        Query(f"query {i}", "", "en", "", (i,), image=i if i >= ROWS - 2 else -1)
+        for i in range(ROWS)
+    ]
+    parts = [queries[row] for row in own]
+    pictures = sharding.whole(mesh, sharding.batch(mesh, train.own_pictures(parts)))
+    assert pictures[:, 0].tolist() == [query.image for query in queries]
+    assert train.own_pictures(queries[:2]) is None
+    known = train.all_queries(run, parts)
+    assert [(q.id, *q.targets, q.image) for q in known] == [
+        (q.id, *q.targets, q.image) for q in queries
+    ]
+    # A refilled batch: its texts and arrays are those of one process.
+    found, more = (experience(mesh, first, flat) for first, flat in ((0, 2), (100, 3)))
+    filled, replaced = train.refill(run, found, more)
+    good = [100 + row for row in range(ROWS) if row % 3]
+    rows = [row if row % 2 else good[row // 2] for row in range(ROWS)]
+    assert replaced == ROWS // 2 and [query for _, query in filled.batch] == rows
+    assert sharding.whole(mesh, filled.scores.rank_BxK)[:, 0].tolist() == rows
+    assert sharding.whole(mesh, filled.prompts.tokens_BxS)[:, -1].tolist() == rows
+
+
+def experience(mesh, first: int, flat: int) -> train.Experience:
+    """Numbered from `first`; groups whose row `flat` divides have no variance."""
+    own = sharding.own_rows(mesh, ROWS)
+    numbers = np.repeat(first + own[:, None], 2, axis=1)
+    rewards = np.stack([np.zeros(len(own)), own % flat], axis=1).astype(np.float32)
+    length = 1 + first // 100
+    arrays = (
+        Prompts(numbers[:, :length], numbers[:, :length] > 0),
+        Rollout(numbers[..., None], numbers[..., None] > 0, numbers[..., None] * 0.5),
+        Scores(rewards, *[numbers] * 7),
+    )
+    whole = [first + row for row in range(ROWS)]
+    return train.Experience([("", row) for row in whole], whole, *sharding.batch(mesh, arrays))
 
 
 class Pictures(Sequence):

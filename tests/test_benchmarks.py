@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 import numpy as np
 import official_files
 import pytest
-import tiny_policy
 
 from grape_jax import captions, checks, command_line, job, prepare, submission, train
 from grape_jax.data import catalogue, cirr, flickr30k_cn, tagged, wikipedia, xm3600
@@ -391,8 +390,8 @@ def test_the_submission_is_the_naive_ranking(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_policy.write(tmp_path_factory.mktemp("policy") / "tiny.gguf")
+def tiny(shared):
+    return shared / "tiny.gguf"
 
 
 def config_of(name, data_dir, tiny):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_policy
 import torch
 import xla_flags
 from ml_collections import ConfigDict
@@ -24,13 +23,6 @@ from grape_jax.errors import UserError
 from grape_jax.models import policy
 
 TEXTS = ["red apple", "a dog", "", "smiling face", "rocket ship to the moon", "tree", "Red apple"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
-    tiny_policy.write(folder / "tiny.gguf")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,12 @@ import sys
 
 import ir_measures as ir
 import pytest
-import tiny_policy
 import xla_flags
 
 METHODS = [
     *("raw query", "untrained, greedy", "untrained, sampled", "untrained + query, greedy"),
     *("HyDE", "multi-query", "constant caption", "reference text"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate")
-    tiny_policy.write(folder / "tiny.gguf")
-    return folder
 
 
 def evaluate(folder, *arguments, code=0):
@@ -95,18 +87,20 @@ def test_the_run_files_say_what_the_report_says(run):
 
 
 def test_nothing_is_written_twice(folder, run):
-    """One file is lost, as after Ctrl-C: it alone is written again, to the same text."""
+    """One file is lost, as after Ctrl-C: it alone is written again, to the same text.
+
+    Without a flag, the run's own config says which methods.
+    """
     answers = run / "answers"
     lost = answers / "noisy-test-untrained-caption-1.json"
     text = lost.read_text()
     lost.unlink()
     before = {path.name: path.stat().st_mtime_ns for path in answers.iterdir()}
     whole = numbers_of(run)
-    evaluate(folder, "--methods=all")
+    evaluate(folder)
     after = {path.name: path.stat().st_mtime_ns for path in answers.iterdir()}
     assert lost.read_text() == text and after.pop(lost.name) and after == before
     assert numbers_of(run) == whole
-    evaluate(folder)  # of all, what the run's own config asks for
     labels = [label(scores) for scores in numbers_of(run)[0]["methods"]]
     assert labels == METHODS
 

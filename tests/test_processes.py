@@ -69,10 +69,10 @@ def test_two_processes_agree_and_share_batches_and_corpora(tmp_path, monkeypatch
     pictures = one_of_several.Pictures(tmp_path / "pictures")
     alone = one_of_several.embed_and_search(tmp_path / "banks-alone", mesh, pictures)
     np.savez(tmp_path / "alone.npz", **alone)
-    for code, out, err in play("together+gallery", tmp_path):
+    for code, out, err in play("together+batches+gallery", tmp_path):
         assert code == 0, err[-3000:]
         said = [line for line in out.splitlines() if line.endswith("done")]  # Gloo speaks too
-        assert said == ["together done", "gallery done"]
+        assert said == ["together done", "batches done", "gallery done"]
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(tmp_path):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import tiny_policy
 import xla_flags
 
 
@@ -34,13 +33,6 @@ def command(folder, *overrides):
     ]  # fmt: skip
     environment = os.environ | {"XLA_FLAGS": xla_flags.devices(1)}
     return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inflation")
-    tiny_policy.write(folder / "tiny.gguf")
-    return folder
 
 
 def test_two_runs_from_one_start_make_a_table_and_a_figure(folder):
