@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.prompt.system.multilingual = "Translate the caption to English."
     config.prompt.system.articles = "Say in one sentence what a picture of this article shows."
     config.prompt.system.edits = "Describe the picture that the change leads to."
-    config.prompt.system.local = "Say in a few English words what the picture shows."
+    config.prompt.system.local = "Say in a few English words what picture is asked for."
     config.prompt.user = "{query}"  # the user's turn
     # What {query} stands for where a query has a picture of its own: the policy reads no pixels.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"

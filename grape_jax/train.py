@@ -120,7 +120,8 @@ def train(config, workdir: Path) -> None:
     counted = run.retriever.cut_texts
     if counted.cut:
         processes.say(
-            f"{counted.cut} of {counted.read} texts were longer than the retriever reads: cut."
+            f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
+            "reads, and were cut."
         )
 
 
@@ -530,7 +531,8 @@ def sample_table(step: int, table: list[dict]) -> str:
     spread = lambda row: by_rank(row)[-1]["rank"] - by_rank(row)[0]["rank"]
     lines = [f"step {step + 1}" + f"{'rank':>9}{'reward':>9}  rewrite"]
     for row in sorted(table, key=spread, reverse=True)[:SHOWN_QUERIES]:
-        lines.append(f"  {row['query']!r}, which is {row['reference']!r}")
+        meant = f", which is {row['reference']!r}" if row["reference"] else ""
+        lines.append(f"  {row['query']!r}{meant}")
         ranked = by_rank(row)
         for i in sorted({0, len(ranked) // 2, len(ranked) - 1}):
             one = ranked[i]

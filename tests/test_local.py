@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny_policy
 from ml_collections import ConfigDict
 
 from grape_jax import command_line, job, ranking, retriever, sharding, train
@@ -23,11 +22,11 @@ COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def mine(tmp_path_factory):
+def mine(tmp_path_factory, shared):
     """Pictures in folders, and a CSV of their names in four languages."""
     folder = tmp_path_factory.mktemp("mine")
     local_files.write(folder, COUNT)
-    tiny_policy.write(folder / "tiny.gguf")
+    (folder / "tiny.gguf").symlink_to(shared / "tiny.gguf")
     return folder
 
 
@@ -362,6 +361,14 @@ BROKEN = {
     "no columns": (
         broken_queries("q.csv", b"query,picture\nsoup,002A-FE0F-20E3.jpg\n"),
         "needs the columns",
+    ),
+    "no picture column": (
+        broken_queries("q.csv", b"text,language\nsoup,en\n"),
+        r"image \(or images\); it has language, text",
+    ),
+    "no text column": (
+        broken_queries("q.csv", b"image,language\n002A-FE0F-20E3.jpg,en\n"),
+        "it has image, language",
     ),
     "no JSON": (broken_queries("q.jsonl", b'{"text": "soup"\n'), r"no JSON object \(1\): line 1"),
     "empty file": (broken_queries("q.jsonl", b""), "holds no query"),

@@ -122,6 +122,24 @@ def test_headline_says_when_zero_is_inside(tmp_path, gain, said):
     assert ("cannot be told from zero" in text) == (gain == 0)
 
 
+@pytest.mark.parametrize(
+    "raw, said", [(1, "as it was written finds more"), (31, "the rewrite finds more"), (16, "told")]
+)
+def test_headline_compares_with_no_rewriting_at_all(tmp_path, raw, said):
+    untrained, trained, queried = (np.full(QUERIES, rank) for rank in (31, 31, raw))
+    trained[::2] = 1
+    if raw == 16:
+        queried = trained
+    answers = (
+        _answers("raw query", "", queried),
+        _answers("untrained", "greedy", untrained),
+        _answers("GRPO", "greedy", trained),
+    )
+    _write(tmp_path, [results.TestSet("unseen", "long", _queries(), answers, NAMES, _picture)])
+    headline = (tmp_path / "report.md").read_text().split("##")[0]
+    assert said in headline.split("GRPO − raw query is")[1]
+
+
 def test_an_evaluation_before_training(tmp_path):
     test_set = _test_set()
     untrained = tuple(a for a in test_set.answers if a.method in ("raw query", "untrained"))

