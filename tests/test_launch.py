@@ -385,6 +385,9 @@ def _local(tmp_path, python, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Ctrl-C is ignored where the tests themselves run in the background, and a shell cannot
+        # trap what was ignored when it started.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
