@@ -64,7 +64,7 @@ fi
 tail -n 0 -F "$logs/process-0.log" &
 shown=$!
 
-# Looks twice a second who still runs: `wait -n` would sleep through a signal that came just before.
+# Looks twice a second who still runs; a signal ends a wait early, and is dealt with first.
 running=("${processes[@]}")
 while ((${#running[@]})); do
   sleep 0.5 &
