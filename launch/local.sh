@@ -64,11 +64,10 @@ fi
 tail -n 0 -F "$logs/process-0.log" &
 shown=$!
 
-# Looks twice a second who still runs; a signal ends a wait early, and is dealt with first.
+# Waits for whichever ends next; a signal ends a wait early, and what still runs is waited for again.
 running=("${processes[@]}")
 while ((${#running[@]})); do
-  sleep 0.5 &
-  wait $! || true
+  wait -n "${running[@]}" && status=0 || status=$?
   still=()
   for process in "${running[@]}"; do
     if kill -0 "$process" 2>/dev/null; then

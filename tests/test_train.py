@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 import xla_flags
 
-from grape_jax import Rewriter, checks, command_line, job, load_policy, sharding, text, train
+from grape_jax import Rewriter, checks, command_line, job, load_policy, log, sharding, text, train
 from grape_jax.errors import UserError
 from grape_jax.rewriter import encode, ranks_of
 from grape_jax.types import Prompts, Rollout, Scores
@@ -155,7 +155,7 @@ def test_a_few_rewrites_of_a_step_can_be_read():
         for query, ranks in spreads.items()
     ]
     table[2]["rewrites"][0] = one("is", 90, "is\n90")
-    said = train.sample_table(14, table).splitlines()
+    said = log.sample_table(14, table).splitlines()
     assert said[0].split() == ["step", "15", "rank", "reward", "rewrite"]
     shown = [line.split()[0] for line in said if "which is" in line]
     assert shown == ["'sum',", "'aple',", "'cta',"]
@@ -166,7 +166,7 @@ def test_a_few_rewrites_of_a_step_can_be_read():
     assert len({line.index("0.") for line in said if " 0." in line}) == 1
     for row in table:
         row["reference"] = ""
-    assert train.sample_table(14, table).splitlines()[1] == "  'sum'"
+    assert log.sample_table(14, table).splitlines()[1] == "  'sum'"
 
 
 def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undisturbed):
@@ -469,9 +469,12 @@ def test_a_trained_run_can_be_used(folder, undisturbed):
     said = use("rewrite", "smilign fcae", "rde aple", "--top=3")
     assert said.startswith("'smilign fcae' -> ") and said.count("\n  3. ") == 2
     assert (folder / "one" / "matches.png").stat().st_size > 0
+    of_the_report = lambda: json.loads((folder / "one" / "report.json").read_text())["test_sets"]
+    before = of_the_report()
     use("evaluate", "--methods=samples")
-    methods = json.loads((folder / "one" / "report.json").read_text())["test_sets"][0]["methods"]
-    assert [m["method"] for m in methods].count("GRPO, samples fused") == 1
+    for old, new in zip(before, of_the_report(), strict=True):
+        again = [m for m in new["methods"] if m["method"] != "GRPO, samples fused"]
+        assert again == old["methods"] and len(again) == len(new["methods"]) - 1
     first, second = (
         json.loads((folder / "one" / "answers" / f"noisy-test-GRPO-{name}.json").read_text())
         for name in ("sampled", "sampled-1")

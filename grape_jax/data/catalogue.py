@@ -54,12 +54,12 @@ def prepare(config: ConfigDict) -> None:
 def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
     """The queries of one split as a run's config asks for them."""
     chosen = config.xm3600 if config.benchmark == "xm3600" else {}
-    return module(config.benchmark).load_queries(_place(config), shift, split, **chosen)
+    return module(config.benchmark).load_queries(place(config), shift, split, **chosen)
 
 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
     """The pictures of one gallery of a run's benchmark."""
-    return module(config.benchmark).load_corpus(_place(config), gallery)
+    return module(config.benchmark).load_corpus(place(config), gallery)
 
 
 def load_words(config: ConfigDict, shift: str) -> list[Query]:
@@ -69,10 +69,10 @@ def load_words(config: ConfigDict, shift: str) -> list[Query]:
 
 def load_precomputed(config: ConfigDict) -> Precomputed | None:
     """The embeddings that a user gave with the pictures or instead of them, or None."""
-    return local.load_precomputed(_place(config)) if config.benchmark == "local" else None
+    return local.load_precomputed(place(config)) if config.benchmark == "local" else None
 
 
-def _place(config: ConfigDict) -> Path:
+def place(config: ConfigDict) -> Path:
     """Where the benchmark's sets lie; a user's own data has a folder for each choice of files."""
     if config.benchmark == "local":
         return local.folder(config.local, config.data_dir)
