@@ -305,8 +305,7 @@ def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
     hidden = jnp.moveaxis(hidden.reshape(B, K, -1, chunk, D), 2, 0)
     tokens = jnp.moveaxis(tokens.reshape(B, K, -1, chunk), 2, 0)
 
-    @jax.checkpoint
-    def one_chunk(hidden, tokens):
+    def read(hidden, tokens):
         scores = policy.logits(variables, hidden) / temperature
         partition = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
@@ -314,11 +313,32 @@ def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
         mean_score = jnp.sum(jax.nn.softmax(still) * still, axis=-1)
         return chosen - partition, jax.lax.stop_gradient(partition) - mean_score
 
+    one_chunk = jax.checkpoint(read) if learner.lora is None else _with_slope(read)
     _, (logprobs, entropy) = jax.lax.scan(
         lambda _, x: (None, one_chunk(*x)), None, (hidden, tokens)
     )
     join = lambda y: jnp.moveaxis(y, 0, 2).reshape(B, K, -1)[..., :T]
     return join(logprobs), join(entropy)
+
+
+def _with_slope(read):
+    """`read` of `token_logprobs`, with its gradient in the states computed beside its values.
+
+    Under an adapter nothing else of it is trained: a token's log-prob has one gradient, which the
+    loss only scales. The scores, at hand in the forward pass, are not computed a second time.
+    """
+    one_chunk = jax.custom_vjp(read)
+
+    def forward(hidden, tokens):
+        (logprobs, entropy), back = jax.vjp(lambda states: read(states, tokens), hidden)
+        (slope,) = back((jnp.ones_like(logprobs), jnp.zeros_like(entropy)))
+        return (logprobs, entropy), slope
+
+    def backward(slope, given):
+        return given[0][..., None].astype(slope.dtype) * slope, None
+
+    one_chunk.defvjp(forward, backward)
+    return one_chunk
 
 
 def _update(learner: Learner, state: TrainState, loss, grads):

@@ -8,6 +8,9 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+PROJECTED = "projected"  # names what a projection gives, for those who choose what to keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +43,20 @@ class Linear(nn.Module):
         if self.bias:
             zeros = declare(nn.initializers.zeros, self.axes[1:])
             y += self.param("bias", zeros, (self.features,)).astype(x.dtype)
-        if self.lora is None or self.name not in self.lora.targets:
-            return y.reshape(*lead, -1)
+        if self.lora is not None and self.name in self.lora.targets:
+            y += self._low_rank(x)
+        return checkpoint_name(y, PROJECTED).reshape(*lead, -1)
+
+    def _low_rank(self, x):
         # B starts at zero, so that training starts from the base model itself.
+        declare, rank, key = nn.with_logical_partitioning, self.lora.rank, self.make_rng
         a_init = declare(nn.initializers.he_uniform(), (self.axes[0], "rank"))
         b_init = declare(nn.initializers.zeros, ("rank", self.axes[1]))
-        rank = self.lora.rank
-        key = lambda: self.make_rng("lora")
-        a = self.variable("lora", "a", lambda: a_init(key(), (shape[0], rank), jnp.float32)).value
-        b = self.variable("lora", "b", lambda: b_init(key(), (rank, shape[1]), jnp.float32)).value
-        y += (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.lora.scale
-        return y.reshape(*lead, -1)
+        shapes = (x.shape[-1], rank), (rank, self.features)
+        a = self.variable("lora", "a", lambda: a_init(key("lora"), shapes[0], jnp.float32)).value
+        b = self.variable("lora", "b", lambda: b_init(key("lora"), shapes[1], jnp.float32)).value
+        # Scaled while it is narrow, so that no gradient of y's size is written for it.
+        return (x @ a.astype(x.dtype) * self.lora.scale) @ b.astype(x.dtype)
 
 
 def merge(params, adapter, config: LoraConfig):

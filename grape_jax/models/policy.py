@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from grape_jax import sharding
 from grape_jax.models import attention
-from grape_jax.models.lora import Linear, LoraConfig
+from grape_jax.models.lora import PROJECTED, Linear, LoraConfig
 from grape_jax.models.rope import RopeScaling, rotate
 from grape_jax.types import Prompts
 
@@ -308,7 +308,7 @@ def _through_layers(config, lora, variables, x, positions, attend_with, per_laye
 
     # Without remat, what the projections computed is kept and the rest computed again: writing all
     # of it to memory would take longer.
-    kept = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    kept = None if config.remat else jax.checkpoint_policies.save_only_these_names(PROJECTED)
     one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
     stacked = {"params": variables["params"]["layers"]}
     if lora is not None:
