@@ -13,7 +13,6 @@ Leaves growth.md, growth.json and growth.png in `--out`. The same command again 
 measured; Ctrl-C leaves tables of that.
 """
 
-import dataclasses
 import io
 import json
 import shlex
@@ -97,10 +96,7 @@ def measure(run: Job, prompt: int, group: int, completion: int, steps: int) -> l
     """Seconds of each step but the first."""
     run = forced.of_shape(run, prompt, completion, group)
     batches = train.data_iterators(run)["grpo"]
-    lengthen = lambda shift, query: dataclasses.replace(
-        query, text=task.text_of_length(run.tokenizer, run.config.prompt, shift, query.text, prompt)
-    )
-    made = [[(s, lengthen(s, query)) for s, query in next(batches)] for _ in range(steps)]
+    made = [task.lengthened(run, next(batches), prompt) for _ in range(steps)]
     return [line["seconds"] for line in forced.timed_steps(run, made)][1:]
 
 

@@ -78,13 +78,14 @@ def own_batches(run: Job, order: dict) -> list:
 def forced_batches(run: Job, order: dict) -> list:
     """Batches of queries whose prompts have exactly `prompt_tokens` tokens."""
     batches = train.data_iterators(run)["grpo"]
-    length = order["prompt_tokens"]
-    lengthen = lambda shift, query: dataclasses.replace(
-        query, text=text_of_length(run.tokenizer, run.config.prompt, shift, query.text, length)
-    )
+    return [lengthened(run, next(batches), order["prompt_tokens"]) for _ in range(order["steps"])]
+
+
+def lengthened(run: Job, batch: list[tuple[str, Query]], length: int) -> list[tuple[str, Query]]:
+    """The batch, every query lengthened or cut to a prompt of exactly `length` tokens."""
+    fit = lambda shift, text: text_of_length(run.tokenizer, run.config.prompt, shift, text, length)
     return [
-        [(shift, lengthen(shift, query)) for shift, query in next(batches)]
-        for _ in range(order["steps"])
+        (shift, dataclasses.replace(query, text=fit(shift, query.text))) for shift, query in batch
     ]
 
 

@@ -376,20 +376,8 @@ def test_mistakes_are_one_sentence(folder, override, sentence):
 
 def test_growth_is_measured_once(folder):
     """Steps whose completions do not have the asked length end the command with an error."""
-    argv = [
-        *(sys.executable, "-m", "benchmarks.growth", "--config=configs/emoji.py"),
-        *(f"--out={folder / 'growth'}", "--prompts=45,52", "--groups=2", "--completion_tokens=5"),
-        *("--batch=2", "--steps=2", f"--config.data_dir={folder / 'data'}"),
-        f"--config.policy.path={folder / 'tiny.gguf'}",
-    ]
-    done = subprocess.run(
-        argv,
-        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    shape = ("--prompts=45,52", "--groups=2", "--completion_tokens=5", "--batch=2", "--steps=2")
+    benchmark(folder, "growth", f"--out={folder / 'growth'}", *shape)
     found = json.loads((folder / "growth" / "growth.json").read_text())
     assert [(p["prompt"], p["group"]) for p in found["points"]] == [(45, 2), (52, 2)]
     assert all(len(point["seconds"]) == 1 for point in found["points"])
@@ -399,6 +387,31 @@ def test_growth_is_measured_once(folder):
     assert growth.measure_all(config, folder / "growth", [45, 52], [2], 5, 2) == found
     with pytest.raises(UserError, match="other measurements"):
         growth.measure_all(config, folder / "growth", [45], [2], 5, 3)
+
+
+def test_the_parts_of_a_step_are_timed_and_counted(folder, tiny):
+    shape = ("--batch=2", "--group=2", "--prompt_tokens=45", "--completion_tokens=5")
+    table = benchmark(folder, "phases", *shape)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    found = {name: [float(cell) for cell in cells] for name, *cells in rows[2:]}
+    assert list(found)[1:5:2] == ["sampling", "reference"] and len(found) == 6
+    body = sum(leaf.size for leaf in jax.tree.leaves(tiny.base["layers"]) if leaf.ndim == 3)
+    head = tiny.base["embedding"].size
+    forward = 2 * (body * 2 * (45 + 10) + head * 2 * 10) / 1e9
+    assert found["reference"][1] == pytest.approx(forward, rel=1e-2)
+    assert found["gradient"][1] == pytest.approx(2 * forward, rel=1e-2)
+
+
+def benchmark(folder, name, *arguments) -> str:
+    """What a benchmark of steps says, run with the tiny policy."""
+    argv = [sys.executable, "-m", f"benchmarks.{name}", "--config=configs/emoji.py", *arguments]
+    given = [f"--config.data_dir={folder / 'data'}", f"--config.policy.path={folder / 'tiny.gguf'}"]
+    environment = os.environ | {"XLA_FLAGS": xla_flags.devices(1)}
+    done = subprocess.run(
+        argv + given, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_the_cost_of_a_prompt_token_is_a_slope():

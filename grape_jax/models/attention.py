@@ -23,12 +23,13 @@ def attend_prompt(
     With a `window`, an int32 scalar, a token sees itself and the `window - 1` before it.
     """
     S = q_BxSxHxd.shape[1]
-    q_BxSxGxRxd = _group_heads(q_BxSxHxd, k_BxSxGxd.shape[2])
+    q_BxGxRxSxd = jnp.moveaxis(_group_heads(q_BxSxHxd, k_BxSxGxd.shape[2]), 1, 3)
+    k_BxGxSxd, v_BxGxSxd = jnp.moveaxis(k_BxSxGxd, 1, 2), jnp.moveaxis(v_BxSxGxd, 1, 2)
 
     def rows(start: int, end: int) -> jax.Array:
         """Queries from start to end, which see nothing after them."""
-        q, k, v = q_BxSxGxRxd[:, start:end], k_BxSxGxd[:, :end], v_BxSxGxd[:, :end]
-        scores = jnp.einsum("bsgrd,bugd->bgrsu", q, k).astype(jnp.float32)
+        q, k, v = q_BxGxRxSxd[..., start:end, :], k_BxGxSxd[..., :end, :], v_BxGxSxd[..., :end, :]
+        scores = jnp.einsum("bgrsd,bgud->bgrsu", q, k).astype(jnp.float32)
         behind = jnp.arange(start, end)[:, None] - jnp.arange(end)
         visible = behind >= 0
         if window is not None:
@@ -36,11 +37,11 @@ def attend_prompt(
         visible = visible[None] & mask_BxS[:, None, :end]
         scores = jnp.where(visible[:, None, None], scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bgrsu,bugd->bsgrd", weights, v)
+        return jnp.einsum("bgrsu,bgud->bgrsd", weights, v)
 
     # In blocks, half of the square is never computed, and what is stays in near memory.
     blocks = [rows(start, min(start + BLOCK, S)) for start in range(0, S, BLOCK)]
-    return jnp.concatenate(blocks, axis=1).reshape(q_BxSxHxd.shape)
+    return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1).reshape(q_BxSxHxd.shape)
 
 
 def attend_completions(
@@ -61,21 +62,25 @@ def attend_completions(
     `attend_prompt`; `first` is the completion's position at which query 0 stands.
     """
     S = prompt_k_BxSxGxd.shape[1]
-    q = _group_heads(q_BxKxTxHxd, prompt_k_BxSxGxd.shape[2])
-    to_prompt = jnp.einsum("bktgrd,bsgd->bgrkts", q, prompt_k_BxSxGxd).astype(jnp.float32)
-    to_own = jnp.einsum("bktgrd,bkugd->bgrktu", q, own_k_BxKxUxGxd).astype(jnp.float32)
+    q = jnp.moveaxis(_group_heads(q_BxKxTxHxd, prompt_k_BxSxGxd.shape[2]), (3, 4), (1, 3))
+    prompt_k, prompt_v, own_k, own_v = (
+        jnp.moveaxis(y, -2, 1)
+        for y in (prompt_k_BxSxGxd, prompt_v_BxSxGxd, own_k_BxKxUxGxd, own_v_BxKxUxGxd)
+    )
+    to_prompt = jnp.einsum("bgkrtd,bgsd->bgkrts", q, prompt_k).astype(jnp.float32)
+    to_own = jnp.einsum("bgkrtd,bgkud->bgkrtu", q, own_k).astype(jnp.float32)
     prompt_mask_BxTxS = prompt_mask_BxS[:, None]
     if window is not None:
-        queries_Tx1 = first + jnp.arange(q.shape[2])[:, None]
+        queries_Tx1 = first + jnp.arange(q.shape[4])[:, None]
         prompt_mask_BxTxS &= queries_Tx1 + S - jnp.arange(S) < window
-        own_mask_TxU &= queries_Tx1 - jnp.arange(own_k_BxKxUxGxd.shape[2]) < window
+        own_mask_TxU &= queries_Tx1 - jnp.arange(own_k.shape[3]) < window
     to_prompt = jnp.where(prompt_mask_BxTxS[:, None, None, None], to_prompt, MASKED)
     to_own = jnp.where(own_mask_TxU, to_own, MASKED)
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1), axis=-1)
-    weights = weights.astype(prompt_v_BxSxGxd.dtype)
-    out = jnp.einsum("bgrkts,bsgd->bktgrd", weights[..., :S], prompt_v_BxSxGxd)
-    out += jnp.einsum("bgrktu,bkugd->bktgrd", weights[..., S:], own_v_BxKxUxGxd)
-    return out.reshape(q_BxKxTxHxd.shape)
+    weights = weights.astype(prompt_v.dtype)
+    out = jnp.einsum("bgkrts,bgsd->bgkrtd", weights[..., :S], prompt_v)
+    out += jnp.einsum("bgkrtu,bgkud->bgkrtd", weights[..., S:], own_v)
+    return jnp.moveaxis(out, (1, 3), (3, 4)).reshape(q_BxKxTxHxd.shape)
 
 
 def _group_heads(q: jax.Array, groups: int) -> jax.Array:

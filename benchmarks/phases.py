@@ -1,0 +1,121 @@
+"""Where the time of a GRPO step goes, and how near its products come to what the machine can do.
+
+    python -m benchmarks.phases --config=configs/emoji.py --batch=8 --group=8 \\
+        --prompt_tokens=48 --completion_tokens=16
+
+Each part of a step runs by itself, five times after it was compiled; the median is printed, with
+the operations of its products of matrices and their speed; those of attention and adapter, some
+hundredths more, are not counted. The last row is a product with the policy's widest projection
+alone. Reference and gradient are the functions that `grpo_step` is made of; a step compiles them as
+one program.
+"""
+
+import functools
+import time
+import warnings
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import flags
+
+from benchmarks import comparison, forced, task
+from grape_jax import checks, command_line, train
+from grape_jax.errors import exit_with_sentence
+from grape_jax.job import Job
+from grape_jax.learner import policy_gradient, read_lesson
+from grape_jax.rewriter import merged_variables
+from grape_jax.rollout import sample
+
+FLAGS = flags.FLAGS
+REPEATS = 5
+
+
+def main() -> None:
+    command_line.define_config()
+    flags.DEFINE_integer("batch", 8, "Prompts a step.")
+    flags.DEFINE_integer("group", 8, "Completions of each prompt.")
+    flags.DEFINE_integer("prompt_tokens", 48, "Length of every prompt.")
+    flags.DEFINE_integer("completion_tokens", 16, "Length of every completion.")
+    command_line.parse()
+    config = FLAGS.config
+    config.grpo.batch_size = FLAGS.batch
+    config.prompt.max_tokens = FLAGS.prompt_tokens
+    config.rollout.max_tokens = FLAGS.completion_tokens
+    checks.check(config)
+    # The policy does not stop where a rewrite would.
+    warnings.filterwarnings("ignore", message="a text is longer than")
+    run = forced.of_shape(
+        forced.build(config), FLAGS.prompt_tokens, FLAGS.completion_tokens, FLAGS.group
+    )
+    rows = [
+        [name, *(f"{number:.4g}" for number in (seconds, flops / 1e9, flops / 1e9 / seconds))]
+        for name, seconds, flops in (*parts(run), one_product(run))
+    ]
+    print(comparison.table(["part", "seconds", "GFLOP", "GFLOP/s"], rows))
+
+
+def parts(run: Job) -> list[tuple[str, float, float]]:
+    """Name, seconds, and floating point operations of every part of a step."""
+    config, learner = run.config, run.learner("grpo")
+    B, K, T = config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens
+    state, key = run.fresh_state("grpo"), jax.random.key(config.seed)
+    batch = task.lengthened(run, next(train.data_iterators(run)["grpo"]), config.prompt.max_tokens)
+    variables = merged_variables(run, state.trained)
+    found = train.experience(run, variables, batch, key)
+    sampling = run.sampling(K, config.rollout.temperature, T)
+    lesson_of = jax.jit(functools.partial(read_lesson, learner))
+    lesson = lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
+    gradient_of = jax.jit(functools.partial(policy_gradient, learner))
+
+    merged = seconds_of(lambda: merged_variables(run, state.trained))
+    sampled = seconds_of(lambda: sample(run.policy, sampling, variables, found.prompts, key))
+    told = seconds_of(lambda: train.experience(run, variables, batch, key).scores)
+    reference = seconds_of(
+        lambda: lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
+    )
+    gradient = seconds_of(lambda: gradient_of(state.trained, run.base, lesson))
+
+    body = sum(kernel.size for kernel in jax.tree.leaves(run.base["layers"]) if kernel.ndim == 3)
+    head = run.base["embedding"].size
+    prompt_tokens, tokens = B * config.prompt.max_tokens, B * K * T
+    forward = 2 * (body * (prompt_tokens + tokens) + head * tokens)
+    decoded = B * K * (T - 1)
+    return [
+        ("merging the adapter", merged, 0),
+        ("sampling", sampled, 2 * (body * (prompt_tokens + decoded) + head * (B + decoded))),
+        ("encoding, reading, ranking", told - sampled, 0),
+        ("reference", reference, forward),
+        # Twice: forward, and back to the states. The weights beneath an adapter have no gradient.
+        ("gradient", gradient, 2 * forward),
+    ]
+
+
+def one_product(run: Job) -> tuple[str, float, float]:
+    """One product of the step's tokens with the projection that has the most weights."""
+    config = run.config
+    completion = config.grpo.group_size * config.rollout.max_tokens
+    tokens = config.grpo.batch_size * (config.prompt.max_tokens + completion)
+    stack = max(
+        (leaf for leaf in jax.tree.leaves(run.base["layers"]) if leaf.ndim == 3),
+        key=lambda leaf: leaf.size,
+    )
+    x = jax.random.normal(jax.random.key(0), (tokens, stack.shape[1]))
+    product = jax.jit(lambda x, kernel: x @ kernel)
+    kernel = jax.block_until_ready(stack[0])
+    seconds = seconds_of(lambda: [product(x, kernel) for _ in range(100)])
+    return "100 products alone", seconds, 100 * 2 * tokens * kernel.size
+
+
+def seconds_of(part: Callable) -> float:
+    jax.block_until_ready(part())
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(part())
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
