@@ -84,7 +84,7 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     return [
         ("merging the adapter", merged, 0),
         ("sampling", sampled, 2 * (body * (prompt_tokens + decoded) + head * (B + decoded))),
-        ("encoding, reading, ranking", told - sampled, 0),
+        ("encoding, reading, ranking", max(0.0, told - sampled), 0),
         ("reference", reference, forward),
         # Twice: forward, and back to the states. The weights beneath an adapter have no gradient.
         ("gradient", gradient, 2 * forward),
