@@ -138,7 +138,7 @@ def rewrite(
         [turns(config["prompt"], shift, query["text"]) for query in queries],
         add_generation_prompt=True,
         padding=True,
-        padding_side="left",
+        tokenizer_kwargs={"padding_side": "left"},
         return_dict=True,
         return_tensors="pt",
     ).to(model.device)
