@@ -323,6 +323,12 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, atol=1e-5)
     advantages = np.reshape(trainer._logs["advantages"], (2, 4))
     np.testing.assert_allclose(advantages, grpo.advantages(ours), rtol=1e-4, atol=1e-4)
+    # What answers a test query does not depend on the others of its batch, nor on their length.
+    ask = lambda *texts: run.rewrite(
+        trainer, config, "noisy", [{"text": text} for text in texts], sampled=False
+    )
+    alone = [ask(text)[0] for text in TEXTS]
+    assert ask(*TEXTS) == alone and len(set(alone)) > 1
 
 
 def test_every_key_is_known_or_refused(tiny):
