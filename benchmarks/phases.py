@@ -76,18 +76,19 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     )
     gradient = seconds_of(lambda: gradient_of(state.trained, run.base, lesson))
 
-    body = sum(kernel.size for kernel in jax.tree.leaves(run.base["layers"]) if kernel.ndim == 3)
+    body = sum(stack.size for stack in kernels(run))
     head = run.base["embedding"].size
     prompt_tokens, tokens = B * config.prompt.max_tokens, B * K * T
     forward = 2 * (body * (prompt_tokens + tokens) + head * tokens)
     decoded = B * K * (T - 1)
+    # Forward, and back to the states; the weights beneath an adapter have no gradient.
+    passes = 3 if learner.lora is None else 2
     return [
         ("merging the adapter", merged, 0),
         ("sampling", sampled, 2 * (body * (prompt_tokens + decoded) + head * (B + decoded))),
         ("encoding, reading, ranking", max(0.0, told - sampled), 0),
         ("reference", reference, forward),
-        # Twice: forward, and back to the states. The weights beneath an adapter have no gradient.
-        ("gradient", gradient, 2 * forward),
+        ("gradient", gradient, passes * forward),
     ]
 
 
@@ -96,15 +97,17 @@ def one_product(run: Job) -> tuple[str, float, float]:
     config = run.config
     completion = config.grpo.group_size * config.rollout.max_tokens
     tokens = config.grpo.batch_size * (config.prompt.max_tokens + completion)
-    stack = max(
-        (leaf for leaf in jax.tree.leaves(run.base["layers"]) if leaf.ndim == 3),
-        key=lambda leaf: leaf.size,
-    )
+    stack = max(kernels(run), key=lambda stack: stack.size)
     x = jax.random.normal(jax.random.key(0), (tokens, stack.shape[1]))
     product = jax.jit(lambda x, kernel: x @ kernel)
     kernel = jax.block_until_ready(stack[0])
     seconds = seconds_of(lambda: [product(x, kernel) for _ in range(100)])
     return "100 products alone", seconds, 100 * 2 * tokens * kernel.size
+
+
+def kernels(run: Job) -> list[jax.Array]:
+    """Every projection's weights, those of all layers in one stack."""
+    return [leaf for leaf in jax.tree.leaves(run.base["layers"]) if leaf.ndim == 3]
 
 
 def seconds_of(part: Callable) -> float:

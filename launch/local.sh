@@ -67,7 +67,7 @@ shown=$!
 # Waits for whichever ends next; a signal ends a wait early, and what still runs is waited for again.
 running=("${processes[@]}")
 while ((${#running[@]})); do
-  wait -n "${running[@]}" && status=0 || status=$?
+  wait -n "${running[@]}" || true
   still=()
   for process in "${running[@]}"; do
     if kill -0 "$process" 2>/dev/null; then

@@ -469,12 +469,12 @@ def test_a_trained_run_can_be_used(folder, undisturbed):
     said = use("rewrite", "smilign fcae", "rde aple", "--top=3")
     assert said.startswith("'smilign fcae' -> ") and said.count("\n  3. ") == 2
     assert (folder / "one" / "matches.png").stat().st_size > 0
-    of_the_report = lambda: json.loads((folder / "one" / "report.json").read_text())["test_sets"]
-    before = of_the_report()
+    before = json.loads((folder / "one" / "report.json").read_text())
+    use("evaluate")
+    assert json.loads((folder / "one" / "report.json").read_text()) == before
     use("evaluate", "--methods=samples")
-    for old, new in zip(before, of_the_report(), strict=True):
-        again = [m for m in new["methods"] if m["method"] != "GRPO, samples fused"]
-        assert again and all(method in old["methods"] for method in again)
+    methods = json.loads((folder / "one" / "report.json").read_text())["test_sets"][0]["methods"]
+    assert [m["method"] for m in methods].count("GRPO, samples fused") == 1
     first, second = (
         json.loads((folder / "one" / "answers" / f"noisy-test-GRPO-{name}.json").read_text())
         for name in ("sampled", "sampled-1")
