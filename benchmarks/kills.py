@@ -9,6 +9,7 @@ of the kills, then what was compared.
 """
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -31,8 +32,8 @@ def main() -> None:
     folder, rng = given.out.resolve(), random.Random(given.seed)
     tiny_runs.prepare(folder)
     devices = 4 if given.processes > 1 else 1
-    # Every kill costs a start; a step or two lie between two kills.
-    settings = {"warm_up.steps": 4, "grpo.steps": 2 * given.kills + 8, "checkpoint.every": 2}
+    # Every kill costs a start; one to three steps lie between two kills.
+    settings = {"warm_up.steps": 4, "grpo.steps": 3 * given.kills + 8, "checkpoint.every": 2}
     begin = lambda name: tiny_runs.start(folder, name, settings, given.processes, devices)
     quiet, killed = f"quiet-{given.processes}", f"killed-{given.processes}"
     tiny_runs.finish(begin(quiet))
@@ -46,7 +47,8 @@ def main() -> None:
         codes = [process.wait(timeout=LIMIT) for process in run]
         assert all(codes), f"a process ended as if nothing had happened: {codes}"
         steps = checkpoints(folder / killed)
-        print(f"| {number} | {moment} | {last_line(folder / killed)} | {steps[-1:]} | {codes} |")
+        step = newest_line(folder / killed)["step"]
+        print(f"| {number} | {moment} | {step} | {steps[-1:]} | {codes} |", flush=True)
     tiny_runs.finish(begin(killed))
     for file in ("metrics.jsonl", "rewrites.jsonl"):
         same = tiny_runs.lines(folder, quiet, file) == tiny_runs.lines(folder, killed, file)
@@ -56,31 +58,28 @@ def main() -> None:
 
 def await_moment(workdir: Path, moment: str, rng: random.Random, run: list) -> None:
     """Until some time after the next step, or until a checkpoint is half written."""
-    before, deadline = last_line(workdir), time.monotonic() + LIMIT
+    before, deadline = newest_line(workdir)["step"], time.monotonic() + LIMIT
+    half_written = lambda: set(workdir.glob("checkpoints/*orbax-checkpoint-tmp*"))
+    left_behind = half_written()  # by an earlier kill
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in run):
             raise SystemExit("the run ended before it could be killed: see its log")
-        if moment == "in a step" and last_line(workdir) > before:
-            time.sleep(rng.uniform(0, 2 * seconds_of_a_step(workdir)))
+        newest = newest_line(workdir)
+        if moment == "in a step" and newest["step"] > before:
+            time.sleep(rng.uniform(0, 2 * newest["seconds"]))
             return
-        if moment == "while saving" and any(workdir.glob("checkpoints/*orbax-checkpoint-tmp*")):
+        if moment == "while saving" and half_written() - left_behind:
             return
         time.sleep(0.002)
     raise SystemExit(f"the moment {moment!r} did not come within {LIMIT} s")
 
 
-def last_line(workdir: Path) -> int:
-    """The newest step in the log, 0 where there is none."""
+def newest_line(workdir: Path) -> dict:
+    """The newest whole line of the log; that of a step 0 where there is none."""
     log = workdir / "metrics.jsonl"
-    whole = (
-        [x for x in log.read_text().splitlines(True) if x.endswith("\n")] if log.exists() else []
-    )
-    return int(whole[-1].split('"step": ')[1].split(",")[0]) if whole else 0
-
-
-def seconds_of_a_step(workdir: Path) -> float:
-    line = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
-    return float(line.rpartition('"seconds": ')[2].rstrip("}")) if '"seconds": ' in line else 1.0
+    text = log.read_text() if log.exists() else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(whole[-1]) if whole else {"step": 0}
 
 
 def checkpoints(workdir: Path) -> list[int]:
