@@ -73,5 +73,6 @@ setup(
         "test": TEST + DEMO,
         "parity": PARITY,
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "gcs": ["gcsfs>=2025.3"],
     },
 )

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +135,11 @@ def restore(
       UserError: the checkpoint is of another model or config; none of them can be read.
     """
     steps = sorted(manager.all_steps(), reverse=True)
+    if any(seen != steps for seen in processes.gather(steps)):
+        raise UserError(
+            f"the processes see different checkpoints in {manager.directory}: give a --workdir "
+            "that all of them share, on one disk or as gs://bucket/run."
+        )
     for step in steps:
         found, problem = None, None
         try:
@@ -166,10 +173,16 @@ def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
     def move() -> None:
         for number in damaged:
             if (directory / str(number)).exists():
-                (directory / str(number)).rename(directory / f"damaged-{number}")
+                (directory / str(number)).rename(_free_name(directory, f"damaged-{number}"))
 
     processes.writer_first(move)
     manager.reload()
+
+
+def _free_name(directory: Path, name: str) -> Path:
+    """`name`, or with a number behind it where an earlier one has it."""
+    names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
+    return next(directory / free for free in names if not (directory / free).exists())
 
 
 def fingerprint(tree) -> str:
@@ -197,7 +210,10 @@ def _read(manager: ocp.CheckpointManager, step: int, like, about: dict | None):
     where = f"the checkpoint of step {step} in {manager.directory}"
     if about is not None:
         _refuse_differences(where, run["about"], about)
-    _refuse_other_shapes(where, manager.item_metadata(step).state.tree, like)
+    saved = manager.item_metadata(step).state
+    if saved is None:
+        raise ValueError("what it holds is not written down")
+    _refuse_other_shapes(where, saved.tree, like)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     restored = manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
@@ -278,6 +294,22 @@ def keep_config(workdir: Path, config) -> None:
     """Writes the resolved config beside the run, once everything that it names was found."""
     text = json.dumps(resolved(config), indent=2, ensure_ascii=False)
     files.replace(workdir / CONFIG_FILE, f"{text}\n")
+
+
+def await_config(workdir: Path, seconds: float = 60.0) -> None:
+    """Waits for the config that process 0 has written: a shared disk may take its time to show it.
+
+    Raises:
+      UserError: it is not there.
+    """
+    deadline = time.monotonic() + seconds
+    while not (workdir / CONFIG_FILE).exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: "
+                "give a --workdir that all of them share, on one disk or as gs://bucket/run."
+            )
+        time.sleep(min(1.0, seconds))
 
 
 def read_config(workdir: Path) -> dict:

@@ -95,6 +95,7 @@ class Program:
     name: str
     lower: Callable[[], jax.stages.Lowered]
     holds: tuple  # what of the run at rest is among its arguments
+    beside: tuple = ()  # what lives while it runs, and is neither at rest nor its argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def compile_all(config: ConfigDict, shapes: Shapes, chip: Chip) -> list[Needs]:
 def compile_one(program: Program, shapes: Shapes) -> Needs:
     """Compiles it, or reads in the compiler's refusal how much memory it would take."""
     held = sum(bytes_a_chip(part) for part in program.holds)
-    beside = sum(shapes.at_rest().values()) - held
+    beside = sum(shapes.at_rest().values()) - held + sum(map(bytes_a_chip, program.beside))
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -340,7 +341,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         lower = lambda: gather.lower(model, state.trained)
         programs.append(Program("gather", lower, (state.trained,)))
     # Without such a copy it samples from the trained parameters themselves.
-    held = () if programs else (state.trained,)
+    held, copied = ((), (variables,)) if programs else ((state.trained,), ())
     lower_sample = lambda: sample.lower(model, sampling, variables, prompts, key)
     lower_score = lambda: score_rewrites.lower(shapes.scorer, *ranked)
     lower_step = lambda: learner.grpo_step.lower(made, state, base, prompts, rollout, scores)
@@ -349,7 +350,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     return [
         *programs,
         Program("sample", lower_sample, held),
-        Program("score_rewrites", lower_score, (shapes.retriever, shapes.index)),
+        Program("score_rewrites", lower_score, (shapes.retriever, shapes.index), copied),
         Program("grpo_step", lower_step, (state, base) if reads_base else (state,)),
     ]
 

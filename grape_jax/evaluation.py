@@ -265,8 +265,14 @@ def write_report(run: Job, workdir: Path) -> None:
     # Searched together with the other processes.
     sets = all_answers(run, workdir)
     write_submissions(run, workdir)
-    if not processes.is_writer():
-        return
+    processes.at("the report", limited=False)
+    if processes.is_writer():
+        _write_tables_and_pictures(run, workdir, sets)
+    # The others stay: a process that has said farewell is not waited for as long as this may take.
+    processes.gather(None)
+
+
+def _write_tables_and_pictures(run: Job, workdir: Path, sets: list) -> None:
     path = workdir / "metrics.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]

@@ -59,6 +59,9 @@ def replacing(path: str | PurePath) -> Iterator[BinaryIO]:
     try:
         with aside.open("wb") as file:
             yield file
+            # Otherwise a power failure may leave the new name without its content.
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from grape_jax import checkpoint, job, processes, sharding, text
+from grape_jax import checkpoint, files, job, processes, sharding, text
 from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.errors import UserError
 from grape_jax.job import Job
@@ -34,7 +34,7 @@ class Rewriter:
         Raises:
           UserError: there is no run, or nothing is trained yet.
         """
-        loaded, state = restore(Path(workdir))
+        loaded, state = restore(files.path(workdir))
         return cls(loaded, merged_variables(loaded, state.trained))
 
     def rewrite(self, queries: Sequence[str], shift: str | None = None) -> list[str]:

@@ -66,14 +66,20 @@ class Interrupted(Exception):
         super().__init__(f"stopped after step {step}; the same command goes on from there.")
 
 
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once.
+class Unprepared(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM where there is nothing yet that a step would save."""
 
-    SIGTERM is also what a machine that is about to be taken away sends.
+
+class StopSignal:
+    """Turns Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once.
+
+    SIGTERM is also what a machine that is about to be taken away sends, some send it more than
+    once, and a launcher may send it after a Ctrl-C that all of its processes have had.
     """
 
     def __init__(self):
         self.asked = False
+        self.pressed = 0
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -83,9 +89,12 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_):
-        if self.asked:
+    def _ask(self, number, _):
+        self.pressed += number == signal.SIGINT
+        if self.pressed > 1:
             raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = True
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once.", sys.stderr)
 
@@ -104,8 +113,8 @@ def train(config, workdir: Path) -> None:
     checks.check(config)
     with_whole_paths(config)
     checkpoint.refuse_other_config(workdir, config)
+    run = prepare(config, workdir)
     with StopSignal() as stop:
-        run = prepare(config, workdir)
         evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", 0, stop)
         keep, best = config.checkpoint.keep, config.checkpoint.keep_best
         with checkpoint.open_manager(workdir, keep, best) as manager:
@@ -140,6 +149,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Job:
     run = job.build(config)
     if processes.is_writer():
         checkpoint.keep_config(workdir, config)
+    processes.gather(None)
+    processes.together(lambda: checkpoint.await_config(workdir))
     processes.say(
         f"{len(run.gallery('train'))} pictures, policy of {run.policy.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
@@ -195,15 +206,17 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
             if step % config.log.sample_every == 0 and processes.is_writer():
                 tqdm.write(sample_table(step, table))
         in_a_row = in_a_row + 1 if metrics["skipped"] else 0
-        skipped += int(metrics["skipped"])
+        skipped += bool(metrics["skipped"])
         metrics |= {"skipped": skipped, "seconds": time.perf_counter() - began}
         if in_a_row >= config.max_skipped:
+            log.write(done, phase, metrics)
             bar.close()
             checkpoint.wait(manager)
+            good = manager.latest_step()
+            before = f"the last checkpoint before them is step {good}" if good else "none was saved"
             raise UserError(
-                f"{in_a_row} steps in a row had no finite loss; the last good checkpoint is step "
-                f"{manager.latest_step()}: lower {phase.replace('-', '_')}.learning_rate and begin "
-                "in another --workdir."
+                f"{in_a_row} steps in a row had a loss or gradient that was not finite; {before}: "
+                f"lower {phase.replace('-', '_')}.learning_rate and begin in another --workdir."
             )
         validated = bool(config.evaluation.every) and done % config.evaluation.every == 0
         if validated:
@@ -213,8 +226,10 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         bar.set_postfix_str("  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics))
         bar.update()
         stopping = stop.asked_anywhere()
-        # What was validated may be the best so far.
-        if done % config.checkpoint.every == 0 or done == last or validated or stopping:
+        # What was validated may be the best so far. A step that changed nothing must not push out
+        # what came before it.
+        due = done % config.checkpoint.every == 0 or validated
+        if (due and not in_a_row) or done == last or stopping:
             processes.at(f"saving step {done}")
             save(done, metrics)
         if stopping:
@@ -550,11 +565,19 @@ def interruptible() -> Iterator[None]:
     # The run says at its end how many there were.
     warnings.filterwarnings("ignore", message="a text is longer than")
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+
+    def stop(*_):
+        raise Unprepared
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         with files.failures_told():
             yield
     except Interrupted as stopped:
         processes.say(str(stopped))
+    except Unprepared:
+        print("stopped between steps; the same command goes on.", flush=True)
+        processes.leave_at_once(0)
     except KeyboardInterrupt:
         said = "stopped at once; the same command goes on from the last checkpoint."
         print(said, file=sys.stderr, flush=True)
@@ -562,6 +585,9 @@ def interruptible() -> Iterator[None]:
     except Exception as error:
         processes.end_all(error)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

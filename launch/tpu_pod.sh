@@ -8,9 +8,11 @@
 #
 # start   makes the slice RUN, or takes the one that is there; copies this checkout to every worker,
 #         installs it and starts the run detached. Where RUN is already running, it is stopped first,
-#         which saves it: so the same command again goes on, with the code as it is now.
-# watch   starts, looks every --poll seconds (60), makes a lost slice anew and goes on; until the run
-#         has ended. The workdir has to be in a bucket for that: a slice takes its disks with it.
+#         which saves it: so the same command again goes on, with the code as it is now. What runs
+#         and data left beside the code stays.
+# watch   starts, looks every --poll seconds (60), makes a lost slice anew, starts what was only
+#         interrupted, and goes on until the run has ended, or was stopped by this script. The
+#         workdir has to be in a bucket for that: a slice takes its disks with it.
 # logs    follows the log of --worker=I (0).
 # status  the slice's state, and of every worker: its state and its last line.
 # stop    SIGTERM to every worker: the run saves and ends. The slice stays, and costs money.
@@ -32,6 +34,7 @@ fail() {
 }
 
 command=${1:-}
+given=("${@:2}")
 case $command in
   start | watch | logs | status | stop | delete) shift ;;
   *) fail "give a command first: start, watch, logs, status, stop or delete (the script's head explains them)." ;;
@@ -71,7 +74,7 @@ place=(--zone="$zone" ${project:+--project="$project"})
 check_start() {
   if [[ -z $type ]]; then fail "give --type=TYPE, such as v5litepod-256, v6e-64 or v5p-128."; fi
   if [[ -z $workdir ]]; then fail "give training its --workdir=gs://BUCKET/RUN, after --."; fi
-  if [[ $workdir != gs://* && ($command == watch || " ${tier[*]} " == *" --spot "*) ]]; then
+  if [[ $workdir != gs://* && ($command == watch || " ${tier[*]-} " == *" --spot "*) ]]; then
     fail "--workdir=$workdir is lost with the slice: give one in a bucket (gs://BUCKET/RUN)."
   fi
   if [[ -n $runtime ]]; then return; fi
@@ -94,14 +97,22 @@ run() {
   fi
 }
 
-# Says where the slice stands, "" where there is none; a dry run has none and says on stderr what it
-# would have asked.
+# Says where the slice stands: "" where there is none, UNKNOWN where gcloud cannot say. A dry run has
+# none and says on stderr what it would have asked.
 state() {
   if [[ -n $dry ]]; then
     run "$@" >&2
-  else
-    "$@" 2>/dev/null || true
+    return
   fi
+  local problem found
+  problem=$(mktemp)
+  if found=$("$@" 2>"$problem"); then
+    echo "$found"
+  elif ! grep -qiE 'NOT_FOUND|was not found' "$problem"; then
+    cat "$problem" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$problem"
 }
 
 slice_state() {
@@ -114,7 +125,7 @@ queue_state() {
 }
 
 delete() {
-  if [[ -n $queued || -n $(queue_state) ]]; then
+  if [[ -n $queued || ! $(queue_state) =~ ^(UNKNOWN)?$ ]]; then
     run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
   else
     run gcloud compute tpus tpu-vm delete "$name" "${place[@]}" --quiet
@@ -125,7 +136,9 @@ make_slice() {
   while :; do
     case $(slice_state) in
       READY) return ;;
-      PREEMPTED | TERMINATED | STOPPED) delete ;;
+      PREEMPTED | TERMINATED) delete ;;
+      STOPPED) fail "the slice $name is stopped: start it (gcloud compute tpus tpu-vm start), or delete it with this script." ;;
+      UNKNOWN) fail "gcloud cannot say where the slice $name stands: mend what it names above." ;;
       '') if [[ -n $queued ]]; then ask_queue; else create; fi ;;
       *) sleep "$poll" ;; # it is being made
     esac
@@ -135,14 +148,14 @@ make_slice() {
 
 create() {
   run gcloud compute tpus tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" \
-    --version="$runtime" "${tier[@]}"
+    --version="$runtime" ${tier[@]+"${tier[@]}"}
 }
 
 ask_queue() {
   case $(queue_state) in
     '')
       run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
-        --accelerator-type="$type" --runtime-version="$runtime" "${tier[@]}"
+        --accelerator-type="$type" --runtime-version="$runtime" ${tier[@]+"${tier[@]}"}
       ;;
     FAILED | SUSPENDED) delete ;;
     *)
@@ -170,11 +183,13 @@ start() {
     --worker=all
   rm -rf "$(dirname "$archive")"
   local folder="\$HOME/grape_jax/$name/code"
+  # A run that is still going works in this folder: it is stopped on all workers before its code is
+  # replaced, and started on none before all have stopped.
   run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
-    --command="rm -rf $folder && mkdir -p $folder && tar -xzf grape_jax-$name.tar.gz -C $folder"
+    --command="if test -d $folder/launch; then bash $folder/launch/tpu_worker.sh stop $name; fi"
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
+    --command="mkdir -p $folder && cd $folder && rm -rf grape_jax configs launch && tar -xzf \$HOME/grape_jax-$name.tar.gz"
   on_workers install "$name"
-  # All are stopped before any is started: half a slice cannot begin.
-  on_workers stop "$name"
   on_workers start "$name" "$@"
   echo "$name runs. To see it: bash launch/tpu_pod.sh logs --name=$name --zone=$zone"
 }
@@ -183,15 +198,35 @@ watch() {
   start "$@"
   while [[ -z $dry ]]; do
     sleep "$poll"
-    if [[ $(slice_state) != READY ]]; then
-      echo "$(date '+%F %T') the slice is gone: it is made anew, and the run goes on."
-      start "$@"
-    elif on_workers status "$name" >"$seen" && [[ -s $seen ]] && ! grep -qv ': ended ' "$seen"; then
-      cat "$seen"
-      echo "The run has ended; the slice is still there: delete it with this script."
-      if grep -qv ': ended 0;' "$seen"; then exit 1; fi
-      return
+    case $(slice_state) in
+      UNKNOWN) continue ;;
+      READY) ;;
+      *)
+        echo "$(date '+%F %T') the slice is gone: it is made anew, and the run goes on."
+        start_again
+        continue
+        ;;
+    esac
+    if ! on_workers status "$name" >"$seen" || [[ ! -s $seen ]] || grep -qv ': ended ' "$seen"; then
+      continue
     fi
+    cat "$seen"
+    if grep -q ': ended 0; stopped after step' "$seen"; then
+      echo "$(date '+%F %T') the run was interrupted: it is started again."
+      start_again
+      continue
+    fi
+    echo "The run has ended; the slice is still there: delete it with this script."
+    if grep -qvE ': ended (0|on request);' "$seen"; then exit 1; fi
+    return
+  done
+}
+
+# A shell of its own, that stops at its first mistake: there may be no room for a slice for hours.
+start_again() {
+  until bash "${BASH_SOURCE[0]}" start "${given[@]}"; do
+    echo "$(date '+%F %T') it could not be started: that is tried again in $poll seconds."
+    sleep "$poll"
   done
 }
 

