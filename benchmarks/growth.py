@@ -149,7 +149,7 @@ def markdown(found: dict) -> str:
         "A line through each row:",
         comparison.table(
             [
-                *("group", "ms a prompt token", "against the smallest group"),
+                *("group", "ms a token of length", "against the smallest group"),
                 *("group against the smallest", "seconds at length 0"),
             ],
             costs,

@@ -37,7 +37,7 @@ def write(order: dict) -> None:
     run, variables = start(config, directory.parent / "warm_up")
     policy = directory.parent / "policy"
     if not (policy / "config.json").exists():
-        huggingface.save(policy, run.policy, variables["params"], run.tokenizer)
+        huggingface.save(policy, run.policy, variables["params"], run.tokenizer, run.stop_ids)
     pictures = run.gallery("train")
     folder = directory / "gallery"
     folder.mkdir(parents=True, exist_ok=True)

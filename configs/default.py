@@ -45,7 +45,9 @@ def get_config() -> ConfigDict:
     # What is computed in: "float32" or "bfloat16". What is trained stays float32; under LoRA the
     # frozen base is held in this dtype too.
     config.policy.dtype = "float32"
-    config.policy.remat = False  # recompute activations in the backward pass, to save memory
+    # The backward pass computes again: False, all but what the projections gave; True, everything,
+    # which saves memory.
+    config.policy.remat = False
     config.policy.logprob_chunk = 4  # completion positions scored over the vocabulary at one time
 
     config.lora = ConfigDict()

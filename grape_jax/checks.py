@@ -107,6 +107,11 @@ def _check_phase(phase: str, config: ConfigDict) -> None:
     _one_of(f"{phase}.schedule", config.schedule, optimizer.SCHEDULES)
     _at_least(0, phase, config, "steps")
     _at_least(1, phase, config, "microbatches")
+    if config.learning_rate <= 0 or config.max_grad_norm <= 0:
+        raise UserError(
+            f"{phase}.learning_rate and {phase}.max_grad_norm must be above 0: with 0 nothing is "
+            "learned; a gradient is left as it is by a large max_grad_norm, such as 1e9."
+        )
     size, parts = config.batch_size, config.microbatches
     if size % parts:
         raise UserError(
@@ -126,6 +131,7 @@ def _check_warm_up(config: ConfigDict) -> None:
 
 
 def _check_rollout(rollout: ConfigDict) -> None:
+    _at_least(1, "rollout", rollout, "max_tokens")
     if rollout.temperature <= 0:
         raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
     if rollout.top_k < 0 or rollout.top_k == 1:

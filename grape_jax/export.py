@@ -37,7 +37,7 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
     run, state = restore(workdir)
     if not adapter:
         variables = merged_variables(run, state.trained)
-        huggingface.save(out, run.policy, variables["params"], run.tokenizer)
+        huggingface.save(out, run.policy, variables["params"], run.tokenizer, run.stop_ids)
     elif run.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:
@@ -51,7 +51,7 @@ def _base(run: Job, out: Path) -> str:
     if path and not Path(path).is_file():
         return str(Path(path).resolve()) if Path(path).exists() else path
     base = out / "base"
-    huggingface.save(base, run.policy, run.base, run.tokenizer)
+    huggingface.save(base, run.policy, run.base, run.tokenizer, run.stop_ids)
     return str(base.resolve())
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 ADVANTAGE_EPS = 1e-4  # as in TRL
-FLAT = 1e-6  # a group whose rewards have a smaller standard deviation has no variance
+FLAT = 1e-6  # rewards that differ by no more than this share of their size are alike
 
 AGGREGATIONS = ("grpo", "dr_grpo", "dapo", "bnpo")
 ADVANTAGE_SCALES = ("group", "batch", "none")
@@ -33,12 +33,12 @@ class GrpoConfig:
     kl_estimator: str  # one of KL_ESTIMATORS
     kl_corrected: bool  # each token's KL counts by its ratio
     reference: str  # one of REFERENCES
-    reference_sync_every: int  # steps; 0: never
+    reference_sync_every: int  # steps of the run, the warm-up's included; 0: never
     reference_mix: float  # the policy's share in a reference that is synchronised
-    passes: int  # updates from one rollout
-    mask_truncated: bool  # completions without an end token teach nothing
+    passes: int  # updates from one rollout, the "mu" of the paper's algorithm 1
+    mask_truncated: bool  # completions without an end token teach nothing (DAPO, 2503.14476)
     drop_flat_groups: bool  # groups without variance teach nothing; kept ones still pay for KL
-    temperature: float  # the rollout's; log-probs are those of the distribution sampled from
+    temperature: float  # the rollout's; log-probs are those at it, before top-k, top-p and min-p
     max_tokens: int  # the rollout's budget, end token included
 
     @property
@@ -58,6 +58,7 @@ def advantages(reward_BxK: jax.Array, scale: str = "group", baseline: str = "mea
         Ahmadian et al. 2024, arXiv 2402.14740), which is the former times K / (K - 1).
     """
     centred = reward_BxK - reward_BxK.mean(axis=1, keepdims=True)
+    centred = jnp.where(flat_groups(reward_BxK)[:, None], 0.0, centred)
     if baseline == "leave_one_out":
         K = reward_BxK.shape[1]
         centred = centred * (K / (K - 1))
@@ -72,8 +73,12 @@ def advantages(reward_BxK: jax.Array, scale: str = "group", baseline: str = "mea
 
 
 def flat_groups(reward_BxK: jax.Array) -> jax.Array:
-    """Groups whose rewards are all alike, and so say nothing about which completion is better."""
-    return reward_BxK.std(axis=1) < FLAT
+    """Groups whose rewards are all alike, and so say nothing about which completion is better.
+
+    By their range: the rounded mean of large rewards that are all the same may be none of them.
+    """
+    size_B = jnp.maximum(jnp.abs(reward_BxK).max(axis=1), 1.0)
+    return jnp.ptp(reward_BxK, axis=1) <= FLAT * size_B
 
 
 def importance_ratio(
@@ -133,7 +138,8 @@ def clipped_objective(
 ) -> jax.Array:
     """Clipped surrogate, to be maximised, in the shape of the ratios.
 
-    Different bounds below and above are DAPO's (arXiv 2503.14476). `delta` bounds the ratio also
+    The clip is PPO's (arXiv 1707.06347); different bounds below and above are DAPO's (arXiv
+    2503.14476). `delta` bounds the ratio also
     where the advantage is negative, where the clip alone does not (INTELLECT-2, arXiv 2505.07291).
     """
     advantages_BxKx1 = advantages_BxK[..., None]
@@ -211,7 +217,8 @@ def diagnostics(
     """What TRL logs of an update: how far the policy is from its sampler and its reference.
 
     Means are over tokens; over completions, where a ratio is a completion's. `_min` and `_max` of
-    the clip fractions are over completions, of the ratio over tokens.
+    the clip fractions are over completions, of the ratio over tokens; where nothing teaches, no
+    ratio is clipped and all are 1.
     """
     kept = lambda x: jnp.where(mask_BxKxT, x, 0.0)
     logprobs = kept(logprobs_BxKxT)
@@ -226,12 +233,14 @@ def diagnostics(
     seen = {
         "clip_fraction": masked_mean(low | high, mask),
         "clip_fraction_low": masked_mean(low, mask),
-        "clip_fraction_low_min": of_completions(low).min(where=taught, initial=1.0),
+        "clip_fraction_low_min": jnp.where(
+            taught.any(), of_completions(low).min(where=taught, initial=1.0), 0.0
+        ),
         "clip_fraction_high": masked_mean(high, mask),
         "clip_fraction_high_max": of_completions(high).max(where=taught, initial=0.0),
-        "ratio": masked_mean(ratio, mask),
-        "ratio_min": ratio.min(where=mask, initial=jnp.inf),
-        "ratio_max": ratio.max(where=mask, initial=0.0),
+        "ratio": jnp.where(mask.any(), masked_mean(ratio, mask), 1.0),
+        "ratio_min": jnp.where(mask.any(), ratio.min(where=mask, initial=jnp.inf), 1.0),
+        "ratio_max": jnp.where(mask.any(), ratio.max(where=mask, initial=0.0), 1.0),
     }
     if config.kl_weight:
         kl = kl_terms(config, logprobs, kept(reference_BxKxT), ratio)

@@ -142,8 +142,9 @@ def grpo_step(
     def one_pass(state: TrainState, _):
         loss, grads, (logprobs, entropy) = policy_gradient(learner, state.trained, base, lesson)
         state, applied = _update(learner, state, loss, grads)
-        # How far learner and sampler disagree on the same tokens: rounding only, in the first pass.
-        gap = jnp.max(jnp.abs(logprobs - rollout.logprobs_BxKxT) * rollout.mask_BxKxT)
+        # How far learner and sampler disagree on the same tokens. In the first pass it is rounding,
+        # with bfloat16 also that of the adapter into the weights that are sampled with.
+        gap = jnp.abs(logprobs - rollout.logprobs_BxKxT)
         seen = grpo.diagnostics(
             config,
             logprobs,
@@ -153,11 +154,14 @@ def grpo_step(
             taught,
         )
         seen |= {"loss": loss, "entropy": grpo.masked_mean(entropy, taught)}
-        return state, seen | applied | {"sampler_gap": gap}
+        seen["sampler_gap"] = gap.max(where=rollout.mask_BxKxT, initial=0.0)
+        seen["sampler_gap_mean"] = grpo.masked_mean(gap, rollout.mask_BxKxT)
+        return state, seen | applied
 
     state, passes = jax.lax.scan(one_pass, state, length=config.passes)
     metrics = {name: value.mean() for name, value in passes.items()}
-    metrics["sampler_gap"] = passes["sampler_gap"][0]
+    metrics |= {name: passes[name][0] for name in ("sampler_gap", "sampler_gap_mean")}
+    metrics["skipped"] = passes["skipped"].any()
     state = _sync_reference(config, state.replace(step=state.step + 1))
     return state, metrics | scoring.summary(scores) | {
         "groups_without_variance": flat_B.mean(),

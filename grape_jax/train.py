@@ -358,7 +358,7 @@ def explore(run: Job, state: TrainState, batches, step: int) -> tuple[TrainState
     found = experience(run, variables, next(batches), jax.random.fold_in(key, step))
     rollouts, refilled = 1, 0
     while rollouts <= run.config.grpo.refills and flat_groups(run, found).any():
-        # Beyond the last step's number: no two rollouts of a run share a key.
+        # Beyond the last step's number: no two rollouts of the training share a key.
         steps = run.config.warm_up.steps + run.config.grpo.steps
         again = jax.random.fold_in(key, step + rollouts * steps)
         found, replaced = refill(run, found, experience(run, variables, next(batches), again))

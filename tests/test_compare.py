@@ -342,6 +342,7 @@ def test_every_key_is_known_or_refused(tiny):
     ("settings", "sentence"),
     [
         ({"policy.dtype": "bfloat16"}, "policy.dtype must be 'float32'"),
+        ({"retriever.corpus_dtype": "int8"}, "retriever.corpus_dtype must be 'float32'"),
         ({"grpo.passes": 2}, "grpo.passes must be 1"),
         ({"grpo.kl_estimator": "k2"}, "grpo.kl_estimator must be 'k3'"),
         ({"grpo.baseline": "leave_one_out"}, "grpo.baseline must be 'mean'"),

@@ -40,6 +40,14 @@ def test_a_batch_has_one_scale_and_a_completion_is_left_out_of_its_own_baseline(
     assert grpo.flat_groups(jnp.asarray([[1.0, 1, 1], [1, 1, 1.1]])).tolist() == [True, False]
 
 
+def test_large_rewards_that_are_all_the_same_have_no_advantage():
+    """Summed in float32 their mean is another number, and its distance would be scaled up."""
+    reward = jnp.full((1, 8), 1639.1, jnp.float32)
+    assert grpo.flat_groups(reward).all()
+    for scale in grpo.ADVANTAGE_SCALES:
+        assert not grpo.advantages(reward, scale).any()
+
+
 @pytest.mark.parametrize("estimator", grpo.KL_ESTIMATORS)
 def test_kl_is_zero_at_the_reference_and_right_on_average(estimator):
     policy, reference = np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.35, 0.25])

@@ -22,7 +22,7 @@ from grape_jax import (
 )
 from grape_jax.models import lora, policy
 from grape_jax.rollout import SamplingConfig, sample
-from grape_jax.types import Prompts, Ranks, Rewrites, Rollout
+from grape_jax.types import Prompts, Ranks, Rewrites, Rollout, Scores
 
 B, K, T, S, N = 8, 3, 5, 6, 300
 POLICY = policy.PolicyConfig(
@@ -121,6 +121,68 @@ def start(world):
 
 
 read_lesson = jax.jit(learner.read_lesson, static_argnums=0)
+
+
+def traced(group, prompt_length, lora_config=None):
+    """A step's reference pass and gradient as JAX traces them, nothing computed."""
+    made = make(lora_config)
+    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
+    base = jax.eval_shape(lambda: nn.unbox(policy.init(POLICY, jax.random.key(0)))["params"])
+    state = jax.eval_shape(functools.partial(learner.init_state, made), jax.random.key(0), base)
+    prompt, tokens, one = int32(B, prompt_length), int32(B, group, T), int32(B, group)
+    prompts = Prompts(prompt, like(prompt, bool))
+    rollout = Rollout(tokens, like(tokens, bool), like(tokens, jnp.float32))
+    of_one = {field.name: like(one, jnp.float32) for field in dataclasses.fields(Scores)}
+    scores = Scores(**of_one | {"ended_BxK": like(one, bool)})
+
+    def both(state, base, prompts, rollout, scores):
+        lesson = learner.read_lesson(made, state, base, prompts, rollout, scores)
+        return learner.policy_gradient(made, state.trained, base, lesson)
+
+    return jax.make_jaxpr(both)(state, base, prompts, rollout, scores).jaxpr
+
+
+def equations(jaxpr, times=1):
+    """Every operation, those in loops and calls too, and how often it runs."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        inner = times * equation.params.get("length", 1)
+        for value in jax.tree.leaves(
+            [*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+        ):
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "eqns"):
+                yield from equations(value, inner)
+
+
+def product_flops(jaxpr):
+    total = 0
+    for equation, times in equations(jaxpr):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            outcome = np.prod(equation.outvars[0].aval.shape)
+            total += 2 * times * outcome * np.prod([left[axis] for axis in contracted])
+    return total
+
+
+@pytest.mark.parametrize("lora_config", [None, lora.LoraConfig(4, 8.0, ("q", "up"))])
+def test_scores_over_the_vocabulary_exist_for_one_chunk_at_a_time(lora_config):
+    """Reference pass, forward and backward pass, and what is kept between them."""
+    over_vocabulary = [
+        np.prod(variable.aval.shape[:-1])
+        for equation, _ in equations(traced(K, S, lora_config))
+        for variable in equation.outvars
+        if variable.aval.shape[-1:] == (POLICY.vocab_size,) and variable.aval.ndim > 2
+    ]
+    assert max(over_vocabulary) == B * K * make().logprob_chunk < B * K * T
+
+
+def test_a_prompt_token_costs_the_same_for_any_number_of_completions():
+    """But for what attends to it; with a pass for each completion it would cost four times that."""
+    of_one = lambda group: product_flops(traced(group, 2 * S)) - product_flops(traced(group, S))
+    assert of_one(2) < of_one(8) < 1.3 * of_one(2)
 
 
 def near(loss):

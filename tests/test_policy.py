@@ -97,8 +97,10 @@ def test_smollm2_from_a_directory_made_of_it(smollm2, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    huggingface.save(tmp_path, smollm2.config, smollm2.params, smollm2.tokenizer)
+    ends = (smollm2.tokenizer.eos_token_id, 0)
+    huggingface.save(tmp_path, smollm2.config, smollm2.params, smollm2.tokenizer, ends)
     again = load_policy(tmp_path)
+    assert again.end_tokens == ends
     assert again.config == smollm2.config
     jax.tree.map(np.testing.assert_array_equal, again.params, smollm2.params)
     ids = again.tokenizer(PARAGRAPH)["input_ids"]
@@ -108,6 +110,7 @@ def test_smollm2_from_a_directory_made_of_it(smollm2, tmp_path):
     )
     assert their_tokenizer.chat_template == smollm2.tokenizer.chat_template
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert theirs.generation_config.eos_token_id == [*ends]
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits.numpy()
     got = np.asarray(again.logits([ids]))

@@ -186,7 +186,7 @@ def test_loss_advantages_gradients_and_metrics_are_trls(world, policy, level, cl
     logprobs = our_logprobs(policy, changed, recorded.prompts, recorded.rollout.tokens_BxKxT)
     once = learner_of(policy, CONFIG)
     reference = lesson_of(policy, CONFIG, recorded).reference_BxKxT
-    acted = set()
+    acted, names_logged = set(), set()
     for number, (aggregation, kl, scale) in enumerate(
         itertools.product(grpo.AGGREGATIONS, KLS, grpo.ADVANTAGE_SCALES)
     ):
@@ -213,8 +213,10 @@ def test_loss_advantages_gradients_and_metrics_are_trls(world, policy, level, cl
         for ours, its in NAMES.items():
             if its in logged:
                 close(seen[ours], logged[its], atol=1e-6)
+        names_logged |= logged.keys()
         acted |= {name for name in NAMES if float(seen.get(name, 0)) > 0}
     assert acted >= {"clip_fraction_low", "clip_fraction_high", "kl"}
+    assert {*NAMES.values()} <= names_logged
 
 
 def load_into(world, params):
@@ -236,13 +238,15 @@ def test_the_whole_gradient_is_trls(world, policy):
     """The learner's own path from lesson to gradient, in two microbatch layouts."""
     changed = jax.tree.map(lambda x: x * 1.02, policy.params)
     load_into(world, changed)
-    _, want_loss, want_grads, _ = theirs(world, CONFIG)
+    _, want_loss, want_grads, logged = theirs(world, CONFIG)
     lesson = lesson_of(policy, CONFIG, world[2])
     for microbatches in (1, B):
         made = dataclasses.replace(learner_of(policy, CONFIG), microbatches=microbatches)
         step = jax.jit(policy_gradient, static_argnums=0)
-        loss, grads, _ = step(made, changed, None, lesson)
+        loss, grads, (_, entropy) = step(made, changed, None, lesson)
         assert loss == pytest.approx(want_loss, rel=1e-5)
+        entropy = grpo.masked_mean(entropy, lesson.mask_BxKxT)
+        assert entropy == pytest.approx(logged["entropy"], rel=1e-5)
         assert max(relative(grads, want_grads)) < 1e-5
 
 

@@ -19,6 +19,7 @@ KNOWN = {
 # Keys of which TRL, or what is made of it here, has one value alone.
 ONLY = {
     "policy.dtype": "float32",
+    "retriever.corpus_dtype": "float32",
     "grpo.passes": 1,
     "grpo.kl_estimator": "k3",
     "grpo.baseline": "mean",

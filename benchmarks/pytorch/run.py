@@ -60,6 +60,10 @@ def make_trainer(task: Path, config: dict, about: dict, gallery: Gallery, out: P
         callbacks=[Recorder(out / "steps.jsonl", len(lines))],
     )
     trainer.remove_callback(PrinterCallback)  # the recorder says what there is to say
+    # transformers keeps the padding token's embedding from learning, and a chat template may end
+    # every message with that token.
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model.get_input_embeddings().padding_idx = None
     settings.start_adapter(trainer.model, config["seed"])
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer, trainer.lr_scheduler = settings.make_optimizer(trained, config["grpo"])
@@ -144,8 +148,9 @@ def rewrite(
     ).to(model.device)
     how = {"do_sample": False}
     if sampled:
-        temperature = config["rollout"]["temperature"]
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        rollout = config["rollout"]
+        how = {"do_sample": True, "min_p": rollout["min_p"] or None}
+        how |= {name: rollout[name] for name in ("temperature", "top_k", "top_p")}
     with torch.inference_mode():
         tokens = model.generate(
             **prompts,

@@ -46,7 +46,7 @@ class PolicyConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # queries and keys normed for each head, before their rotation
     windows: tuple[int, ...] | None = None  # tokens that each layer sees, 0: all; None: all, always
-    remat: bool = False  # recompute a layer's activations in the backward pass
+    remat: bool = False  # recompute also what the projections gave in the backward pass
     dtype: str | None = None  # what is computed in; None: what the weights are held in
     mesh: Mesh | None = None  # over which activations are split; None: as the compiler likes
 

@@ -4,7 +4,7 @@ They hold `config.json`, one or several `*.safetensors`, `tokenizer.json` and th
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -125,11 +125,15 @@ def save(
     config: PolicyConfig,
     params,
     tokenizer: PreTrainedTokenizerFast | None,
+    end_tokens: Sequence[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes a directory that transformers reads, in the dtype of the parameters.
 
     One file of weights is held on the host at a time.
+
+    Args:
+      end_tokens: all that end an answer; none: the tokenizer's alone.
 
     Raises:
       UserError: there are weights in the directory already.
@@ -145,7 +149,8 @@ def save(
             "pad_token_id": tokenizer.pad_token_id,
         }
         theirs |= special
-        _write_json(directory / GENERATION_FILE, special)
+        several = {"eos_token_id": list(end_tokens)} if len(end_tokens) > 1 else {}
+        _write_json(directory / GENERATION_FILE, special | several)
         tokenizer.save_pretrained(directory)
     _write_json(directory / policy_config.CONFIG_FILE, theirs)
     if weight_map is not None:
