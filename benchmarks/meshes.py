@@ -25,12 +25,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/meshes"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm_up", type=int, default=4, help="of the steps, supervised ones")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--meshes", nargs="*", default=list(MESHES), choices=MESHES)
     given = parser.parse_args()
     folder = given.out.resolve()
     tiny_runs.prepare(folder)
     steps = {"warm_up.steps": given.warm_up, "grpo.steps": given.steps - given.warm_up}
-    steps["checkpoint.every"] = given.steps
+    steps |= {"checkpoint.every": given.steps, "seed": given.seed}
     tiny_runs.finish(tiny_runs.start(folder, "alone", steps))
     print("| processes x devices | mesh | steps with the same texts and ranks | reward | loss |")
     print("|---|---|---:|---:|---:|", flush=True)
