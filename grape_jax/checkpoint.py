@@ -321,7 +321,12 @@ def read_config(workdir: Path) -> dict:
     path = workdir / CONFIG_FILE
     if not path.exists():
         raise UserError(f"there is no run in {workdir}: give the --workdir of a training run.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): bring it back, or begin in another --workdir."
+        ) from error
 
 
 def _refuse_differences(where: str, before: dict, now: dict) -> None:

@@ -97,12 +97,15 @@ def test_collectives_have_their_kind_and_bytes(mesh):
     assert summed.link_bytes == 2 * 256 * 64 * 2
 
 
-def test_a_step_fits_and_is_described(config, capsys):
+@pytest.mark.parametrize(("rank", "copy"), [(16, "merge"), (0, "gather")])
+def test_a_step_fits_and_is_described(config, capsys, rank, copy):
+    """With an adapter, and with all parameters trained."""
+    config.lora.rank = rank
     assert aot.report(config, "v5e:2x2", corpus_size=20_000)
     out = capsys.readouterr().out
     assert re.search(r"^fits: 0\.\d of 15\.75 GiB a chip \(\w+\)$", out, re.M)
     assert re.search(r"^A GRPO step: .* scoring [\d.]+ %, in it the ranks [\d.]+ %\.$", out, re.M)
-    for program in ("merge", "sample", "score_rewrites", "grpo_step"):
+    for program in (copy, "sample", "score_rewrites", "grpo_step"):
         assert re.search(rf"^\| {program} \|( [\d.]+ \|){{5}}$", out, re.M), program
 
 

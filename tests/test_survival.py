@@ -122,6 +122,12 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_taken(tmp_path, damage
     assert (directory / "damaged-2-2").exists()
 
 
+def test_a_damaged_config_is_one_sentence(tmp_path):
+    (tmp_path / checkpoint.CONFIG_FILE).write_bytes(b"\0" * 40)
+    with pytest.raises(UserError, match=r"is damaged .* begin in another --workdir"):
+        checkpoint.read_config(tmp_path)
+
+
 def test_a_workdir_that_another_process_does_not_see_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"does not see what process 0 wrote .* that all of them share"
