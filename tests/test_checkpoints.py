@@ -265,6 +265,7 @@ def run(checkpoint):
         base=base.params,
         lora=LORA,
         tokenizer=base.tokenizer,
+        stop_ids=base.end_tokens,
         config=SimpleNamespace(policy=SimpleNamespace(path=str(checkpoint))),
     )
     return job, SimpleNamespace(trained=adapter)

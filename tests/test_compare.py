@@ -389,7 +389,7 @@ def test_growth_is_measured_once(folder):
     assert [(p["prompt"], p["group"]) for p in found["points"]] == [(45, 2), (52, 2)]
     assert all(len(point["seconds"]) == 1 for point in found["points"])
     assert (folder / "growth" / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert "ms a prompt token" in (folder / "growth" / "growth.md").read_text()
+    assert "ms a token of length" in (folder / "growth" / "growth.md").read_text()
     config = ConfigDict(found["settings"]["config"])
     assert growth.measure_all(config, folder / "growth", [45, 52], [2], 5, 2) == found
     with pytest.raises(UserError, match="other measurements"):
