@@ -144,7 +144,7 @@ def grpo_step(
         state, applied = _update(learner, state, loss, grads)
         # How far learner and sampler disagree on the same tokens. In the first pass it is rounding,
         # with bfloat16 also that of the adapter into the weights that are sampled with.
-        gap = jnp.abs(logprobs - rollout.logprobs_BxKxT)
+        gap = jnp.max(jnp.abs(logprobs - rollout.logprobs_BxKxT) * rollout.mask_BxKxT)
         seen = grpo.diagnostics(
             config,
             logprobs,
@@ -154,13 +154,11 @@ def grpo_step(
             taught,
         )
         seen |= {"loss": loss, "entropy": grpo.masked_mean(entropy, taught)}
-        seen["sampler_gap"] = gap.max(where=rollout.mask_BxKxT, initial=0.0)
-        seen["sampler_gap_mean"] = grpo.masked_mean(gap, rollout.mask_BxKxT)
-        return state, seen | applied
+        return state, seen | applied | {"sampler_gap": gap}
 
     state, passes = jax.lax.scan(one_pass, state, length=config.passes)
     metrics = {name: value.mean() for name, value in passes.items()}
-    metrics |= {name: passes[name][0] for name in ("sampler_gap", "sampler_gap_mean")}
+    metrics["sampler_gap"] = passes["sampler_gap"][0]
     metrics["skipped"] = passes["skipped"].any()
     state = _sync_reference(config, state.replace(step=state.step + 1))
     return state, metrics | scoring.summary(scores) | {
