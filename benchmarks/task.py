@@ -17,7 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from benchmarks.pytorch.prompts import turns
-from grape_jax import evaluation, files, job, train
+from grape_jax import evaluation, files, job, stopping, train
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.errors import UserError, exit_with_sentence
@@ -144,7 +144,7 @@ def main() -> None:
     order = json.loads(Path(sys.argv[1]).read_text())
     try:
         write(order)
-    except (train.Interrupted, KeyboardInterrupt):
+    except (stopping.Interrupted, KeyboardInterrupt):
         sys.exit(130)
 
 

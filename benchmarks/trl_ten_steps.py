@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.pytorch.settings import teach_padding
 from grape_jax import job, load_policy, sharding, text
 from grape_jax.grpo import GrpoConfig
 from grape_jax.learner import Learner, grpo_step, init_state
@@ -121,16 +122,6 @@ def make_trainer(
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # what its training loop would set
     return trainer, playback
-
-
-def teach_padding(trainer: GRPOTrainer) -> None:
-    """Lets the padding token's embedding learn from the places where it is no padding.
-
-    transformers gives it no gradient, masked or not. A chat template may end every message with
-    that token (SmolLM2's does, with <|im_end|>), and then its true gradient is a large one.
-    """
-    for model in filter(None, (trainer.model, trainer.ref_model)):
-        model.get_input_embeddings().padding_idx = None
 
 
 def their_inputs(trainer: GRPOTrainer, playback: Playback, recorded: Recorded) -> dict:

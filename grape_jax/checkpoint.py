@@ -290,26 +290,28 @@ def refuse_other_config(workdir: Path, config) -> None:
         ) from error
 
 
-def keep_config(workdir: Path, config) -> None:
-    """Writes the resolved config beside the run, once everything that it names was found."""
-    text = json.dumps(resolved(config), indent=2, ensure_ascii=False)
-    files.replace(workdir / CONFIG_FILE, f"{text}\n")
+def claim(workdir: Path, config, patience: float = 60.0) -> None:
+    """Writes the resolved config beside the run, once everything that it names was found.
 
-
-def await_config(workdir: Path, seconds: float = 60.0) -> None:
-    """Waits for the config that process 0 has written: a shared disk may take its time to show it.
+    Process 0 writes; another sees that it is there, for which a shared disk may take `patience`
+    seconds. Several processes call it in the order of `processes.writer_first`.
 
     Raises:
       UserError: it is not there.
     """
-    deadline = time.monotonic() + seconds
-    while not (workdir / CONFIG_FILE).exists():
+    path = workdir / CONFIG_FILE
+    if processes.is_writer():
+        text = json.dumps(resolved(config), indent=2, ensure_ascii=False)
+        files.replace(path, f"{text}\n")
+        return
+    deadline = time.monotonic() + patience
+    while not path.exists():
         if time.monotonic() > deadline:
             raise UserError(
                 f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: "
                 "give a --workdir that all of them share, on one disk or as gs://bucket/run."
             )
-        time.sleep(min(1.0, seconds))
+        time.sleep(min(1.0, patience))
 
 
 def read_config(workdir: Path) -> dict:

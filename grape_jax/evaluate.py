@@ -16,7 +16,8 @@ from grape_jax.errors import UserError, exit_with_sentence
 from grape_jax.job import Job
 from grape_jax.results import EXTRAS, UNTRAINED
 from grape_jax.rewriter import merged_variables, sampling_variables
-from grape_jax.train import StopSignal, evaluate_policy, interruptible, with_whole_paths
+from grape_jax.stopping import StopSignal, interruptible
+from grape_jax.train import evaluate_policy, with_whole_paths
 
 
 def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] | None) -> None:
@@ -41,7 +42,7 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
         with_whole_paths(config)
         checkpoint.refuse_other_config(workdir, config)
         run = job.build(config)
-        checkpoint.keep_config(workdir, config)
+        checkpoint.claim(workdir, config)
     with StopSignal() as stop:
         evaluate_policy(run, workdir, sampling_variables(run, run.base), UNTRAINED, 0, stop)
         evaluate_trained(run, workdir, stop)

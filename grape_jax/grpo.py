@@ -139,8 +139,8 @@ def clipped_objective(
     """Clipped surrogate, to be maximised, in the shape of the ratios.
 
     The clip is PPO's (arXiv 1707.06347); different bounds below and above are DAPO's (arXiv
-    2503.14476). `delta` bounds the ratio also
-    where the advantage is negative, where the clip alone does not (INTELLECT-2, arXiv 2505.07291).
+    2503.14476). `delta` bounds the ratio also where the advantage is negative, where the clip alone
+    does not (INTELLECT-2, arXiv 2505.07291).
     """
     advantages_BxKx1 = advantages_BxK[..., None]
     clipped = jnp.clip(ratio_BxKxT, 1 - clip_low, 1 + clip_high)

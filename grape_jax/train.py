@@ -6,15 +6,10 @@ The same command again goes on where a run was stopped. On several machines each
 --coordinator, --process_id and --process_count, or without where a TPU pod or SLURM tells them.
 """
 
-import contextlib
 import dataclasses
 import functools
-import logging
-import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -54,53 +49,10 @@ from grape_jax.rewriter import (
 )
 from grape_jax.rollout import filtered_mass, sample
 from grape_jax.scoring import score_rewrites
+from grape_jax.stopping import Interrupted, StopSignal, interruptible
 from grape_jax.types import Prompts, Rewrites, Rollout, Scores
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the current step is done and saved, the rest can wait."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}; the same command goes on from there.")
-
-
-class Unprepared(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM where there is nothing yet that a step would save."""
-
-
-class StopSignal:
-    """Turns Ctrl-C or SIGTERM into a flag; a second Ctrl-C stops at once.
-
-    SIGTERM is also what a machine that is about to be taken away sends, some send it more than
-    once, and a launcher may send it after a Ctrl-C that all of its processes have had.
-    """
-
-    def __init__(self):
-        self.asked = False
-        self.pressed = 0
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, _):
-        self.pressed += number == signal.SIGINT
-        if self.pressed > 1:
-            raise KeyboardInterrupt
-        if self.asked:
-            return
-        self.asked = True
-        tqdm.write("stopping after this step; press Ctrl-C again to stop at once.", sys.stderr)
-
-    def asked_anywhere(self) -> bool:
-        """Whether any process was asked to stop; all must ask this together."""
-        return processes.any_of(self.asked)
 
 
 def train(config, workdir: Path) -> None:
@@ -147,10 +99,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Job:
     processes.preparing("preparing the run")
     processes.say("preparing data, policy and retriever ...")
     run = job.build(config)
-    if processes.is_writer():
-        checkpoint.keep_config(workdir, config)
-    processes.gather(None)
-    processes.together(lambda: checkpoint.await_config(workdir))
+    processes.writer_first(lambda: checkpoint.claim(workdir, config))
     processes.say(
         f"{len(run.gallery('train'))} pictures, policy of {run.policy.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
@@ -553,41 +502,6 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     processes.join(given.coordinator, given.process_id, given.process_count)
     with processes.watched(given.config.step_timeout), interruptible():
         start(given.config, workdir)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Quiet work that can be stopped: exit code 0, and the last line says how to go on.
-
-    Stopped at once it exits with 130. A mistake of one process ends it beside the others.
-    """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
-    # The run says at its end how many there were.
-    warnings.filterwarnings("ignore", message="a text is longer than")
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
-
-    def stop(*_):
-        raise Unprepared
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with files.failures_told():
-            yield
-    except Interrupted as stopped:
-        processes.say(str(stopped))
-    except Unprepared:
-        print("stopped between steps; the same command goes on.", flush=True)
-        processes.leave_at_once(0)
-    except KeyboardInterrupt:
-        said = "stopped at once; the same command goes on from the last checkpoint."
-        print(said, file=sys.stderr, flush=True)
-        processes.leave_at_once(130)
-    except Exception as error:
-        processes.end_all(error)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ watch() {
       continue
     fi
     cat "$seen"
-    if grep -q ': ended 0; stopped after step' "$seen"; then
+    if grep -q ': ended 0; stopped ' "$seen"; then
       echo "$(date '+%F %T') the run was interrupted: it is started again."
       start_again
       continue

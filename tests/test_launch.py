@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from grape_jax import stopping
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted((ROOT / "launch").iterdir()), ROOT / ".ci" / "run"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -224,15 +226,23 @@ def test_pod_waits_in_the_queue(tools, tmp_path):
     assert "is in the queue" in result.stdout
 
 
+def _watch(folder, workers, later=None, states="READY\n"):
+    """Watches a slice that is there, whose workers say this at one look and that at the next."""
+    (folder / "states").write_text(states)
+    (folder / "made").touch()
+    (folder / "workers").write_text(workers)
+    if later:
+        (folder / "later").write_text(later)
+    return _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+
+
 def test_pod_watch_goes_on_after_a_preemption(tools, tmp_path):
     make, calls = tools
     make("gcloud", GCLOUD)
     # Ready for the start and for one look; gone at the next, and asked for twice more to delete it.
-    (tmp_path / "states").write_text("READY\nREADY\nPREEMPTED\nPREEMPTED\nACTIVE\nREADY\n")
-    (tmp_path / "made").touch()
-    (tmp_path / "workers").write_text("w-0: ended 0; done\nw-1: active; step 3\n")
-    (tmp_path / "later").write_text("w-0: ended 0; done\nw-1: ended 0; done\n")
-    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    states = "READY\nREADY\nPREEMPTED\nPREEMPTED\nACTIVE\nREADY\n"
+    workers = "w-0: ended 0; done\nw-1: active; step 3\n"
+    result = _watch(tmp_path, workers, "w-0: ended 0; done\nw-1: ended 0; done\n", states)
     assert result.returncode == 0, result.stderr
     assert "The run has ended" in result.stdout
     kinds = [re.search(r" (delete|create) |tpu_worker.sh\\ (start)\\", call) for call in calls()]
@@ -242,23 +252,17 @@ def test_pod_watch_goes_on_after_a_preemption(tools, tmp_path):
 def test_pod_watch_reports_a_failure(tools, tmp_path):
     make, _ = tools
     make("gcloud", GCLOUD)
-    (tmp_path / "states").write_text("READY\n")
-    (tmp_path / "made").touch()
-    (tmp_path / "workers").write_text("w-0: ended 0; done\nw-1: ended 2; error: no\n")
-    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    result = _watch(tmp_path, "w-0: ended 0; done\nw-1: ended 2; error: no\n")
     assert result.returncode == 1
     assert "w-1: ended 2; error: no" in result.stdout
 
 
-def test_pod_watch_starts_again_what_was_only_interrupted(tools, tmp_path):
-    """The slice is there at every look; there is no room, and no answer, along the way."""
+@pytest.mark.parametrize("interruption", [stopping.Interrupted(7), stopping.BETWEEN_STEPS])
+def test_pod_watch_starts_again_what_was_only_interrupted(tools, tmp_path, interruption):
     make, calls = tools
     make("gcloud", GCLOUD)
-    (tmp_path / "states").write_text("READY\n")
-    (tmp_path / "made").touch()
-    (tmp_path / "workers").write_text("w-0: ended 0; stopped after step 7; the same command ...\n")
-    (tmp_path / "later").write_text("w-0: ended on request; stopped after step 9; the same ...\n")
-    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    later = f"w-0: ended on request; {stopping.Interrupted(9)}\n"
+    result = _watch(tmp_path, f"w-0: ended 0; {interruption}\n", later)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("it is started again") == 1
     assert sum("tpu_worker.sh\\ start\\" in call for call in calls()) == 2
@@ -274,10 +278,7 @@ if [[ $* == *tpu_worker.sh*start* && ! -f $RECORD/troubled ]]; then
 fi
 """
     make("gcloud", trouble + GCLOUD)
-    (tmp_path / "states").write_text("READY\n")
-    (tmp_path / "made").touch()
-    (tmp_path / "workers").write_text("w-0: ended 0; report: there\n")
-    result = _launch("tpu_pod.sh", "watch", *SLICE, "--", *TRAINING)
+    result = _watch(tmp_path, "w-0: ended 0; report: there\n")
     assert result.returncode == 0, result.stderr
     assert "it could not be started" in result.stdout and "timeout" in result.stderr
     assert sum(" create " in call for call in calls()) == 2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import checkpoint, checks, command_line, files, sharding
+from grape_jax import checkpoint, checks, command_line, files, processes, sharding
 from grape_jax.errors import UserError
 
 ABOUT = {"seed": 0, "lora": {"rank": 2}, "checkpoint": {"every": 1}, "weights": {"policy": "ab"}}
@@ -128,13 +128,18 @@ def test_a_damaged_config_is_one_sentence(tmp_path):
         checkpoint.read_config(tmp_path)
 
 
-def test_a_workdir_that_another_process_does_not_see_is_refused(tmp_path):
+def test_a_workdir_that_another_process_does_not_see_is_refused(tmp_path, monkeypatch):
+    config = command_line.load("configs/emoji.py")
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
     with pytest.raises(
         UserError, match=r"does not see what process 0 wrote .* that all of them share"
     ):
-        checkpoint.await_config(tmp_path, seconds=0.01)
-    (tmp_path / checkpoint.CONFIG_FILE).write_text("{}")
-    checkpoint.await_config(tmp_path, seconds=0.01)
+        checkpoint.claim(tmp_path, config, patience=0.01)
+    monkeypatch.undo()
+    checkpoint.claim(tmp_path, config)
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
+    checkpoint.claim(tmp_path, config, patience=0.01)
+    assert checkpoint.read_config(tmp_path) == checkpoint.resolved(config)
 
 
 def test_without_a_readable_one_the_run_does_not_begin_anew(tmp_path):

@@ -60,10 +60,7 @@ def make_trainer(task: Path, config: dict, about: dict, gallery: Gallery, out: P
         callbacks=[Recorder(out / "steps.jsonl", len(lines))],
     )
     trainer.remove_callback(PrinterCallback)  # the recorder says what there is to say
-    # transformers keeps the padding token's embedding from learning, and a chat template may end
-    # every message with that token.
-    for model in filter(None, (trainer.model, trainer.ref_model)):
-        model.get_input_embeddings().padding_idx = None
+    settings.teach_padding(trainer)
     settings.start_adapter(trainer.model, config["seed"])
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer, trainer.lr_scheduler = settings.make_optimizer(trained, config["grpo"])

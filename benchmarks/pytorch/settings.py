@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 MODULES = {
     **{name: f"{name}_proj" for name in ("q", "k", "v", "o")},
@@ -82,6 +82,16 @@ def start_adapter(model: torch.nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             torch.nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+
+
+def teach_padding(trainer: GRPOTrainer) -> None:
+    """Lets the padding token's embedding learn from the places where it is no padding.
+
+    transformers gives it no gradient, masked or not. A chat template may end every message with
+    that token (SmolLM2's does, with <|im_end|>), and then its true gradient is a large one.
+    """
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model.get_input_embeddings().padding_idx = None
 
 
 def make_optimizer(parameters, grpo: dict):
