@@ -43,6 +43,8 @@ def start(folder: Path, name: str, settings: dict, processes: int = 1, devices: 
     command += [f"--config.{k}={v}" for k, v in (paths | SETTINGS | settings).items()]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # With fewer threads than devices, collectives can wait for each other for ever.
+        "NPROC": str(max(devices, os.cpu_count())),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",

@@ -36,6 +36,6 @@ fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 
-# Two processes, one thread each: XLA reads NPROC, torch and BLAS read OMP_NUM_THREADS.
-export NPROC=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Two processes; torch and BLAS take one thread each.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" </dev/null
