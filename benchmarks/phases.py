@@ -79,13 +79,13 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     body = sum(stack.size for stack in kernels(run))
     head = run.base["embedding"].size
     prompt_tokens, tokens = B * config.prompt.max_tokens, B * K * T
-    forward = 2 * (body * (prompt_tokens + tokens) + head * tokens)
-    decoded = B * K * (T - 1)
+    fed = B * K * (T - 1)  # nothing is predicted from a completion's last token
+    forward = 2 * (body * (prompt_tokens + fed) + head * tokens)
     # Forward, and back to the states; the weights beneath an adapter have no gradient.
     passes = 3 if learner.lora is None else 2
     return [
         ("merging the adapter", merged, 0),
-        ("sampling", sampled, 2 * (body * (prompt_tokens + decoded) + head * (B + decoded))),
+        ("sampling", sampled, 2 * (body * (prompt_tokens + fed) + head * (B + fed))),
         ("encoding, reading, ranking", max(0.0, told - sampled), 0),
         ("reference", reference, forward),
         ("gradient", gradient, passes * forward),
@@ -95,7 +95,7 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
 def one_product(run: Job) -> tuple[str, float, float]:
     """One product of the step's tokens with the projection that has the most weights."""
     config = run.config
-    completion = config.grpo.group_size * config.rollout.max_tokens
+    completion = config.grpo.group_size * (config.rollout.max_tokens - 1)
     tokens = config.grpo.batch_size * (config.prompt.max_tokens + completion)
     stack = max(kernels(run), key=lambda stack: stack.size)
     x = jax.random.normal(jax.random.key(0), (tokens, stack.shape[1]))

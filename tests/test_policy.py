@@ -119,10 +119,11 @@ def test_smollm2_from_a_directory_made_of_it(smollm2, tmp_path):
     assert f"{perplexity(got, ids):.4g}" == f"{perplexity(expected, ids):.4g}"
 
 
-def test_completions_share_their_prompt_exactly(tiny):
+@pytest.mark.parametrize("T", [1, 4])
+def test_completions_share_their_prompt_exactly(tiny, T):
     """K completions beside one prompt equal K separate plain rows, whatever the padding."""
     rows = [[5, 6, 7, 8, 9], [11, 12]]
-    completions = np.random.default_rng(0).integers(1, 97, (2, 3, 4))
+    completions = np.random.default_rng(0).integers(1, 97, (2, 3, T))
     for length in (5, 9):
         hidden = policy.hidden_states(
             TINY, tiny, prompts_of(rows, length), jnp.asarray(completions), LORA

@@ -229,31 +229,32 @@ def hidden_states(
       `[B, K, T, D]`, normed: state t is the one from which token t is predicted, so state 0 is the
       prompt's last.
     """
-    B, K, T = tokens_BxKxT.shape
+    tokens_BxKxU = tokens_BxKxT[..., :-1]  # nothing is predicted from the last one
+    B, K, U = tokens_BxKxU.shape
     S = prompts.tokens_BxS.shape[1]
     mask = prompts.mask_BxS
-    own_past_TxT = jnp.tril(jnp.ones((T, T), bool))
-    group = lambda y: y[:, S:].reshape(B, K, T, *y.shape[2:])
+    own_past_UxU = jnp.tril(jnp.ones((U, U), bool))
+    group = lambda y: y[:, S:].reshape(B, K, U, *y.shape[2:])
 
     def attend_with(_, window):
         def attend(q, k, v):
             from_prompt = attention.attend_prompt(q[:, :S], k[:, :S], v[:, :S], mask, window)
             from_own = attention.attend_completions(
-                group(q), k[:, :S], v[:, :S], mask, group(k), group(v), own_past_TxT, window
+                group(q), k[:, :S], v[:, :S], mask, group(k), group(v), own_past_UxU, window
             )
-            joined = [from_prompt, from_own.reshape(B, K * T, *q.shape[2:])]
+            joined = [from_prompt, from_own.reshape(B, K * U, *q.shape[2:])]
             return jnp.concatenate(joined, axis=1), None
 
         return attend
 
-    tokens_BxN = jnp.concatenate([prompts.tokens_BxS, tokens_BxKxT.reshape(B, K * T)], axis=1)
+    tokens_BxN = jnp.concatenate([prompts.tokens_BxS, tokens_BxKxU.reshape(B, K * U)], axis=1)
     lengths_B = jnp.sum(mask, axis=-1)
-    own_positions = jnp.broadcast_to(jnp.tile(jnp.arange(T), K), (B, K * T)) + lengths_B[:, None]
+    own_positions = jnp.broadcast_to(jnp.tile(jnp.arange(U), K), (B, K * U)) + lengths_B[:, None]
     positions_BxN = jnp.concatenate([prompt_positions(mask), own_positions], axis=1)
     x = embed(config, variables, tokens_BxN)
     x, _ = _through_layers(config, lora, variables, x, positions_BxN, attend_with)
     last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
-    states = jnp.concatenate([last_prompt, group(x)[:, :, :-1]], axis=2)
+    states = jnp.concatenate([last_prompt, group(x)], axis=2)
     return _final_norm(config, variables, states)
 
 
