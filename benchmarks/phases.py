@@ -48,10 +48,10 @@ def main() -> None:
     run = forced.of_shape(
         forced.build(config), FLAGS.prompt_tokens, FLAGS.completion_tokens, FLAGS.group
     )
-    rows = [
-        [name, *(f"{number:.4g}" for number in (seconds, flops / 1e9, flops / 1e9 / seconds))]
-        for name, seconds, flops in (*parts(run), one_product(run))
-    ]
+    rows = []
+    for name, seconds, flops in (*parts(run), one_product(run)):
+        work = [f"{flops / 1e9:.4g}", f"{flops / 1e9 / seconds:.4g}"] if flops else ["", ""]
+        rows.append([name, f"{seconds:.4g}", *work])
     print(comparison.table(["part", "seconds", "GFLOP", "GFLOP/s"], rows))
 
 
