@@ -217,7 +217,8 @@ def diagnostics(
     """What TRL logs of an update: how far the policy is from its sampler and its reference.
 
     Means are over tokens; over completions, where a ratio is a completion's. `_min` and `_max` of
-    the clip fractions are over completions, of the ratio over tokens.
+    the clip fractions are over completions, of the ratio over tokens; where nothing teaches, no
+    ratio is clipped and all are 1.
     """
     kept = lambda x: jnp.where(mask_BxKxT, x, 0.0)
     logprobs = kept(logprobs_BxKxT)
@@ -232,12 +233,14 @@ def diagnostics(
     seen = {
         "clip_fraction": masked_mean(low | high, mask),
         "clip_fraction_low": masked_mean(low, mask),
-        "clip_fraction_low_min": of_completions(low).min(where=taught, initial=1.0),
+        "clip_fraction_low_min": jnp.where(
+            taught.any(), of_completions(low).min(where=taught, initial=1.0), 0.0
+        ),
         "clip_fraction_high": masked_mean(high, mask),
         "clip_fraction_high_max": of_completions(high).max(where=taught, initial=0.0),
-        "ratio": masked_mean(ratio, mask),
-        "ratio_min": ratio.min(where=mask, initial=jnp.inf),
-        "ratio_max": ratio.max(where=mask, initial=0.0),
+        "ratio": jnp.where(mask.any(), masked_mean(ratio, mask), 1.0),
+        "ratio_min": jnp.where(mask.any(), ratio.min(where=mask, initial=jnp.inf), 1.0),
+        "ratio_max": jnp.where(mask.any(), ratio.max(where=mask, initial=0.0), 1.0),
     }
     if config.kl_weight:
         kl = kl_terms(config, logprobs, kept(reference_BxKxT), ratio)

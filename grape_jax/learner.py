@@ -144,7 +144,7 @@ def grpo_step(
         state, applied = _update(learner, state, loss, grads)
         # How far learner and sampler disagree on the same tokens. In the first pass it is rounding,
         # with bfloat16 also that of the adapter into the weights that are sampled with.
-        gap = jnp.max(jnp.abs(logprobs - rollout.logprobs_BxKxT) * rollout.mask_BxKxT)
+        gap = jnp.abs(logprobs - rollout.logprobs_BxKxT)
         seen = grpo.diagnostics(
             config,
             logprobs,
@@ -154,11 +154,13 @@ def grpo_step(
             taught,
         )
         seen |= {"loss": loss, "entropy": grpo.masked_mean(entropy, taught)}
-        return state, seen | applied | {"sampler_gap": gap}
+        seen["sampler_gap"] = gap.max(where=rollout.mask_BxKxT, initial=0.0)
+        seen["sampler_gap_mean"] = grpo.masked_mean(gap, rollout.mask_BxKxT)
+        return state, seen | applied
 
     state, passes = jax.lax.scan(one_pass, state, length=config.passes)
     metrics = {name: value.mean() for name, value in passes.items()}
-    metrics["sampler_gap"] = passes["sampler_gap"][0]
+    metrics |= {name: passes[name][0] for name in ("sampler_gap", "sampler_gap_mean")}
     metrics["skipped"] = passes["skipped"].any()
     state = _sync_reference(config, state.replace(step=state.step + 1))
     return state, metrics | scoring.summary(scores) | {

@@ -116,6 +116,15 @@ def test_a_mean_is_over_tokens_not_over_sequences():
     assert grpo.masked_mean(x, jnp.zeros_like(mask)) == 0.0
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_where_nothing_teaches_the_policy_is_where_its_sampler_is(level):
+    config = dataclasses.replace(CONFIG, ratio_level=level)
+    apart, nothing = jnp.full((2, 2, 3), -1.0), jnp.zeros((2, 2, 3), bool)
+    seen = grpo.diagnostics(config, apart, 3 * apart, apart, jnp.ones((2, 2)), nothing)
+    unmoved = {name: float("ratio" in name) for name in seen}
+    assert {name: float(value) for name, value in seen.items()} == unmoved
+
+
 def test_each_aggregation_has_its_own_denominator():
     x = np.array([[[4.0, 9, 9], [1, 2, 3]], [[5, 7, 9], [9, 9, 9]], [[8, 8, 8], [8, 8, 8]]])
     mask = np.arange(3) < np.array([[1, 3], [2, 0], [3, 3]])[..., None]
