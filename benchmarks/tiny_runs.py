@@ -43,8 +43,9 @@ def start(folder: Path, name: str, settings: dict, processes: int = 1, devices: 
     command += [f"--config.{k}={v}" for k, v in (paths | SETTINGS | settings).items()]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # With fewer threads than devices, collectives can wait for each other for ever.
-        "NPROC": str(max(devices, os.cpu_count())),
+        # Threads: every device blocks one in each collective that it has come to, and with few of
+        # them devices can wait for each other for ever.
+        "NPROC": "64",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
