@@ -175,8 +175,11 @@ def draw(points: list[dict]) -> bytes:
         axis.set_ylim(bottom=0)
         axis.grid(color="#e6e6e6", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
-        axis.legend(frameon=False, fontsize=8, ncols=4, columnspacing=1, **above)
+        # Above, where no line is.
+        axis.legend(
+            frameon=False, fontsize=8, ncols=4, columnspacing=1,
+            loc="lower left", bbox_to_anchor=(0, 1),
+        )  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()

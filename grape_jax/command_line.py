@@ -2,8 +2,10 @@
 
 import difflib
 import importlib.util
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,14 @@ FLAGS = flags.FLAGS
 
 def define_config() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/emoji.py.")
+
+
+def quiet() -> None:
+    """Leaves out what libraries say of every file and text; a warning is one line."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
+    # The run says at its end how many there were.
+    warnings.filterwarnings("ignore", message="a text is longer than")
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
 
 
 def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list[str]:

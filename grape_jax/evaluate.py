@@ -75,6 +75,7 @@ def main() -> None:
     methods = flags.FLAGS.methods
     if methods is not None:
         methods = EXTRAS if methods == ["all"] else tuple(methods)
+    command_line.quiet()
     with interruptible():
         evaluate(flags.FLAGS.config, files.path(flags.FLAGS.workdir), methods)
 

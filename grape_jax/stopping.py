@@ -6,10 +6,8 @@ line says how to go on. A second Ctrl-C stops at once and exits with 130.
 """
 
 import contextlib
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -62,11 +60,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Quiet work that can be stopped. A mistake of one process ends it beside the others."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
-    # The run says at its end how many there were.
-    warnings.filterwarnings("ignore", message="a text is longer than")
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    """Work that can be stopped. A mistake of one process ends it beside the others."""
 
     def stop(*_):
         raise Unprepared

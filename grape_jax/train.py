@@ -499,6 +499,7 @@ def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None
     if given.workdir is None:
         raise UserError(f"no workdir is given: add --workdir={example}.")
     workdir = files.path(given.workdir)
+    command_line.quiet()
     processes.join(given.coordinator, given.process_id, given.process_count)
     with processes.watched(given.config.step_timeout), interruptible():
         start(given.config, workdir)

@@ -10,9 +10,9 @@ import xla_flags
 # Before jax is imported: single-device tests take the first one.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.devices(8)}"
 
-# XLA's threads. A collective keeps one of them waiting for each device that has come to it; where
-# there are fewer than devices, those that are missing may never get one.
-os.environ["NPROC"] = "8"
+# XLA's threads. Every device blocks one in each collective that it has come to, and with few of
+# them devices can wait for each other for ever.
+os.environ["NPROC"] = "64"
 
 # Where libtpu is installed for the tests that compile with it, jax would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
