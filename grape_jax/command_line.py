@@ -32,6 +32,8 @@ def quiet() -> None:
 def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list[str]:
     """Parses the flags that the command has defined; returns what is not a flag.
 
+    With --help it prints what there is to know and ends the process.
+
     Args:
       config_needed: whether a command that knows --config can do nothing without it.
 
@@ -39,6 +41,9 @@ def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list
       UserError: an unknown flag or key, a value of the wrong type, a missing config file.
     """
     argv = list(sys.argv if argv is None else argv)
+    if "--help" in argv:
+        _print_help(_config_path(argv))
+        raise SystemExit(0)
     if "config" in FLAGS:
         _check_config(argv, config_needed)
     try:
@@ -50,18 +55,40 @@ def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list
     return rest[1:]
 
 
+def _print_help(config_path: str | None) -> None:
+    """What the command says of itself, its own options, and the keys of a config that is given."""
+    print(sys.modules["__main__"].__doc__)
+    for module, found in FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.startswith("grape_jax."):
+            for flag in found:
+                default = flag.default_as_str.strip("'") if flag.default else ""
+                print(f"  --{flag.name:<18} {flag.help}{default and f' Default: {default}.'}")
+    if config_path is not None:
+        print(f"\n--config.KEY=VALUE sets a key of {config_path} (explained in configs/):\n")
+        for key, value in _leaves(load(config_path)):
+            print(f"  {key} = {value!r}")
+    elif "config" in FLAGS:
+        print("\n--help --config=FILE lists the keys of a config, which --config.KEY=VALUE sets.")
+
+
+def _config_path(argv: list[str]) -> str | None:
+    return next((a.split("=", 1)[1] for a in _joined(argv) if re.match(r"--?config=", a)), None)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config path` as `--config=path`: to absl they are the same."""
+    return re.sub(r"(--?config)\0(?!-)", r"\1=", "\0".join(argv)).split("\0")
+
+
 def _check_config(argv: list[str], needed: bool) -> None:
     """Names the closest keys before ml_collections answers an unknown one with a traceback."""
-    # `--config path` and `--config=path` are the same.
-    joined = re.sub(r"(--?config)\0(?!-)", r"\1=", "\0".join(argv)).split("\0")
-    path = next((a.split("=", 1)[1] for a in joined if re.match(r"--?config=", a)), None)
+    path = _config_path(argv)
     if path is None:
-        overrides = any(re.match(r"--?config\.", argument) for argument in joined)
-        if (needed or overrides) and not any(a.startswith("--help") for a in argv):
+        if needed or any(re.match(r"--?config\.", argument) for argument in argv):
             raise UserError("no config is given: add --config=configs/emoji.py.")
         return
-    known = list(_leaves(load(path)))
-    for argument in joined:
+    known = [key for key, _ in _leaves(load(path))]
+    for argument in _joined(argv):
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and match.group(1) not in known:
             close = difflib.get_close_matches(match.group(1), known, n=3, cutoff=0.4)
@@ -95,4 +122,4 @@ def _leaves(config: ConfigDict, prefix: str = ""):
         if isinstance(value, ConfigDict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield prefix + key, value

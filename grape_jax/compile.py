@@ -1,4 +1,4 @@
-"""Will it fit: compiles a run's programs for a TPU slice, on any machine, from shapes alone.
+r"""Will it fit: compiles a run's programs for a TPU slice, on any machine, from shapes alone.
 
     python -m grape_jax.compile --config=configs/emoji.py --topology=v5e:4x4 \
         --config.policy.path=Qwen/Qwen2.5-7B-Instruct --config.policy.dtype=bfloat16 \

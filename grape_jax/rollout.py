@@ -117,11 +117,11 @@ def draw_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One token a row, its log-probability at the temperature, and the same after the filters.
 
-    At temperature 0 the likeliest token is taken, with its log-probability at temperature 1. One
-    uniform number a row is turned into a token through the cumulative distribution, first over
-    blocks of the vocabulary and then inside one: exact to float32, and far cheaper than a Gumbel
-    number for each entry. The distribution need not sum to 1 for that, so what the filters leave is
-    not normalised before it is drawn from.
+    At temperature 0 the likeliest token is taken, with its log-probability at temperature 1. Two
+    uniform numbers a row are turned into a token through the cumulative distribution, one over
+    blocks of the vocabulary and one inside the block: exact to float32, and far cheaper than a
+    Gumbel number for each entry. The distribution need not sum to 1 for that, so what the filters
+    leave is not normalised before it is drawn from.
     """
     scores_BxKxV = logits_BxKxV / (sampling.temperature or 1.0)
     all_logprobs = jax.nn.log_softmax(scores_BxKxV)
@@ -129,13 +129,13 @@ def draw_tokens(
     if sampling.temperature == 0:
         tokens = jnp.argmax(scores_BxKxV, axis=-1).astype(jnp.int32)
         return tokens, chosen(tokens), chosen(tokens)
-    uniform_BxK = jax.random.uniform(key, scores_BxKxV.shape[:-1])
+    uniform_BxKx2 = jax.random.uniform(key, (*scores_BxKxV.shape[:-1], 2))
     probs = jnp.exp(all_logprobs)
     if not sampling.filtered:
-        tokens = _invert_cdf(probs, uniform_BxK)
+        tokens = _invert_cdf(probs, uniform_BxKx2)
         return tokens, chosen(tokens), chosen(tokens)
     probs = jnp.where(scores_BxKxV >= score_floor(scores_BxKxV, sampling), probs, 0)
-    tokens = _invert_cdf(probs, uniform_BxK)
+    tokens = _invert_cdf(probs, uniform_BxKx2)
     return tokens, chosen(tokens), chosen(tokens) - jnp.log(probs.sum(-1))
 
 
@@ -165,27 +165,26 @@ def score_floor(scores_BxKxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return floor
 
 
-def _invert_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index at which the cumulative probability exceeds `uniform`."""
+def _invert_cdf(probs: jax.Array, uniform_x2: jax.Array) -> jax.Array:
+    """An index drawn in proportion to `probs`: the first number draws a block, the second inside.
+
+    The bounds inside a block are sums of its own entries alone. Were they sums from the start of
+    the vocabulary, each would carry the rounding of all before it, which another mesh adds in
+    another order.
+    """
     V = probs.shape[-1]
     blocks = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(0, -V % CDF_BLOCK)])
     blocks = blocks.reshape(*probs.shape[:-1], -1, CDF_BLOCK)
-    mass = blocks.sum(-1)
-    target = uniform * mass.sum(-1)
-    block, before = _first_above(mass, target)
+    block = _drawn(blocks.sum(-1), uniform_x2[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    # Rounding may leave a little less than nothing, which would choose an entry without mass.
-    index, _ = _first_above(inside, jnp.maximum(target - before, 0))
-    return block * CDF_BLOCK + index
+    return block * CDF_BLOCK + _drawn(inside, uniform_x2[..., 1])
 
 
-def _first_above(mass: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index whose running sum exceeds `target`, and the sum before it.
+def _drawn(mass: jax.Array, uniform: jax.Array) -> jax.Array:
+    """First index at which the running share of the mass exceeds `uniform`, below 1.
 
-    Entries of no mass are never chosen, also where rounding puts `target` past the whole sum.
+    Of the entries that have mass: however the sums are rounded, the others are never drawn.
     """
-    running = jnp.cumsum(mass, axis=-1)
-    last_with_mass = mass.shape[-1] - 1 - jnp.argmax(mass[..., ::-1] > 0, axis=-1)
-    index = jnp.minimum(jnp.sum(running <= target[..., None], axis=-1), last_with_mass)
-    before = jnp.take_along_axis(running - mass, index[..., None], axis=-1)[..., 0]
-    return index.astype(jnp.int32), before
+    running = jnp.where(mass > 0, jnp.cumsum(mass, axis=-1), 0)
+    target = uniform * running.max(-1)
+    return jnp.argmax(running > target[..., None], axis=-1).astype(jnp.int32)

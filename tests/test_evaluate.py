@@ -24,7 +24,7 @@ def evaluate(folder, *arguments, code=0):
         check=False,
     )
     assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 def config_of(folder):
@@ -118,3 +118,11 @@ def test_nothing_is_written_twice(folder, run):
 def test_mistakes_are_one_sentence(folder, run, arguments, sentence):
     said = evaluate(folder, *arguments, code=2)
     assert sentence in said and "Traceback" not in said
+
+
+def test_help_says_what_there_is(folder, run):
+    """The command's own words and options, and with a config its keys, which would be set so."""
+    said = evaluate(folder, "--help")
+    assert "Makes a run's report again" in said and "--methods" in said and "--logger" not in said
+    said = evaluate(folder, "--help", "--config=configs/emoji.py")
+    assert "grpo.group_size = 8" in said
