@@ -61,8 +61,9 @@ def _print_help(config_path: str | None) -> None:
     for module, found in FLAGS.flags_by_module_dict().items():
         if module == sys.argv[0] or module.startswith("grape_jax."):
             for flag in found:
-                default = flag.default_as_str.strip("'") if flag.default else ""
-                print(f"  --{flag.name:<18} {flag.help}{default and f' Default: {default}.'}")
+                default = str(flag.default_as_str).strip("'")
+                shown = f" Default: {default}." if flag.default else ""
+                print(f"  --{flag.name:<18} {flag.help}{shown}")
     if config_path is not None:
         print(f"\n--config.KEY=VALUE sets a key of {config_path} (explained in configs/):\n")
         for key, value in _leaves(load(config_path)):

@@ -49,6 +49,9 @@ stop_all() {
 trap stop_all INT TERM
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# Threads: on CPUs every collective that waits for the other processes blocks one, and with few of
+# them the processes can wait for each other for ever.
+export NPROC=${NPROC:-64}
 for ((i = 0; i < count; i++)); do
   echo "--- $(date '+%F %T'), process $i of $count" >>"$logs/process-$i.log"
   "$python" -m grape_jax.train "$@" \
