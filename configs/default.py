@@ -124,7 +124,7 @@ def get_config() -> ConfigDict:
     config.grpo.kl_corrected = False  # weigh each token's KL by its importance ratio, as TRL does
     # "start": what GRPO begins with, after the warm-up; "base": the weights as they were loaded.
     config.grpo.reference = "start"
-    config.grpo.reference_sync_every = 0  # steps after which the reference follows; 0: never
+    config.grpo.reference_sync_every = 0  # at every n-th step the reference follows; 0: never
     config.grpo.reference_mix = 1.0  # the policy's share in it then; below 1 without LoRA only
     # How token losses become one: "dapo", the mean of all tokens; "grpo", of completions' means;
     # "dr_grpo", over all completions' budgets; "bnpo", which is "dapo" over a whole batch.

@@ -14,7 +14,7 @@ from grape_jax import grpo, scoring, sharding
 from grape_jax.grpo import GrpoConfig
 from grape_jax.models import policy
 from grape_jax.models.lora import LoraConfig
-from grape_jax.optimizer import OptimizerConfig, make_optimizer
+from grape_jax.optimizer import OptimizerConfig, make_optimizer, next_rate
 from grape_jax.types import Prompts, Rollout, Scores
 
 
@@ -347,6 +347,7 @@ def _with_slope(read):
 
 def _update(learner: Learner, state: TrainState, loss, grads):
     """One optimizer step, left out where the loss or a gradient is not finite."""
+    rate = next_rate(learner.optimizer, state.optimizer)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer = make_optimizer(learner.optimizer).update(
@@ -359,4 +360,4 @@ def _update(learner: Learner, state: TrainState, loss, grads):
         optimizer=jax.tree.map(keep, optimizer, state.optimizer),
     )
     state = jax.lax.with_sharding_constraint(state, state_shardings(learner))
-    return state, {"grad_norm": norm, "skipped": ~finite}
+    return state, {"grad_norm": norm, "learning_rate": rate, "skipped": ~finite}

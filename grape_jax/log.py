@@ -15,11 +15,14 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, cached p
 class Log:
     """metrics.jsonl, rewrites.jsonl and TensorBoard events; a resumed run drops what it redoes.
 
-    Process 0 alone writes.
+    Process 0 alone writes. Lines are on a local disk at once. An object store would write the whole
+    file anew for each of them: there they wait for `flush`, which comes before each checkpoint, so
+    that a run which goes on from one misses none.
     """
 
     def __init__(self, workdir: Path, first: int):
         self.workdir = workdir
+        self.waiting = {}
         self.events = None
         self.compiled = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
@@ -38,7 +41,7 @@ class Log:
         metrics = metrics | {"compilations": self.compiled}
         self.compiled = 0
         line = {"step": step, "phase": phase} | metrics
-        files.append(self.workdir / "metrics.jsonl", json.dumps(line) + "\n")
+        self._append("metrics.jsonl", [json.dumps(line)])
         for name, value in metrics.items():
             self.events.add_scalar(f"{phase}/{name}", value, step)
 
@@ -46,9 +49,21 @@ class Log:
         if self.events is None:
             return
         lines = [json.dumps({"step": step + 1} | row, ensure_ascii=False) for row in table]
-        files.append(self.workdir / "rewrites.jsonl", "".join(f"{line}\n" for line in lines))
+        self._append("rewrites.jsonl", lines)
+
+    def _append(self, name: str, lines: list[str]) -> None:
+        self.waiting[name] = self.waiting.get(name, "") + "".join(f"{line}\n" for line in lines)
+        if files.is_local(self.workdir):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        for name, text in self.waiting.items():
+            files.append(self.workdir / name, text)
+        self.waiting = {}
 
     def close(self) -> None:
+        self.flush()
         jax.monitoring.unregister_event_duration_listener(self._count)
         if self.events is not None:
             self.events.close()

@@ -48,6 +48,12 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [config.ramp_steps])
 
 
+def next_rate(config: OptimizerConfig, state: optax.OptState) -> jax.Array:
+    """The learning rate that the next update takes. One that was left out has not moved it on."""
+    of_schedule = lambda path, _: path[-1].tuple_name == "ScaleByScheduleState"
+    return learning_rate(config)(optax.tree.get(state, "count", filtering=of_schedule))
+
+
 def matrices(params):
     """True for the leaves that are matrices, or stacks of one for each layer."""
     stacked = lambda path: any(getattr(key, "key", None) == "layers" for key in path)

@@ -131,6 +131,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
     def save(step: int, metrics: dict) -> None:
         positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
         saved = {"positions": positions, "skipped": [in_a_row, skipped], "about": about}
+        log.flush()
         checkpoint.save(manager, step, state, saved, metrics)
 
     for step in range(first, last):
@@ -159,6 +160,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         metrics |= {"skipped": skipped, "seconds": time.perf_counter() - began}
         if in_a_row >= config.max_skipped:
             log.write(done, phase, metrics)
+            log.close()
             bar.close()
             checkpoint.wait(manager)
             good = manager.latest_step()

@@ -154,6 +154,18 @@ def test_schedules_ramp_up_and_end_where_they_should():
     assert rate("cosine")(4) > rate("linear")(4)
 
 
+@pytest.mark.parametrize("schedule", optimizer.SCHEDULES)
+def test_the_rate_that_is_logged_is_the_one_that_is_taken(schedule):
+    """Adam's first steps along one gradient are as long as the rate."""
+    made = optimizer.OptimizerConfig(0.1, schedule, 6, 2, 0.1, 0.0, 1.0)
+    adam, param = optimizer.make_optimizer(made), jnp.float32(0)
+    state = adam.init(param)
+    for n in range(8):
+        rate = optimizer.next_rate(made, state)
+        step, state = adam.update(jnp.float32(0.5), state, param)
+        np.testing.assert_allclose([rate, -step], optimizer.learning_rate(made)(n), rtol=1e-5)
+
+
 def test_weight_decay_spares_norms_and_biases():
     leaf = lambda *shape: jnp.ones(shape)
     params = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax import checkpoint, checks, command_line, files, processes, sharding
+from grape_jax import checkpoint, checks, command_line, files, log, processes, sharding
 from grape_jax.errors import UserError
 
 ABOUT = {"seed": 0, "lora": {"rank": 2}, "checkpoint": {"every": 1}, "weights": {"policy": "ab"}}
@@ -208,11 +208,11 @@ def test_a_full_disk_while_saving_is_told_and_costs_nothing_saved(tmp_path, requ
 
 
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path, full_disk):
-    log = tmp_path / "metrics.jsonl"
+    path = tmp_path / "metrics.jsonl"
     told = r"could not be written \(File too large\): make room"
     with pytest.raises(UserError, match=told), files.failures_told():
         for _ in range(100):
-            files.append(log, "x" * 100 + "\n")
+            files.append(path, "x" * 100 + "\n")
     with pytest.raises(UserError, match="could not be written"), files.failures_told():
         files.replace(tmp_path / "report.md", "x" * 2000)
     assert not (tmp_path / "report.md").exists()
@@ -268,6 +268,22 @@ def test_an_object_store_stays_one():
     remote = files.path("s3://bucket/run")
     assert str(remote / "checkpoints") == "s3://bucket/run/checkpoints"
     assert not files.is_local(remote) and files.is_local(files.path("runs/emoji"))
+
+
+def test_lines_wait_for_the_checkpoint_where_a_file_cannot_grow(tmp_path, monkeypatch):
+    metrics, rewrites = tmp_path / "metrics.jsonl", tmp_path / "rewrites.jsonl"
+    step_of = lambda path: [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    for local in (True, False):
+        monkeypatch.setattr(files, "is_local", lambda _, local=local: local)
+        run = log.Log(tmp_path, first=0)  # drops what the run before it wrote
+        run.keep_rewrites(0, [{"query": "soup"}, {"query": "rocket"}])
+        run.write(1, "grpo", {"loss": 0.5})
+        assert local == bool(metrics.exists() and metrics.read_text())
+        run.flush()
+        run.write(2, "grpo", {"loss": 0.25})
+        assert step_of(metrics) == ([1, 2] if local else [1])
+        run.close()
+        assert step_of(metrics) == [1, 2] and step_of(rewrites) == [1, 1]
 
 
 def test_files_grow_and_are_replaced(tmp_path):

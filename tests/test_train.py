@@ -174,7 +174,7 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undis
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.prompt.max_tokens, config.rollout.temperature = 48, 1.0
     loaded = job.build(config)
-    queries = loaded.queries("noisy", "train", 24)
+    queries = loaded.queries("noisy", "train", 64)
     prompts = encode(loaded, [query.text for query in queries], ["noisy"] * len(queries))
     best = train.best_of_own(loaded, prompts, queries, step=0)
     assert best == train.best_of_own(loaded, prompts, queries, step=0)
