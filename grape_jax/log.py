@@ -1,6 +1,7 @@
 """What a run says of its steps: JSON lines, TensorBoard events, and a table on the terminal."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -40,8 +41,9 @@ class Log:
         # Since the line before: a step that goes on compiling is a step of ever new shapes.
         metrics = metrics | {"compilations": self.compiled}
         self.compiled = 0
-        line = {"step": step, "phase": phase} | metrics
-        self._append("metrics.jsonl", [json.dumps(line)])
+        # JSON has no word for what is not finite.
+        known = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        self._append("metrics.jsonl", [json.dumps({"step": step, "phase": phase} | known)])
         for name, value in metrics.items():
             self.events.add_scalar(f"{phase}/{name}", value, step)
 

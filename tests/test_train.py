@@ -367,7 +367,9 @@ def test_steps_without_a_finite_loss_are_counted_and_end_the_run(folder):
     said = refused(command(folder, "ruined", *flags))
     assert "2 steps in a row had a loss or gradient that was not finite" in said
     assert "none was saved: lower warm_up.learning_rate" in said
-    assert [line["skipped"] for line in lines(folder, "ruined", "metrics.jsonl")] == [0, 1, 2]
+    log = lines(folder, "ruined", "metrics.jsonl")
+    assert [line["skipped"] for line in log] == [0, 1, 2]
+    assert [line["loss"] is None for line in log] == [False, True, True]
 
 
 def test_another_config_is_refused_in_the_same_workdir(folder, undisturbed):
