@@ -1,4 +1,4 @@
-"""Command lines: a config file, overrides for every key, one sentence for a mistake."""
+"""Command lines: a config file, overrides for every key, help, one sentence for a mistake."""
 
 import difflib
 import importlib.util
