@@ -15,8 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax import checkpoint, command_line, job, train
-from grape_jax.errors import exit_with_sentence
+from grape_jax.run import context, loop
+from grape_jax.runtime import checkpoint, command_line
+from grape_jax.runtime.errors import exit_with_sentence
 
 EVERY, SAVES = 10, 4
 
@@ -25,14 +26,14 @@ def main() -> None:
     command_line.define_config()
     flags.DEFINE_string("workdir", "runs/overhead", "Where the checkpoints go.")
     command_line.parse(sys.argv)
-    run = job.build(flags.FLAGS.config)
+    run = context.build(flags.FLAGS.config)
     workdir = Path(flags.FLAGS.workdir)
-    state, batches = run.fresh_state("grpo"), train.data_iterators(run)["grpo"]
+    state, batches = run.fresh_state("grpo"), loop.data_iterators(run)["grpo"]
     about, waits, after, others, bytes_written = run.about(), [], [], [], 0
     with checkpoint.open_manager(workdir, keep=1) as manager:
         for step in range(EVERY * SAVES + 2):
             began = time.perf_counter()
-            state, _, _ = train.explore(run, state, batches, step)
+            state, _, _ = loop.explore(run, state, batches, step)
             seconds = time.perf_counter() - began
             if step < 2:  # compiles
                 continue

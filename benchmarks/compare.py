@@ -28,9 +28,10 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import comparison
 from benchmarks.comparison import OURS, THEIRS, Run
 from benchmarks.pytorch import keys
-from grape_jax import checks, command_line, files
 from grape_jax.data import catalogue
-from grape_jax.errors import UserError, exit_with_sentence
+from grape_jax.run import checks
+from grape_jax.runtime import command_line, files
+from grape_jax.runtime.errors import UserError, exit_with_sentence
 
 FLAGS = flags.FLAGS
 GRACE = 30  # seconds for a child that has seen Ctrl-C too

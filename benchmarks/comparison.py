@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from grape_jax import files, metrics
+from grape_jax.reporting import metrics
+from grape_jax.runtime import files
 
 OURS, THEIRS = "grape_jax", "PyTorch (TRL)"
 LEFT_OUT = 2  # first steps of a run, which compile and allocate; they are in no timing

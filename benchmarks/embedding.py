@@ -43,14 +43,14 @@ def write_model(folder: Path) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from grape_jax import retriever
+    from grape_jax.retrieval import encoder
 
     torch.manual_seed(0)
-    tokens = len(retriever.load().tokenizer)
+    tokens = len(encoder.load().tokenizer)
     text = {"num_hidden_layers": 1, "vocab_size": tokens, "eos_token_id": 2}
     CLIPModel(CLIPConfig(text_config=text, projection_dim=512)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((retriever.SHIPPED / name).read_bytes())
+        (folder / name).write_bytes((encoder.SHIPPED / name).read_bytes())
     (folder / "preprocessor_config.json").write_text(
         '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, '
         '"crop_size": {"height": 224, "width": 224}}'
@@ -74,10 +74,10 @@ def measure(model: Path, pictures: list[Path], folder: Path) -> dict:
     import torch
     from transformers import CLIPModel
 
-    from grape_jax import preprocessing, retriever
+    from grape_jax.retrieval import bank, encoder, preprocessing
 
     torch.set_num_threads(CORES)
-    ours, theirs = retriever.load(model), CLIPModel.from_pretrained(model).eval()
+    ours, theirs = encoder.load(model), CLIPModel.from_pretrained(model).eval()
     pixels = lambda path: preprocessing.preprocess(ours.preprocess, Image.open(path))
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ def measure(model: Path, pictures: list[Path], folder: Path) -> dict:
         emb_NxE = np.concatenate(found)
         return emb_NxE / np.linalg.norm(emb_NxE, axis=1, keepdims=True)
 
-    embed_ours = lambda paths: retriever.corpus_bank(ours, paths, tempfile.mkdtemp(dir=folder))
+    embed_ours = lambda paths: bank.corpus_bank(ours, paths, tempfile.mkdtemp(dir=folder))
     embed_ours(pictures[:BATCH])  # compiles
     embed_torch(pictures[:BATCH])
     seconds = {"ours": 0.0, "torch": 0.0, "decoding": 0.0}

@@ -18,17 +18,17 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import memory
-from grape_jax import job, train
-from grape_jax.errors import exit_with_sentence
-from grape_jax.job import Job
-from grape_jax.learner import begin_grpo
+from grape_jax.rl.learner import begin_grpo
+from grape_jax.run import context, loop
+from grape_jax.run.context import Job
+from grape_jax.runtime.errors import exit_with_sentence
 
 LOGGED = ("reward", "kl", "loss", "grad_norm", "length")
 
 
 def build(config: ConfigDict) -> Job:
     """A run whose policy never stops before its budget is spent."""
-    return dataclasses.replace(job.build(config), stop_ids=())
+    return dataclasses.replace(context.build(config), stop_ids=())
 
 
 def of_shape(run: Job, prompt_tokens: int, completion_tokens: int, group_size: int) -> Job:
@@ -54,7 +54,7 @@ def timed_steps(run: Job, batches: list) -> Iterator[dict]:
     for step, batch in enumerate(batches):
         memory.forget_peak()
         began = time.perf_counter()
-        state, metrics, _ = train.explore(run, state, itertools.repeat(batch), step)
+        state, metrics, _ = loop.explore(run, state, itertools.repeat(batch), step)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         if metrics["length"] != run.config.rollout.max_tokens:

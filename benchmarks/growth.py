@@ -25,9 +25,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import comparison, forced, task
-from grape_jax import checks, command_line, files, train
-from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.job import Job
+from grape_jax.run import checks, loop
+from grape_jax.run.context import Job
+from grape_jax.runtime import command_line, files
+from grape_jax.runtime.errors import UserError, exit_with_sentence
 
 FLAGS = flags.FLAGS
 
@@ -95,7 +96,7 @@ def measure_all(
 def measure(run: Job, prompt: int, group: int, completion: int, steps: int) -> list[float]:
     """Seconds of each step but the first."""
     run = forced.of_shape(run, prompt, completion, group)
-    batches = train.data_iterators(run)["grpo"]
+    batches = loop.data_iterators(run)["grpo"]
     made = [task.lengthened(run, next(batches), prompt) for _ in range(steps)]
     return [line["seconds"] for line in forced.timed_steps(run, made)][1:]
 

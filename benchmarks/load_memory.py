@@ -102,7 +102,7 @@ def measure(folder: str) -> dict:
     import jax
 
     import grape_jax
-    from grape_jax import sharding
+    from grape_jax.runtime import sharding
 
     mesh = sharding.make_mesh(data=1, fsdp=DEVICES)
     before = peak_bytes()

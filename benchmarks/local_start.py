@@ -42,7 +42,7 @@ def write(folder: Path, rows: int, dtype: str) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from grape_jax import retriever
+    from grape_jax.retrieval import encoder
 
     rng = np.random.default_rng(0)
     file = folder / "given.npy"
@@ -60,11 +60,11 @@ def write(folder: Path, rows: int, dtype: str) -> Path:
     narrow = {
         "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1
     }  # fmt: skip
-    text = narrow | {"vocab_size": len(retriever.load().tokenizer), "eos_token_id": 2}
+    text = narrow | {"vocab_size": len(encoder.load().tokenizer), "eos_token_id": 2}
     config = CLIPConfig(text_config=text, vision_config=narrow, projection_dim=WIDTH)
     CLIPModel(config).save_pretrained(folder / "retriever")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        content = (retriever.SHIPPED / name).read_bytes()
+        content = (encoder.SHIPPED / name).read_bytes()
         (folder / "retriever" / name).write_bytes(content)
     (folder / "retriever" / "preprocessor_config.json").write_text(
         '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, '
@@ -74,7 +74,9 @@ def write(folder: Path, rows: int, dtype: str) -> Path:
 
 
 def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
-    from grape_jax import command_line, job, pretrained, train
+    from grape_jax.run import context, loop
+    from grape_jax.runtime import command_line
+    from grape_jax.weights import pretrained
 
     config = command_line.load(str(Path(__file__).parents[1] / "configs" / "local.py"))
     config.data_dir = str(folder / "data")
@@ -83,14 +85,14 @@ def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
     config.policy.path = policy
     config.warm_up.steps, config.evaluation.every = 0, 0
     # What a run holds without the corpus: everything is loaded once, and let go.
-    pretrained.load_policy(job.policy_path(policy))
+    pretrained.load_policy(context.policy_path(policy))
     before, began = peak_bytes(reset=True), time.perf_counter()
-    run = job.build(config)
+    run = context.build(config)
     run.gallery("train")
     ready, growth = time.perf_counter() - began, peak_bytes() - before
     policy_bytes = sum(leaf.nbytes for leaf in leaves(run.base))
     state = run.fresh_state("grpo")
-    train.explore(run, state, train.data_iterators(run)["grpo"], 0)
+    loop.explore(run, state, loop.data_iterators(run)["grpo"], 0)
     return {
         "file_bytes": file.stat().st_size,
         "seconds_ready": round(ready, 1),

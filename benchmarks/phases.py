@@ -20,12 +20,13 @@ import numpy as np
 from absl import flags
 
 from benchmarks import comparison, forced, task
-from grape_jax import checks, command_line, train
-from grape_jax.errors import exit_with_sentence
-from grape_jax.job import Job
-from grape_jax.learner import policy_gradient, read_lesson
-from grape_jax.rewriter import merged_variables
-from grape_jax.rollout import sample
+from grape_jax.rl.learner import policy_gradient, read_lesson
+from grape_jax.rl.rollout import sample
+from grape_jax.run import checks, loop
+from grape_jax.run.context import Job
+from grape_jax.run.rewriter import merged_variables
+from grape_jax.runtime import command_line
+from grape_jax.runtime.errors import exit_with_sentence
 
 FLAGS = flags.FLAGS
 REPEATS = 5
@@ -60,9 +61,9 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     config, learner = run.config, run.learner("grpo")
     B, K, T = config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens
     state, key = run.fresh_state("grpo"), jax.random.key(config.seed)
-    batch = task.lengthened(run, next(train.data_iterators(run)["grpo"]), config.prompt.max_tokens)
+    batch = task.lengthened(run, next(loop.data_iterators(run)["grpo"]), config.prompt.max_tokens)
     variables = merged_variables(run, state.trained)
-    found = train.experience(run, variables, batch, key)
+    found = loop.experience(run, variables, batch, key)
     sampling = run.sampling(K, config.rollout.temperature, T)
     lesson_of = jax.jit(functools.partial(read_lesson, learner))
     lesson = lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
@@ -70,7 +71,7 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
 
     merged = seconds_of(lambda: merged_variables(run, state.trained))
     sampled = seconds_of(lambda: sample(run.policy, sampling, variables, found.prompts, key))
-    told = seconds_of(lambda: train.experience(run, variables, batch, key).scores)
+    told = seconds_of(lambda: loop.experience(run, variables, batch, key).scores)
     reference = seconds_of(
         lambda: lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
     )

@@ -41,8 +41,8 @@ def measure(
     import jax
     import jax.numpy as jnp
 
-    from grape_jax import ranking
-    from grape_jax.sharding import make_mesh
+    from grape_jax.retrieval import ranking
+    from grape_jax.runtime.sharding import make_mesh
 
     mesh = make_mesh(devices=jax.devices()[:1])
     corpus_NxE = np.random.default_rng(0).standard_normal((items, width), dtype=np.float32)
@@ -121,7 +121,7 @@ def show_memory() -> None:
     """From the compiled program: nothing is run."""
     import jax
 
-    from grape_jax.sharding import make_mesh
+    from grape_jax.runtime.sharding import make_mesh
 
     items = 1 << 20
     memory = lowered(make_mesh(devices=jax.devices()[:1]), 512, items, WIDTH, "float32").compile()
@@ -134,8 +134,8 @@ def lowered(mesh, rewrites: int, items: int, width: int, dtype: str):
     import jax
     import jax.numpy as jnp
 
-    from grape_jax.ranking import target_ranks
-    from grape_jax.sharding import logical, replicated
+    from grape_jax.retrieval.ranking import target_ranks
+    from grape_jax.runtime.sharding import logical, replicated
     from grape_jax.types import Index
 
     rows = logical(mesh, "corpus", None)
@@ -157,8 +157,8 @@ def compile_for_tpu(topology: str) -> None:
     }
     from jax.experimental import topologies
 
-    from grape_jax.ranking import CORPUS_TILE, QUERY_TILE
-    from grape_jax.sharding import make_mesh
+    from grape_jax.retrieval.ranking import CORPUS_TILE, QUERY_TILE
+    from grape_jax.runtime.sharding import make_mesh
 
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     rewrites, items, width = 4096, 16 << 20, 768

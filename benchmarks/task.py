@@ -17,13 +17,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from benchmarks.pytorch.prompts import turns
-from grape_jax import evaluation, files, job, stopping, train
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
-from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.job import Job
-from grape_jax.retriever import SHIPPED
-from grape_jax.rewriter import merged_variables, restore
+from grape_jax.retrieval.encoder import SHIPPED
+from grape_jax.run import context, evaluation, loop
+from grape_jax.run.context import Job
+from grape_jax.run.rewriter import merged_variables, restore
+from grape_jax.runtime import files, shutdown
+from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import huggingface
 
 FILLERS = (" a", " of", " the", ".", "a", " 1")
@@ -60,24 +61,24 @@ def write(order: dict) -> None:
 def start(config: ConfigDict, workdir: Path) -> tuple[Job, dict]:
     """The run's fixed parts and the policy that GRPO begins with."""
     if not config.warm_up.steps:
-        run = job.build(config)
+        run = context.build(config)
         return run, {"params": run.base}
     warm_up = ConfigDict(config.to_dict())
     warm_up.grpo.steps = 0
-    train.train(warm_up, workdir)
+    loop.train(warm_up, workdir)
     run, state = restore(workdir)
     return dataclasses.replace(run, config=config), merged_variables(run, state.trained)
 
 
 def own_batches(run: Job, order: dict) -> list:
     """The batches of GRPO, in the order in which training sees them."""
-    batches = train.data_iterators(run)["grpo"]
+    batches = loop.data_iterators(run)["grpo"]
     return [next(batches) for _ in range(order["steps"])]
 
 
 def forced_batches(run: Job, order: dict) -> list:
     """Batches of queries whose prompts have exactly `prompt_tokens` tokens."""
-    batches = train.data_iterators(run)["grpo"]
+    batches = loop.data_iterators(run)["grpo"]
     return [lengthened(run, next(batches), order["prompt_tokens"]) for _ in range(order["steps"])]
 
 
@@ -144,7 +145,7 @@ def main() -> None:
     order = json.loads(Path(sys.argv[1]).read_text())
     try:
         write(order)
-    except (stopping.Interrupted, KeyboardInterrupt):
+    except (shutdown.Interrupted, KeyboardInterrupt):
         sys.exit(130)
 
 

@@ -23,15 +23,17 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.pytorch.settings import teach_padding
-from grape_jax import job, load_policy, sharding, text
-from grape_jax.grpo import GrpoConfig
-from grape_jax.learner import Learner, grpo_step, init_state
-from grape_jax.optimizer import OptimizerConfig
-from grape_jax.pretrained import Policy
-from grape_jax.rollout import SamplingConfig, sample
-from grape_jax.text import PromptConfig
+from grape_jax import load_policy
+from grape_jax.rl.grpo import GrpoConfig
+from grape_jax.rl.learner import Learner, grpo_step, init_state
+from grape_jax.rl.optimizer import OptimizerConfig
+from grape_jax.rl.prompts import PromptConfig, encode_prompts
+from grape_jax.rl.rollout import SamplingConfig, sample
+from grape_jax.run import context
+from grape_jax.runtime import sharding
 from grape_jax.types import Prompts, Rollout, Scores
 from grape_jax.weights import huggingface
+from grape_jax.weights.pretrained import Policy
 
 QUERIES = (
     *("a red appel", "smiling fase", "big hous", "yelow sun", "blue fishh", "old tre"),
@@ -192,7 +194,7 @@ def sampled(policy: Policy, steps: int, B: int, K: int, config: GrpoConfig) -> l
     sampling = SamplingConfig(
         K, config.max_tokens, config.temperature, ids, policy.tokenizer.pad_token_id
     )
-    prompts = text.encode_prompts(policy.tokenizer, prompt, list(QUERIES[:B]))
+    prompts = encode_prompts(policy.tokenizer, prompt, list(QUERIES[:B]))
     rng = np.random.default_rng(0)
     records = []
     for step in range(steps):
@@ -223,7 +225,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--as_it_comes", action="store_true", help="see teach_padding")
     arguments = parser.parse_args()
-    policy = load_policy(job.policy_path(""))
+    policy = load_policy(context.policy_path(""))
     records = sampled(policy, arguments.steps, arguments.prompts, arguments.group, CONFIG)
     start = jax.device_get(policy.params)
     losses, ours = our_steps(make_learner(policy, CONFIG, OPTIMIZER), policy, records)

@@ -4,7 +4,7 @@
         @iconify-json/fluent-emoji-flat @iconify-json/fluent-emoji @iconify-json/twemoji \
         @iconify-json/emojione @iconify-json/streamline-emojis \
         cldr-annotations-full cldr-annotations-derived-full
-    python -m grape_jax.train_retriever --config=configs/retriever.py \
+    python -m recipes.retriever.train --config=configs/retriever.py \
         --npm=node_modules --out=runs/retriever
 
 Expected, with the 1,640 English names as queries over all gallery pictures: R@1 12, R@10 35 after

@@ -1,6 +1,6 @@
 """Similarity against rank as the reward: the embedded benchmark trained twice from the same start.
 
-    python -m grape_jax.score_inflation --config=configs/score_inflation.py \
+    python -m benchmarks.score_inflation --config=configs/score_inflation.py \
         --workdir=runs/score_inflation
 
 `grpo.reward_shape` is the reward of the first run; the second is paid the similarity to the target.

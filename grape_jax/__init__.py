@@ -5,8 +5,8 @@ import os
 # transformers announces at its import that torch is missing; nothing here needs torch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from grape_jax.pretrained import load_policy
-from grape_jax.retriever import load as load_retriever
-from grape_jax.rewriter import Rewriter
+from grape_jax.retrieval.encoder import load as load_retriever
+from grape_jax.run.rewriter import Rewriter
+from grape_jax.weights.pretrained import load_policy
 
 __all__ = ["Rewriter", "load_policy", "load_retriever"]

@@ -11,13 +11,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from grape_jax import checkpoint, checks, command_line, evaluation, files, job
-from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.job import Job
-from grape_jax.results import EXTRAS, UNTRAINED
-from grape_jax.rewriter import merged_variables, sampling_variables
-from grape_jax.stopping import StopSignal, interruptible
-from grape_jax.train import evaluate_policy, with_whole_paths
+from grape_jax.reporting.results import EXTRAS, UNTRAINED
+from grape_jax.run import checks, context, evaluation
+from grape_jax.run.context import Job
+from grape_jax.run.loop import evaluate_policy, with_whole_paths
+from grape_jax.run.rewriter import merged_variables, sampling_variables
+from grape_jax.runtime import checkpoint, command_line, files
+from grape_jax.runtime.errors import UserError, exit_with_sentence
+from grape_jax.runtime.shutdown import StopSignal, interruptible
 
 
 def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] | None) -> None:
@@ -37,11 +38,11 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
         config.evaluation.methods = methods
     checks.check(config)
     if stored:
-        run = job.build_again(config.to_dict())
+        run = context.build_again(config.to_dict())
     else:
         with_whole_paths(config)
         checkpoint.refuse_other_config(workdir, config)
-        run = job.build(config)
+        run = context.build(config)
         checkpoint.claim(workdir, config)
     with StopSignal() as stop:
         evaluate_policy(run, workdir, sampling_variables(run, run.base), UNTRAINED, 0, stop)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax import command_line, files
-from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.job import Job
-from grape_jax.rewriter import merged_variables, restore
+from grape_jax.run.context import Job
+from grape_jax.run.rewriter import merged_variables, restore
+from grape_jax.runtime import command_line, files
+from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import huggingface
 
 

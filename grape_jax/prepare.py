@@ -11,9 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax import command_line
 from grape_jax.data import archive, catalogue, emoji
-from grape_jax.errors import UserError, exit_with_sentence
+from grape_jax.runtime import command_line
+from grape_jax.runtime.errors import UserError, exit_with_sentence
 
 
 def main() -> None:

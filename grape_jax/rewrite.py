@@ -7,10 +7,10 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax import command_line, files
-from grape_jax.contact_sheet import Row, contact_sheet
-from grape_jax.errors import UserError, exit_with_sentence
-from grape_jax.rewriter import Rewriter
+from grape_jax.reporting.contact_sheet import Row, contact_sheet
+from grape_jax.run.rewriter import Rewriter
+from grape_jax.runtime import command_line, files
+from grape_jax.runtime.errors import UserError, exit_with_sentence
 
 
 def main() -> None:

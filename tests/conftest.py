@@ -64,8 +64,8 @@ def shared(tmp_path_factory):
     """Made once for all workers: `data`, the embedded benchmark with its bank, and `tiny.gguf`."""
     import tiny_policy
 
-    from grape_jax import retriever
     from grape_jax.data import emoji
+    from grape_jax.retrieval import bank, encoder
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
@@ -75,7 +75,7 @@ def shared(tmp_path_factory):
             tiny_policy.write(making / "tiny.gguf")
             emoji.prepare(making / "data")
             images = emoji.load_corpus(making / "data", emoji.gallery_of("train")).images
-            retriever.corpus_bank(retriever.load(), images, making / "data" / "banks")
+            bank.corpus_bank(encoder.load(), images, making / "data" / "banks")
             making.rename(folder)
     return folder
 

@@ -11,20 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grape_jax import (
-    captions,
-    checkpoint,
-    processes,
-    ranking,
-    retriever,
-    rewriter,
-    search,
-    sharding,
-    train,
-)
 from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.errors import UserError
-from grape_jax.job import Gallery
+from grape_jax.retrieval import bank, captions, encoder, ranking
+from grape_jax.run import loop, rewriter, search
+from grape_jax.run.context import Gallery
+from grape_jax.runtime import checkpoint, processes, sharding
+from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 4, 2))
@@ -90,16 +82,16 @@ def batches(folder: Path) -> None:
         for i in range(ROWS)
     ]
     parts = [queries[row] for row in own]
-    pictures = sharding.whole(mesh, sharding.batch(mesh, train.own_pictures(parts)))
+    pictures = sharding.whole(mesh, sharding.batch(mesh, loop.own_pictures(parts)))
     assert pictures[:, 0].tolist() == [query.image for query in queries]
-    assert train.own_pictures(queries[:2]) is None
-    known = train.all_queries(run, parts)
+    assert loop.own_pictures(queries[:2]) is None
+    known = loop.all_queries(run, parts)
     assert [(q.id, *q.targets, q.image) for q in known] == [
         (q.id, *q.targets, q.image) for q in queries
     ]
     # A refilled batch: its texts and arrays are those of one process.
     found, more = (experience(mesh, first, flat) for first, flat in ((0, 2), (100, 3)))
-    filled, replaced = train.refill(run, found, more)
+    filled, replaced = loop.refill(run, found, more)
     good = [100 + row for row in range(ROWS) if row % 3]
     rows = [row if row % 2 else good[row // 2] for row in range(ROWS)]
     assert replaced == ROWS // 2 and [query for _, query in filled.batch] == rows
@@ -107,7 +99,7 @@ def batches(folder: Path) -> None:
     assert sharding.whole(mesh, filled.prompts.tokens_BxS)[:, -1].tolist() == rows
 
 
-def experience(mesh, first: int, flat: int) -> train.Experience:
+def experience(mesh, first: int, flat: int) -> loop.Experience:
     """Numbered from `first`; groups whose row `flat` divides have no variance."""
     own = sharding.own_rows(mesh, ROWS)
     numbers = np.repeat(first + own[:, None], 2, axis=1)
@@ -119,7 +111,7 @@ def experience(mesh, first: int, flat: int) -> train.Experience:
         Scores(rewards, *[numbers] * 7),
     )
     whole = [first + row for row in range(ROWS)]
-    return train.Experience([("", row) for row in whole], whole, *sharding.batch(mesh, arrays))
+    return loop.Experience([("", row) for row in whole], whole, *sharding.batch(mesh, arrays))
 
 
 class Pictures(Sequence):
@@ -139,8 +131,8 @@ class Pictures(Sequence):
 
 def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.ndarray]:
     """A corpus, its captions, and searches of every kind in it."""
-    found = retriever.place(retriever.load(), mesh)
-    bank_NxE = retriever.corpus_bank(found, pictures, folder)
+    found = encoder.place(encoder.load(), mesh)
+    bank_NxE = bank.corpus_bank(found, pictures, folder)
     names = [f"picture {i}" for i in range(len(pictures))]
     gallery = Gallery(Corpus(names, names, None), bank_NxE, ranking.shard_corpus(mesh, bank_NxE))
     job = types.SimpleNamespace(mesh=mesh, retriever=found, gallery=lambda split: gallery)
@@ -160,7 +152,7 @@ def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.nda
 
 def gallery(folder: Path) -> None:
     """What one process on one device found, to the bit, with half of the pictures for each."""
-    retriever.BATCH, retriever.PART = BATCH, PART
+    encoder.BATCH, encoder.PART = BATCH, PART
     mesh, first = sharding.make_mesh(data=2, fsdp=4), processes.is_writer()
     pictures = Pictures(folder / "pictures")
     with np.load(folder / "alone.npz") as alone:
@@ -171,14 +163,14 @@ def gallery(folder: Path) -> None:
         assert opened == ([*range(8), 16, 17, 18] if first else [*range(8, 16), 18])
         # The other process has a disk of its own, without the bank: both embed once more.
         cache = folder / ("banks" if first else "other")
-        found = retriever.place(retriever.load(), mesh)
-        bank_NxE = retriever.corpus_bank(found, pictures, cache)
+        found = encoder.place(encoder.load(), mesh)
+        bank_NxE = bank.corpus_bank(found, pictures, cache)
         np.testing.assert_array_equal(bank_NxE, alone["bank"])
         assert len(list(cache.rglob("*.npz"))) == 2
     broken = [path.read_bytes() for path in pictures.paths[:12]]
     broken[11] = b"no picture"
     try:
-        retriever.corpus_bank(found, broken, folder / "broken")
+        bank.corpus_bank(found, broken, folder / "broken")
     except UserError as error:
         assert "an encoded picture of 10 bytes cannot be read" in str(error)
     else:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from grape_jax.data import benchmark
 from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 SHOWN = 10  # of a list of files or ids in a message
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 SUBSET_SEED = 0  # of the choice under a limit
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from grape_jax.data import cirr, cvlue, emoji, flickr30k_cn, local, wikipedia, xm3600
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.data.local import Precomputed
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 NAMES = ("emoji", "flickr30k_cn", "cvlue", "xm3600", "wikipedia", "cirr", "local")
 

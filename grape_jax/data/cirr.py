@@ -18,7 +18,7 @@ from pathlib import Path
 from grape_jax.data import archive, benchmark
 from grape_jax.data.archive import Archive, Asked, Layout, Picture
 from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 SHIFTS = ("edits",)
 SPLITS = ("train", "validation", "test1")

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from grape_jax import files
-from grape_jax.errors import UserError
+from grape_jax.runtime import files
+from grape_jax.runtime.errors import UserError
 
 SUFFIXES = (".npy", ".npz", ".parquet")
 BLOCK = 4096  # rows in memory at one time

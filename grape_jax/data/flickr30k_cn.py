@@ -16,7 +16,7 @@ from pathlib import Path
 from grape_jax.data import archive, benchmark, tagged
 from grape_jax.data.archive import Archive, Asked, Layout, Picture
 from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 SHIFTS = ("chinese",)
 SPLITS = ("train", "validation", "test")

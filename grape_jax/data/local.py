@@ -31,10 +31,11 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from grape_jax import files, preprocessing
 from grape_jax.data import benchmark, embedded
 from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.errors import UserError
+from grape_jax.data.pictures import content, open_picture
+from grape_jax.runtime import files
+from grape_jax.runtime.errors import UserError
 
 SHIFTS = ("local",)
 SPLITS = ("train", "validation", "test")
@@ -171,7 +172,7 @@ class _Files(Sequence):
         return len(self.paths)
 
     def __getitem__(self, row: int) -> bytes:
-        return preprocessing.content(self.paths[row])
+        return content(self.paths[row])
 
 
 # Reading what the user gives
@@ -418,7 +419,7 @@ def _check_pictures(pictures: dict[str, Path], known: Path, mistakes: Mistakes) 
 
     def problem(path: Path) -> str:
         try:
-            preprocessing.open_picture(path).close()
+            open_picture(path).close()
             return ""
         except UserError as error:
             return str(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 SKIN_TONES = {chr(point) for point in range(0x1F3FB, 0x1F400)}
 REGIONAL_INDICATORS = {chr(point) for point in range(0x1F1E6, 0x1F200)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import grain
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 
 def train_iterator(

@@ -6,7 +6,7 @@ A tagged caption is "一个/m 男人/n" or "一个:CD 男人:NN": words, each wi
 import re
 from collections.abc import Sequence
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 # ICTCLAS writes small tags of up to three letters; the Penn Chinese Treebank these large ones.
 _PENN = (

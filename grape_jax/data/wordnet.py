@@ -9,7 +9,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 # The lexicographer files of the nouns, by number (lexnames(5WN)).
 LEXICOGRAPHER_FILES = {

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from grape_jax import sharding
 from grape_jax.models import attention
 from grape_jax.models.lora import PROJECTED, Linear, LoraConfig
 from grape_jax.models.rope import RopeScaling, rotate
+from grape_jax.runtime import sharding
 from grape_jax.types import Prompts
 
 

@@ -7,12 +7,12 @@ config, so the right tower stands in the jitted step without anything being look
 import jax
 from jax.sharding import Mesh
 
-from grape_jax import sharding
 from grape_jax.models import clip, sentence, siglip
 from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params
 from grape_jax.models.sentence import SentenceConfig
 from grape_jax.models.siglip import SiglipConfig
+from grape_jax.runtime import sharding
 
 RetrieverConfig = ClipConfig | SiglipConfig | SentenceConfig
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from grape_jax.errors import UserError
 from grape_jax.models import towers
 from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params, Tower
+from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
 from grape_jax.weights.tensors import Tensor, dense, norm
 

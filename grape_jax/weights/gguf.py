@@ -18,10 +18,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from grape_jax.errors import UserError
 from grape_jax.models import rope
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
+from grape_jax.runtime.errors import UserError
 from grape_jax.weights import policy_config
 from grape_jax.weights.placing import Index, LeafPath, place
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

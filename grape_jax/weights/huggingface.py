@@ -13,10 +13,10 @@ import safetensors.numpy
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from grape_jax import files
-from grape_jax.errors import UserError
 from grape_jax.models.lora import LoraConfig
 from grape_jax.models.policy import PolicyConfig
+from grape_jax.runtime import files
+from grape_jax.runtime.errors import UserError
 from grape_jax.weights import policy_config
 from grape_jax.weights.placing import Index, LeafPath, leaf_shapes, place
 from grape_jax.weights.tensors import PICKLED, open_weights

@@ -9,10 +9,10 @@ SigLIP, EVA, MobileCLIP, CLIPA, MetaCLIP 2, ...), CoCa (multimodal_cfg), layer s
 
 from pathlib import Path
 
-from grape_jax.errors import UserError
 from grape_jax.models import towers
 from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params, Tower
+from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
 from grape_jax.weights.tensors import Tensor, dense, fused_qkv, norm
 

@@ -7,9 +7,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, Sharding
 
-from grape_jax import sharding
 from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
+from grape_jax.runtime import sharding
 
 LeafPath = tuple[str, ...]  # in the parameters
 Index = tuple[slice, ...]

@@ -6,10 +6,10 @@ Read here and not through transformers' config classes, which import torch where
 import math
 from pathlib import Path
 
-from grape_jax.errors import UserError
 from grape_jax.models import rope
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
+from grape_jax.runtime.errors import UserError
 from grape_jax.weights.tensors import read_json
 
 CONFIG_FILE = "config.json"

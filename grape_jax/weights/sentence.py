@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from grape_jax.errors import UserError
 from grape_jax.models import towers
 from grape_jax.models.encoder import Params, Tower
 from grape_jax.models.sentence import SentenceConfig
+from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
 from grape_jax.weights.clip import CONFIG_FILE, WEIGHTS_FILE
 from grape_jax.weights.tensors import Tensor, dense, norm

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grape_jax.errors import UserError
 from grape_jax.models.encoder import ACTIVATIONS, Params, Tower
+from grape_jax.runtime.errors import UserError
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -9,7 +9,7 @@ import ftfy
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from grape_jax.errors import UserError
+from grape_jax.runtime.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 # Any of these sets of files is a tokenizer.

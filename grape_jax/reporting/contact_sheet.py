@@ -1,0 +1,243 @@
+"""Contact sheets: queries with the pictures that they found."""
+
+import functools
+import io
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from grape_jax.runtime import files
+
+THUMB, GAP, MARGIN = 92, 8, 28  # pixels
+STRIP = 5 * THUMB + 4 * GAP  # pictures found by one search
+COLUMN_GAP = 36
+GREEN, INK, FAINT, RULE = "#1a8f3c", "#1f1f1f", "#757575", "#dddddd"
+
+
+class Row(NamedTuple):
+    """One search on a contact sheet."""
+
+    title: str  # the query; rows that follow each other with the same title share it
+    rewrite: str  # what was searched with
+    images: Sequence[Image.Image]  # what was found, best first
+    highlighted: int | None  # which of `images` is right, framed in green
+    caption: str  # a short line above the rewrite: the method and the rank
+
+
+def contact_sheet(
+    rows: Sequence[Row | tuple],
+    path: str | Path,
+    *,
+    columns: int = 1,
+    wanted: Sequence[tuple[Image.Image, str]] | None = None,
+    note: str = "",
+) -> None:
+    """Draws searches with the pictures they found, and writes the sheet as a PNG in one move.
+
+    Args:
+      rows: `Row`s, or tuples of its fields; up to five images are drawn of each.
+      path: the PNG file.
+      columns: how many rows of one query stand beside each other, and how many it has; with 1,
+        a query's rows stand below each other, all that follow with its title.
+      wanted: for each query, the right picture and its name, drawn at the left of its rows.
+      note: a sentence at the foot.
+    """
+    groups = _groups([Row(*row) for row in rows], columns)
+    indent = THUMB + COLUMN_GAP if wanted else 0
+    width = 2 * MARGIN + indent + columns * STRIP + (columns - 1) * COLUMN_GAP
+    tiles = [
+        _group_tile(group, width - 2 * MARGIN, indent, columns, wanted[i] if wanted else None)
+        for i, group in enumerate(groups)
+    ]
+    if note:
+        tiles.append(_note_tile(note, width - 2 * MARGIN))
+    height = 2 * MARGIN + sum(tile.height for tile in tiles) + 2 * GAP * (len(tiles) - 1)
+    sheet = Image.new("RGB", (width, height), "white")
+    top = MARGIN
+    for tile in tiles:
+        sheet.paste(tile, (MARGIN, top))
+        top += tile.height + 2 * GAP
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="png")
+    files.replace(path, buffer.getvalue())
+
+
+def _groups(rows: list[Row], columns: int) -> list[list[Row]]:
+    """Rows that share a title. A full line ends its group: the next query may be worded alike."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        is_same = bool(groups) and groups[-1][0].title == row.title
+        if is_same and (columns == 1 or len(groups[-1]) < columns):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _group_tile(
+    group: list[Row],
+    width: int,
+    indent: int,
+    columns: int,
+    wanted: tuple[Image.Image, str] | None,
+) -> Image.Image:
+    """One query: its text, the right picture at the left, its searches in columns."""
+    title = _Text(group[0].title, 17, width, lines=3, bold=True)
+    cells = [_search_tile(row) for row in group]
+    lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in line) for line in lines]
+    height = title.height + GAP + sum(heights) + GAP * (len(lines) - 1) + 2 * GAP
+    tile = Image.new("RGB", (width, height), "white")
+    title.draw(tile, (0, 0), INK)
+    top = title.height + GAP
+    for line, line_height in zip(lines, heights, strict=True):
+        for i, cell in enumerate(line):
+            # Aligned at the foot, so that pictures stand in one line whatever the text's length.
+            corner = (indent + i * (STRIP + COLUMN_GAP), top + line_height - cell.height)
+            tile.paste(cell, corner)
+        if wanted is not None:
+            _draw_picture(tile, wanted[0], (0, top + line_height - THUMB), framed=False)
+            name = _Text(wanted[1], 12, THUMB, lines=2)
+            name.draw(tile, (0, top + line_height - THUMB - name.height - GAP), FAINT)
+            wanted = None
+        top += line_height + GAP
+    ImageDraw.Draw(tile).line([(0, height - 1), (width, height - 1)], fill=RULE)
+    return tile
+
+
+def _search_tile(row: Row) -> Image.Image:
+    caption = _Text(row.caption, 12, STRIP, lines=1)
+    rewrite = _Text(row.rewrite or "(empty)", 14, STRIP, lines=2)
+    top = caption.height + rewrite.height + GAP
+    tile = Image.new("RGB", (STRIP, top + THUMB), "white")
+    caption.draw(tile, (0, 0), FAINT)
+    rewrite.draw(tile, (0, caption.height), INK)
+    for i, image in enumerate(row.images[:5]):
+        _draw_picture(tile, image, (i * (THUMB + GAP), top), framed=i == row.highlighted)
+    return tile
+
+
+def _draw_picture(tile: Image.Image, image: Image.Image, corner: tuple, framed: bool) -> None:
+    x, y = corner
+    inner = THUMB - 12
+    thumb = image.convert("RGB").resize((inner, inner), Image.Resampling.LANCZOS)
+    tile.paste(thumb, (x + 6, y + 6))
+    box = (x, y, x + THUMB - 1, y + THUMB - 1)
+    draw = ImageDraw.Draw(tile)
+    colour, line = (GREEN, 4) if framed else (RULE, 1)
+    draw.rounded_rectangle(box, radius=6, outline=colour, width=line)
+
+
+def _note_tile(note: str, width: int) -> Image.Image:
+    text = _Text(note, 12, width, lines=6)
+    tile = Image.new("RGB", (width, text.height), "white")
+    text.draw(tile, (0, 0), FAINT)
+    return tile
+
+
+# Text in any script.
+
+
+class _Text:
+    """A text broken into lines of at most `width` pixels, the last one shortened if need be."""
+
+    def __init__(self, text: str, size: int, width: int, lines: int, bold: bool = False):
+        path, text = _drawable(" ".join(text.split()), bold)
+        self.font = ImageFont.truetype(str(path), size)
+        self.lines = _wrap(text, self.font, width, lines)
+        self.step = round(1.35 * size)
+        self.height = self.step * len(self.lines)
+
+    def draw(self, tile: Image.Image, corner: tuple[int, int], colour: str) -> None:
+        pen = ImageDraw.Draw(tile)
+        # The quotation marks around a right-to-left query stay where they are in an English line.
+        direction = "ltr" if features.check("raqm") else None
+        for i, line in enumerate(self.lines):
+            # Anchored at the baseline: fonts of other scripts have other ascents.
+            base = corner[1] + i * self.step + round(0.75 * self.step)
+            place = {"anchor": "ls", "direction": direction}
+            pen.text((corner[0], base), line, font=self.font, fill=colour, **place)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    broken = []
+    while font.getlength(text) > width:
+        if len(broken) == lines - 1:
+            text = text[: _fitting(text, font, width - font.getlength("…"))].rstrip() + "…"
+            break
+        fits = _fitting(text, font, width)
+        space = text.rfind(" ", 0, fits + 1)
+        cut = space if space > 0 else fits  # Chinese and Japanese break anywhere
+        broken.append(text[:cut])
+        text = text[cut:].lstrip()
+    return [*broken, text]
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+    """How many characters fit in `width` pixels, one at the least."""
+    count = 1
+    while count < len(text) and font.getlength(text[: count + 1]) <= width:
+        count += 1
+    return count
+
+
+def _drawable(text: str, bold: bool) -> tuple[Path, str]:
+    """A font and the text as it can draw it: a script without a font becomes its name."""
+    needed = {c for c in text if unicodedata.category(c) not in ("Cf", "Cc", "Mn", "Zs")}
+    default = _default_font(bold)
+    if not features.check("raqm"):
+        # Without raqm, Pillow would draw right-to-left scripts backwards and unjoined.
+        backwards = {c for c in needed if unicodedata.bidirectional(c) in ("R", "AL")}
+        return default, _named(text, (needed - _characters(default)) | backwards)
+    if needed <= _characters(default):
+        return default, text
+    for font in _system_fonts():
+        if needed <= _characters(font):
+            return font, text
+    return default, _named(text, needed - _characters(default))
+
+
+def _named(text: str, missing: set[str]) -> str:
+    """The text with each run of missing characters as its script's name: "[no hangul font]"."""
+    out, inside = [], False
+    for c in text:
+        if c not in missing:
+            out.append(c)
+        elif not inside:
+            out.append(f"[no {unicodedata.name(c, 'symbol').split()[0].lower()} font]")
+        inside = c in missing
+    return "".join(out)
+
+
+def _default_font(bold: bool) -> Path:
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+
+
+@functools.cache
+def _system_fonts() -> tuple[Path, ...]:
+    """Installed fonts, the ones made for many scripts first."""
+    from matplotlib import font_manager
+
+    known = ("notosanscjk", "sourcehansans", "hiragino", "pingfang", "yugoth", "msyh", "malgun")
+    known += ("wqy", "arialuni", "droidsansfallback", "notosans", "ipa", "nanum", "takao")
+    found = sorted(Path(path) for path in font_manager.findSystemFonts())
+    names = [path.stem.lower().replace("-", "").replace("_", "") for path in found]
+    first = [next((i for i, k in enumerate(known) if k in name), len(known)) for name in names]
+    return tuple(path for _, path in sorted(zip(first, found, strict=True)))
+
+
+@functools.cache
+def _characters(font: Path) -> frozenset[str]:
+    """What a font can draw; nothing where it cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(chr(point) for point in FT2Font(str(font)).get_charmap())
+    except (RuntimeError, OSError, ValueError):
+        return frozenset()

@@ -1,0 +1,189 @@
+"""Retrieval metrics from ranks: arrays in, numbers out.
+
+`ranks` are int [n], or [n, P] where a query has several right items and 0 is padding; 1 is best,
+and every item that stands ahead counts, other right ones too (`among_all` makes such ranks of those
+of `ranking.py`). Each metric gives one value a query, the same that trec_eval gives; their mean is
+what a table shows. Uncertainty comes from resampling clusters: queries with the same right item are
+drawn together or not at all.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from grape_jax.runtime.errors import UserError
+
+CONFIDENCE = 95  # per cent, of every interval here
+CELLS_A_BLOCK = 4_000_000  # at most this many cluster indices are drawn at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def clear_of_zero(self) -> bool:
+        """True where the whole interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+def among_all(rank_QxP: np.ndarray) -> np.ndarray:
+    """Ranks among all items from ranks that leave the query's other targets out.
+
+    The i-th best of a query's targets has the other i - 1 ahead of it.
+
+    Args:
+      rank_QxP: int, as in `types.Ranks`; 0 is padding.
+
+    Returns:
+      int [Q, P], each row's ranks in rising order, the padding behind them.
+    """
+    rank_QxP = np.asarray(rank_QxP, np.int64)
+    last = np.where(rank_QxP > 0, rank_QxP, np.iinfo(np.int32).max)
+    rising = np.sort(last, axis=1) + np.arange(rank_QxP.shape[1])
+    real = np.arange(rank_QxP.shape[1]) < (rank_QxP > 0).sum(axis=1, keepdims=True)
+    return np.where(real, rising, 0)
+
+
+def hits_at(ranks: np.ndarray, k: int) -> np.ndarray:
+    """float64 [n], 1.0 where any right item is among the best `k`: the hit rate's values."""
+    return (best(ranks) <= _cutoff(k)).astype(np.float64)
+
+
+def recalls_at(ranks: np.ndarray, k: int) -> np.ndarray:
+    """float64 [n], the share of a query's right items that is among the best `k`."""
+    ranks = _checked(ranks)
+    real = ranks > 0
+    return ((ranks <= _cutoff(k)) & real).sum(axis=1) / real.sum(axis=1)
+
+
+def reciprocal_ranks(ranks: np.ndarray) -> np.ndarray:
+    """float64 [n], 1 / rank of the best right item: the values of MRR."""
+    return 1.0 / best(ranks)
+
+
+def gains_at(ranks: np.ndarray, k: int) -> np.ndarray:
+    """float64 [n], nDCG@k where right items are worth 1 and all others nothing.
+
+    DCG is the sum of 1 / log2(1 + rank) over right items among the best `k`, and its ideal has
+    them at the top (Järvelin and Kekäläinen, 2002).
+    """
+    ranks = _checked(ranks)
+    counts = (ranks > 0) & (ranks <= _cutoff(k))
+    found = np.where(counts, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0).sum(axis=1)
+    ideal = np.cumsum(1.0 / np.log2(2.0 + np.arange(min(k, ranks.shape[1]))))
+    return found / ideal[np.minimum((ranks > 0).sum(axis=1), k) - 1]
+
+
+def best(ranks: np.ndarray) -> np.ndarray:
+    """int [n], the rank of each query's best right item."""
+    ranks = _checked(ranks)
+    return np.where(ranks > 0, ranks, np.iinfo(ranks.dtype).max).min(axis=1)
+
+
+def clustered_bootstrap(
+    values: np.ndarray, clusters: np.ndarray, draws: int = 2000, seed: int = 0
+) -> list[Interval]:
+    """The mean of each column with its percentile interval over resampled clusters.
+
+    Clusters are drawn with replacement, as many as there are, and every value of a drawn cluster
+    counts as often as its cluster was drawn (Davison and Hinkley, 1997, section 3.8). All columns
+    see the same resamples, so the interval of a difference of two methods is paired.
+
+    Args:
+      values: numbers [n, M], M measures of the same queries.
+      clusters: labels [n], of any type that sorts; equal labels are one cluster.
+      draws: how many resamples.
+      seed: of the draws.
+
+    Returns:
+      M intervals, in the unit of `values`. One single cluster gives intervals without width.
+
+    Raises:
+      UserError: no values, or not one label for each row.
+    """
+    sums_CxM, sizes_C = _by_cluster(values, clusters)
+    means = []
+    for drawn_RxC in _blocks_of_draws(len(sizes_C), draws, seed):
+        R, C = drawn_RxC.shape
+        cells = drawn_RxC + C * np.arange(R)[:, None]
+        times_RxC = np.bincount(cells.ravel(), minlength=R * C).reshape(R, C).astype(np.float64)
+        means.append((times_RxC @ sums_CxM) / (times_RxC @ sizes_C)[:, None])
+    tail = (100 - CONFIDENCE) / 2
+    low_M, high_M = np.percentile(np.concatenate(means), [tail, 100 - tail], axis=0)
+    mean_M = sums_CxM.sum(axis=0) / sizes_C.sum()
+    return [Interval(*map(float, one)) for one in zip(mean_M, low_M, high_M, strict=True)]
+
+
+def sign_flip_test(
+    differences: np.ndarray, clusters: np.ndarray, draws: int = 10_000, seed: int = 0
+) -> list[float]:
+    """Two-sided p-values of paired differences, by flipping the signs of whole clusters.
+
+    Where two methods do not differ, a cluster's difference is as likely to be its opposite. The
+    p-value is the share of random flips whose mean is at least as far from zero, the observed one
+    counted among them (Phipson and Smyth, 2010), so it is never 0.
+
+    Args:
+      differences: numbers [n, M], method less baseline on the same queries.
+      clusters, draws, seed: as in `clustered_bootstrap`.
+
+    Returns:
+      M p-values, 1 / (draws + 1) at the least.
+    """
+    sums_CxM, sizes_C = _by_cluster(differences, clusters)
+    observed_M = np.abs(sums_CxM.sum(axis=0))
+    # Equal sums added up in another order must not look smaller.
+    bar_M = observed_M - 1e-9 * np.abs(sums_CxM).sum(axis=0)
+    as_far_M = np.ones(len(observed_M))
+    for drawn_RxC in _blocks_of_draws(len(sizes_C), draws, seed, choices=2):
+        as_far_M += (np.abs((2.0 * drawn_RxC - 1.0) @ sums_CxM) >= bar_M).sum(axis=0)
+    return (as_far_M / (draws + 1)).tolist()
+
+
+def _blocks_of_draws(count: int, draws: int, seed: int, choices: int = 0):
+    """Random integers below `choices`, or below `count`: int [R, count], `draws` rows in all."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, CELLS_A_BLOCK // count)
+    for start in range(0, draws, rows):
+        yield generator.integers(choices or count, size=(min(rows, draws - start), count))
+
+
+def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each cluster's sum of every column, float64 [C, M], and its size, float64 [C]."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise UserError("There are no values to average: give at least one query.")
+    if np.shape(clusters) != values.shape[:1]:
+        raise UserError(
+            f"Each value needs one cluster label: got {len(values)} values "
+            f"and labels of shape {np.shape(clusters)}."
+        )
+    _, cluster_of = np.unique(clusters, return_inverse=True)
+    sizes_C = np.bincount(cluster_of).astype(np.float64)
+    sums = [np.bincount(cluster_of, column) for column in values.T]
+    return np.stack(sums, axis=1), sizes_C
+
+
+def _cutoff(k: int) -> int:
+    if k < 1:
+        raise UserError(f"A cutoff of {k} does not exist: choose k of at least 1.")
+    return k
+
+
+def _checked(ranks: np.ndarray) -> np.ndarray:
+    """int [n, P], every query with a rank."""
+    ranks = np.asarray(ranks)
+    ranks = ranks[:, None] if ranks.ndim == 1 else ranks
+    if ranks.ndim != 2 or ranks.size == 0:
+        raise UserError("There are no ranks to score: give at least one query.")
+    if (ranks < 0).any() or (ranks.max(axis=1) < 1).any():
+        raise UserError(
+            "A rank counts from 1, the best, and a query has one at the least: leave out queries "
+            "whose right items are not known."
+        )
+    return ranks

@@ -1,0 +1,281 @@
+"""Every method's answers to a test set, and all numbers that they come to. No files."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from grape_jax.reporting import metrics
+from grape_jax.runtime.errors import UserError
+
+RAW, UNTRAINED, WARM_UP, GRPO = "raw query", "untrained", "warm-up", "GRPO"
+HYDE, MULTI_QUERY = "HyDE", "multi-query"
+CONSTANT, REFERENCE = "constant caption", "reference text"
+
+
+def fused(policy: str) -> str:
+    """The method that searches with the mean of the query's and the rewrite's embedding."""
+    return f"{policy} + query"
+
+
+def samples(policy: str) -> str:
+    """The method that fuses the ranked lists of several sampled rewrites."""
+    return f"{policy}, samples fused"
+
+
+# The order of the rows, and what each one means to someone who sees the table for the first time.
+METHODS = {
+    RAW: "the query as the user wrote it",
+    UNTRAINED: "rewritten by the language model as it comes",
+    WARM_UP: "rewritten after supervised fine-tuning, before GRPO",
+    GRPO: "rewritten after GRPO",
+    fused(UNTRAINED): "the mean of the query's embedding and the untrained rewrite's",
+    fused(WARM_UP): "the mean of the query's embedding and the warm-up's rewrite's",
+    fused(GRPO): "the mean of the query's embedding and the trained rewrite's",
+    samples(WARM_UP): "several sampled rewrites after the warm-up, their ranked lists fused by "
+    "reciprocal rank",
+    samples(GRPO): "several sampled rewrites after GRPO, their ranked lists fused by reciprocal "
+    "rank",
+    HYDE: "captions that the untrained model imagines, their embeddings and the query's averaged",
+    MULTI_QUERY: "the query and variants of it by the untrained model, their ranked lists fused by "
+    "reciprocal rank",
+    CONSTANT: "one and the same text for every query, which still scores some hits",
+    REFERENCE: "the text that the data gives as the query's right wording, an oracle that shows "
+    "what the retriever can do",
+}
+EXTRAS = ("fused", "samples", "hyde", "multi_query")  # methods that a config may ask for
+DECODINGS = ("greedy", "sampled")
+CUTOFFS = (1, 5, 10, 50)
+SUBSET_CUTOFFS = (1, 2, 3)
+COMPARED = ("recall_at_1", "recall_at_10")  # what differences are told of
+LENGTH_GROUPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """One method's answers on one test set, in the order of its queries."""
+
+    method: str  # one of METHODS
+    decoding: str  # "" (nothing decoded, or several samples), "greedy" or "sampled"
+    texts: tuple[str, ...]  # [n], what was searched with; of several texts, one after the other
+    ranks: np.ndarray  # int [n, P], each right item's rank among all, 1 is best, 0 is padding
+    nearest: np.ndarray  # int [n, 5], corpus rows of the five nearest, best first, -1 is padding
+    subset_ranks: np.ndarray | None = None  # int [n, P], among the query's subset
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.decoding}" if self.decoding else self.method
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """Queries and every method's answers to them."""
+
+    name: str  # what the queries are: "unseen concepts"
+    shift: str  # "noisy", "long", "languages", or the benchmark's name
+    queries: Sequence[Any]  # as in data/benchmark.py
+    answers: tuple[Answers, ...]
+    names: Sequence[str]  # what a reader calls each row of the corpus
+    image: Callable[[int], Image.Image] | None  # the picture of a corpus row; None: there are none
+
+    @property
+    def groups(self) -> np.ndarray:
+        """str [n], the bootstrap's cluster of each query."""
+        return np.array([str(query.group) for query in self.queries])
+
+    @property
+    def judged(self) -> np.ndarray:
+        """bool [n], False where the right items are withheld."""
+        return np.array([bool(query.targets) for query in self.queries], bool)
+
+    @property
+    def in_order(self) -> list[Answers]:
+        """The answers in the order of METHODS."""
+        order = {method: i for i, method in enumerate(METHODS)}
+        return sorted(self.answers, key=lambda a: (order.get(a.method, len(order)), a.decoding))
+
+    def find(self, method: str, decoding: str = "") -> Answers | None:
+        """A method's answers; one that decodes nothing is found whatever the decoding."""
+        for answers in self.answers:
+            if answers.method == method and answers.decoding in ("", decoding):
+                return answers
+        return None
+
+
+def numbers_of(test_set: TestSet) -> dict:
+    """Everything that a report tells of a test set, ready for JSON.
+
+    Recall is a share, 0 to 1, and an interval is mean, low, high. A query without known targets
+    counts nowhere; where that is all of them, there are no methods' numbers.
+
+    Raises:
+      UserError: there are no queries, or a method answers another number of them.
+    """
+    count = len(test_set.queries)
+    if not count:
+        raise UserError(f"the test set {test_set.name!r} of {test_set.shift!r} is empty.")
+    for answers in test_set.answers:
+        if not len(answers.ranks) == len(answers.texts) == len(answers.nearest) == count:
+            raise UserError(
+                f"{answers.label} answers {len(answers.ranks)} of {count} queries: evaluate again."
+            )
+    judged = test_set.judged
+    return {
+        "name": test_set.name,
+        "shift": test_set.shift,
+        "queries": count,
+        "judged": int(judged.sum()),
+        "groups": len(set(test_set.groups[judged])),
+        "several_targets": any(len(query.targets) > 1 for query in test_set.queries),
+        "methods": _scores(test_set, judged),
+        "differences": _differences(test_set, judged),
+        "languages": (languages := _by_language(test_set, judged)),
+        "mean_of_languages": _mean_of_parts(languages),
+        "lengths": _by_length(test_set, judged),
+        "answers": [_record(test_set, index) for index in range(count)],
+    }
+
+
+def measures_of(answers: Answers, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Each measure's values on the chosen queries: name to float64 [n].
+
+    Recall and hit rate are the same where every query has one right item: hit rates are given
+    only where one has several.
+    """
+    ranks = answers.ranks[chosen]
+    found = {f"recall_at_{k}": metrics.recalls_at(ranks, k) for k in CUTOFFS}
+    if ranks.shape[1] > 1:
+        found |= {f"hit_at_{k}": metrics.hits_at(ranks, k) for k in CUTOFFS}
+    found["mrr"] = metrics.reciprocal_ranks(ranks)
+    found["ndcg_at_10"] = metrics.gains_at(ranks, 10)
+    if answers.subset_ranks is not None:
+        subset = answers.subset_ranks[chosen]
+        found |= {f"subset_recall_at_{k}": metrics.recalls_at(subset, k) for k in SUBSET_CUTOFFS}
+    return found
+
+
+def _scores(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
+    """One entry a method, all intervals from the same resamples."""
+    if not chosen.any():
+        return []
+    measured = [measures_of(answers, chosen) for answers in test_set.in_order]
+    columns = np.stack([values for found in measured for values in found.values()], axis=1)
+    intervals = iter(metrics.clustered_bootstrap(columns, test_set.groups[chosen]))
+    table = []
+    for answers, found in zip(test_set.in_order, measured, strict=True):
+        entry = {"method": answers.method, "decoding": answers.decoding}
+        entry |= {name: dataclasses.asdict(next(intervals)) for name in found}
+        entry["median_rank"] = float(np.median(metrics.best(answers.ranks[chosen])))
+        table.append(entry)
+    return table
+
+
+def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
+    """Methods less their baselines, on the same queries and the same resamples."""
+    pairs = [(a, b) for a, b in _pairs(test_set) if chosen.any()]
+    if not pairs:
+        return []
+    of_method = {a.label: measures_of(a, chosen) for pair in pairs for a in pair}
+    columns = np.stack(
+        [
+            of_method[a.label][name] - of_method[b.label][name]
+            for a, b in pairs
+            for name in COMPARED
+        ],
+        axis=1,
+    )
+    groups = test_set.groups[chosen]
+    intervals = iter(metrics.clustered_bootstrap(columns, groups))
+    p_values = iter(metrics.sign_flip_test(columns, groups))
+    found = []
+    for a, b in pairs:
+        entry = {"a": a.method, "b": b.method, "decoding": a.decoding or b.decoding}
+        for name in COMPARED:
+            interval = next(intervals)
+            entry[name] = dataclasses.asdict(interval)
+            entry[name] |= {"clear_of_zero": interval.clear_of_zero, "p": next(p_values)}
+        found.append(entry)
+    return found
+
+
+def _pairs(test_set: TestSet) -> list[tuple[Answers, Answers]]:
+    """Each method against the untrained policy and the raw query, GRPO against its warm-up too."""
+    baselines = {GRPO: (UNTRAINED, RAW, WARM_UP), UNTRAINED: (RAW,)}
+    pairs = []
+    for decoding in DECODINGS:
+        for method in (GRPO, WARM_UP, UNTRAINED):
+            for baseline in baselines.get(method, (UNTRAINED, RAW)):
+                pairs.append((test_set.find(method, decoding), test_set.find(baseline, decoding)))
+    told = {RAW, UNTRAINED, WARM_UP, GRPO, CONSTANT, REFERENCE}
+    for answers in test_set.in_order:
+        if answers.method not in told:
+            pairs += [(answers, test_set.find(b, "greedy")) for b in (UNTRAINED, RAW)]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def _by_language(test_set: TestSet, judged: np.ndarray) -> list[dict]:
+    """The same scores for each language, where there is more than one."""
+    languages = np.array([query.language for query in test_set.queries])
+    named = [(str(name), judged & (languages == name)) for name in sorted(set(languages))]
+    return _parts(test_set, "language", named)
+
+
+def _by_length(test_set: TestSet, judged: np.ndarray) -> list[dict]:
+    """The same scores for the shortest, middle and longest third of the queries.
+
+    Lengths are in characters, for some scripts put no space between words; queries of one length
+    stay together.
+    """
+    lengths = np.array([len(query.text) for query in test_set.queries])
+    if not judged.any():
+        return []
+    shares = np.arange(1, LENGTH_GROUPS + 1) / LENGTH_GROUPS
+    ends = np.unique(np.quantile(lengths[judged], shares, method="inverted_cdf")).astype(int)
+    named, start = [], 0
+    for end in ends:
+        inside = judged & (lengths > start) & (lengths <= end)
+        named.append((f"{lengths[inside].min()} to {end} characters", inside))
+        start = end
+    return _parts(test_set, "length", named)
+
+
+def _parts(test_set: TestSet, key: str, named: list[tuple[str, np.ndarray]]) -> list[dict]:
+    named = [(name, inside) for name, inside in named if inside.any()]
+    if len(named) < 2:
+        return []
+    return [
+        {key: name, "queries": int(inside.sum()), "methods": _scores(test_set, inside)}
+        for name, inside in named
+    ]
+
+
+def _mean_of_parts(parts: list[dict]) -> list[dict]:
+    """Each method's recall averaged over languages, each counting alike however many queries."""
+    if not parts:
+        return []
+    return [
+        {"method": row["method"], "decoding": row["decoding"]}
+        | {
+            f"recall_at_{k}": float(
+                np.mean([part["methods"][i][f"recall_at_{k}"]["mean"] for part in parts])
+            )
+            for k in CUTOFFS
+        }
+        for i, row in enumerate(parts[0]["methods"])
+    ]
+
+
+def _record(test_set: TestSet, index: int) -> dict:
+    query = test_set.queries[index]
+    ranks = lambda answers: [int(rank) for rank in answers.ranks[index] if rank]
+    return {
+        "id": query.id,
+        "query": query.text,
+        "language": query.language,
+        "group": query.group,
+        "reference": query.reference,
+        "searched": {a.label: a.texts[index] for a in test_set.in_order},
+        "ranks": {a.label: ranks(a) for a in test_set.in_order},
+    }

@@ -1,0 +1,165 @@
+"""What each rewrite of a rollout is worth: text tower, exact ranks over the corpus, rewards."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grape_jax.models import towers
+from grape_jax.retrieval.ranking import target_ranks
+from grape_jax.rl import rewards
+from grape_jax.runtime import sharding
+from grape_jax.types import Index, Ranks, Rewrites, Rollout, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    reward_shape: str  # one of rewards.SHAPES
+    reward_normalised: bool  # of "linear"
+    reward_k: int  # of "ndcg" and "recall"
+    reward_temperature: float  # of "contrastive"
+    reward_weight: float
+    format_weight: float
+    format_rule: str  # one of rewards.FORMAT_RULES
+    malformed_reward: float
+    truncated_penalty: float  # taken from a completion without an end token, whatever it says
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Everything about scoring that is fixed when it is compiled."""
+
+    reward: RewardConfig
+    retriever: towers.RetrieverConfig
+    corpus_size: int
+    stop_ids: tuple[int, ...]  # the rollout's
+    mesh: Mesh
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_rewrites(
+    scorer: Scorer,
+    retriever_params,
+    index: Index,
+    targets_BxP: jax.Array,
+    rollout: Rollout,
+    rewrites: Rewrites,
+    excluded_BxX: jax.Array | None = None,
+    raw_rank_B: jax.Array | None = None,
+) -> Scores:
+    """What each rewrite is paid. Ranks and rewards are computed once, however often they teach.
+
+    Args:
+      index: from `ranking.shard_corpus`.
+      targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
+      excluded_BxX: int32 corpus rows that leave the corpus for a query, -1 is padding.
+      raw_rank_B: int32, what the queries themselves rank; of the reward "improvement" only.
+    """
+    config = scorer.reward
+    ranks = rank_rewrites(scorer, retriever_params, index, rewrites, targets_BxP, excluded_BxX)
+    shaped_BxK = reward_score(scorer, ranks, raw_rank_B)
+    parts = rewards.parts(
+        shaped_BxK,
+        rewrites.well_formed_BxK,
+        rewrites.has_text_BxK,
+        weight=config.reward_weight,
+        format_weight=config.format_weight,
+        format_rule=config.format_rule,
+        malformed=config.malformed_reward,
+    )
+    # By the end token itself: the mask alone looks the same when the budget ends with it.
+    stops = (rollout.tokens_BxKxT[..., None] == jnp.asarray(scorer.stop_ids)).any(-1)
+    ended_BxK = (stops & rollout.mask_BxKxT).any(-1)
+    reward_BxK = parts["rank"] + parts["format"]
+    if config.truncated_penalty:
+        reward_BxK -= jnp.where(ended_BxK, 0.0, config.truncated_penalty)
+    scores = Scores(
+        reward_BxK=reward_BxK,
+        shaped_BxK=shaped_BxK,
+        rank_part_BxK=parts["rank"],
+        format_part_BxK=parts["format"],
+        rank_BxK=rewards.best_rank(ranks.rank_QxP),
+        similarity_BxK=rewards.similarity(ranks.rank_QxP, ranks.similarity_QxP),
+        well_formed_BxK=rewrites.well_formed_BxK,
+        ended_BxK=ended_BxK,
+    )
+    return jax.lax.with_sharding_constraint(scores, sharding.logical(scorer.mesh, "batch"))
+
+
+def rank_rewrites(
+    scorer: Scorer, retriever_params, index, rewrites: Rewrites, targets_BxP, excluded_BxX=None
+):
+    """Ranks of each rewrite's targets over the whole corpus, with `[B, K]` for Q."""
+    B, K, L = rewrites.tokens_BxKxL.shape
+    emb_QxE = towers.embed_texts(
+        scorer.retriever,
+        towers.gather(retriever_params, scorer.mesh),
+        rewrites.tokens_BxKxL.reshape(B * K, L),
+        rewrites.mask_BxKxL.reshape(B * K, L),
+    )
+    ranks = target_ranks(
+        emb_QxE,
+        index,
+        jnp.repeat(targets_BxP, K, axis=0),
+        None if excluded_BxX is None else jnp.repeat(excluded_BxX, K, axis=0),
+        mesh=scorer.mesh,
+        size=scorer.corpus_size,
+        temperature=scorer.reward.reward_temperature,
+    )
+    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), ranks)
+
+
+def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> jax.Array:
+    """What each rewrite's ranks are worth under the configured shape: float32 `[B, K]`."""
+    config, size = scorer.reward, scorer.corpus_size
+    rank_BxKxP, rank_BxK = ranks.rank_QxP, rewards.best_rank(ranks.rank_QxP)
+    match config.reward_shape:
+        case "linear":
+            return rewards.linear(rank_BxK, size, config.reward_normalised)
+        case "log":
+            return rewards.log(rank_BxK, size)
+        case "reciprocal":
+            return rewards.reciprocal(rank_BxK)
+        case "ndcg":
+            return rewards.ndcg(rank_BxKxP, config.reward_k)
+        case "recall":
+            return rewards.recall(rank_BxKxP, config.reward_k)
+        case "rank_incentive":
+            return rewards.rank_incentive(rank_BxK)
+        case "similarity":
+            return rewards.similarity(rank_BxKxP, ranks.similarity_QxP)
+        case "contrastive":
+            return rewards.contrastive(
+                rank_BxKxP, ranks.similarity_QxP, ranks.log_partition_Q, config.reward_temperature
+            )
+        case "improvement":
+            return rewards.improvement(rank_BxK, raw_rank_B[:, None])
+    raise ValueError(f"unknown reward shape {config.reward_shape!r}")
+
+
+def summary(scores: Scores) -> dict[str, jax.Array]:
+    """For the log: every part of the reward, raw and weighted, and what was found."""
+    rank_BxK = scores.rank_BxK
+    return {
+        **_spread("reward", scores.reward_BxK),
+        **_spread("rank_reward", scores.shaped_BxK),
+        **_spread("rank_reward_weighted", scores.rank_part_BxK),
+        **_spread("well_formed", scores.well_formed_BxK.astype(jnp.float32)),
+        **_spread("format_reward_weighted", scores.format_part_BxK),
+        "median_rank": jnp.median(rank_BxK),
+        "recall_at_10": (rank_BxK <= 10).mean(),
+        # Whether scores inflate: similarities that rise everywhere find nothing.
+        "target_similarity": scores.similarity_BxK.mean(),
+        "truncated": (~scores.ended_BxK).mean(),
+    }
+
+
+def _spread(name: str, value_BxK: jax.Array) -> dict[str, jax.Array]:
+    """For the log: the mean, the deviation over all, and the mean of the groups' deviations."""
+    return {
+        name: value_BxK.mean(),
+        f"{name}_std": value_BxK.std(ddof=1),
+        f"{name}_in_group_std": value_BxK.std(axis=1, ddof=1).mean(),
+    }

@@ -1,0 +1,389 @@
+r"""Will it fit: compiles a run's programs for a TPU slice, on any machine, from shapes alone.
+
+    python -m grape_jax.compile --config=configs/emoji.py --topology=v5e:4x4 \
+        --config.policy.path=Qwen/Qwen2.5-7B-Instruct --config.policy.dtype=bfloat16 \
+        --config.mesh.tensor=4 --corpus_size=16000000
+
+Runs the real TPU compiler, which `pip install 'grape_jax[tpu]'` brings; no TPU, no weights and no
+data are needed, and of the policy and the retriever only the config files. Prints what each program
+keeps and does on one chip, and a verdict; exits 1 where the run does not fit. docs/scaling.md says
+how to read it.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import linen as nn
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grape_jax.models import policy, towers
+from grape_jax.retrieval import encoder as retriever
+from grape_jax.retrieval import ranking
+from grape_jax.rl import learner
+from grape_jax.rl.rollout import sample
+from grape_jax.rl.scoring import Scorer, score_rewrites
+from grape_jax.run import checks, context
+from grape_jax.run.rewriter import gather, merge
+from grape_jax.runtime import command_line, hlo, sharding
+from grape_jax.runtime.errors import UserError, exit_with_sentence
+from grape_jax.types import Index, Prompts, Rewrites
+from grape_jax.weights import pretrained
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of a slice."""
+
+    memory: float  # GiB that the compiler lets a program use
+    clock: float  # cycles a second, of which the compiler estimates how many are needed
+    links: float  # bytes a second along one axis of the torus, both directions together
+
+
+# Memory: what libtpu 0.0.42.1 says when it refuses a program. Clocks and links: the published peak
+# FLOP/s divided by the matrix units' size, and the published rate of one link, twice.
+CHIPS = {
+    "TPU v4": Chip(15.25, 1.05e9, 90e9),
+    "TPU v5 lite": Chip(15.75, 1.5e9, 90e9),
+    "TPU v5": Chip(95.74, 1.75e9, 180e9),
+    "TPU v6 lite": Chip(31.25, 1.75e9, 180e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a run works with, as shapes that say where they live."""
+
+    learner: learner.Learner  # of the GRPO phase
+    scorer: Scorer
+    base: dict
+    state: learner.TrainState
+    retriever: dict
+    index: Index
+
+    def at_rest(self) -> dict[str, float]:
+        """Bytes a chip of what lives between two steps."""
+        parts = {
+            "policy": self.base,
+            "training state": self.state,
+            "retriever": self.retriever,
+            "corpus": self.index,
+        }
+        return {name: bytes_a_chip(part) for name, part in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function of a step, ready to be compiled."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    holds: tuple  # what of the run at rest is among its arguments
+    beside: tuple = ()  # what lives while it runs, and is neither at rest nor its argument
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What one program needs of one chip."""
+
+    name: str
+    bytes: float  # everything that lives while it runs
+    before: float  # bytes of it that were there before
+    work: hlo.Work | None = None  # None: it was not compiled, or refused for its memory
+    ranking: hlo.Work | None = None  # the part of it that ranks
+
+
+def main() -> None:
+    command_line.define_config()
+    flags.DEFINE_string("topology", None, "A slice: v5e:16x16, v6e:8x8, v5p:4x4x4, v4:4x4x4, ...")
+    flags.DEFINE_integer("corpus_size", 1_000_000, "Items to be ranked against.", lower_bound=1)
+    command_line.parse()
+    jax.config.update("jax_platforms", "cpu")
+    values = flags.FLAGS
+    if values.topology is None:
+        raise UserError("no topology is given: add --topology=v5e:16x16.")
+    sys.exit(0 if report(values.config, values.topology, values.corpus_size) else 1)
+
+
+def report(config: ConfigDict, topology: str, corpus_size: int) -> bool:
+    """Compiles and prints; returns whether the run fits.
+
+    Raises:
+      UserError: the config, or a mesh or a batch that does not divide, or an unknown slice.
+    """
+    checks.check(config)
+    mesh = sharding.make_mesh(**config.mesh, devices=slice_of(topology))
+    checks.check_batches(config, mesh)
+    chip = CHIPS[mesh.devices.flat[0].device_kind]
+    shapes = shapes_of(config, mesh, corpus_size)
+    at_rest = shapes.at_rest()
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"{topology}: {mesh.size} chips, mesh {sizes}; {corpus_size:,} items in the corpus.")
+    print("At rest, GiB a chip: " + ", ".join(f"{k} {v / GIB:.2f}" for k, v in at_rest.items()))
+    total = sum(at_rest.values())
+    found = [Needs("at rest", total, total)]
+    if total <= chip.memory * GIB:
+        found += compile_all(config, shapes, chip)
+    largest = max(found, key=lambda one: one.bytes)
+    fits = largest.bytes <= chip.memory * GIB
+    needs = f"{largest.bytes / GIB:.1f} of {chip.memory} GiB a chip ({largest.name})"
+    print(f"fits: {needs}" if fits else f"does not fit: {needs}. {advice(config, largest)}")
+    return fits
+
+
+def compile_all(config: ConfigDict, shapes: Shapes, chip: Chip) -> list[Needs]:
+    """Compiles what a GRPO step runs, and prints a row for each and their sum."""
+    print("| program | GiB a chip | TFLOP a chip | links, GiB | estimated, s | compiled in, s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    found = []
+    for program in programs_of(config, shapes):
+        start = time.perf_counter()
+        found.append(compile_one(program, shapes))
+        print(_row(found[-1], chip, time.perf_counter() - start), flush=True)
+    compiled = [one for one in found if one.work]
+    for one in compiled:
+        for kind, (times, size) in one.work.collectives.items():
+            print(f"{one.name}: {kind} runs {times:,} times, {size / GIB:.3f} GiB a chip")
+    if len(compiled) == len(found):
+        took = {one.name: seconds(one.work, chip) for one in compiled}
+        step = sum(took.values())
+        scoring = 100 * took["score_rewrites"] / step
+        ranks = 100 * sum(seconds(one.ranking, chip) for one in compiled) / step
+        print(
+            f"A GRPO step: {step:.3f} s estimated, of which scoring {scoring:.2f} %, "
+            f"in it the ranks {ranks:.2f} %."
+        )
+    return found
+
+
+def compile_one(program: Program, shapes: Shapes) -> Needs:
+    """Compiles it, or reads in the compiler's refusal how much memory it would take."""
+    held = sum(bytes_a_chip(part) for part in program.holds)
+    beside = sum(shapes.at_rest().values()) - held + sum(map(bytes_a_chip, program.beside))
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = _refused_bytes(str(error))
+        if wanted is None:
+            raise
+        return Needs(program.name, wanted + beside, held + beside)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Needs(
+        program.name,
+        total + beside,
+        memory.argument_size_in_bytes + beside,
+        hlo.work(text),
+        hlo.work(text, inside="target_ranks"),
+    )
+
+
+def seconds(work: hlo.Work, chip: Chip) -> float:
+    """The compiler's cycles, and after them the transfers: nothing is taken to overlap."""
+    return work.cycles / chip.clock + work.link_bytes / chip.links
+
+
+def advice(config: ConfigDict, largest: Needs) -> str:
+    """Which key to change."""
+    if largest.before > largest.bytes / 2:
+        keys = ["raise mesh.fsdp or mesh.tensor, over which the weights are split"]
+        if config.policy.dtype == "float32" and config.lora.rank:
+            keys.insert(0, "set policy.dtype='bfloat16'")
+        if not config.lora.rank:
+            keys.append("train an adapter with lora.rank=16")
+        if config.retriever.corpus_dtype != "int8":
+            keys.append("set retriever.corpus_dtype='int8' where the corpus is what fills it")
+    elif largest.name == "grpo_step":
+        keys = ["raise grpo.microbatches", "raise mesh.data or mesh.fsdp"]
+        if not config.policy.remat:
+            keys.insert(0, "set policy.remat=True")
+    elif largest.name == "score_rewrites":
+        keys = ["lower grpo.batch_size or grpo.group_size"]
+    else:
+        # Sampling keeps the weights whole along the other axes.
+        keys = ["raise mesh.tensor", "lower grpo.batch_size or grpo.group_size"]
+        if config.policy.dtype == "float32":
+            keys.insert(0, "set policy.dtype='bfloat16'")
+    return "To change: " + ", or ".join(keys) + "."
+
+
+def slice_of(topology: str) -> list:
+    """The devices of a slice that nobody has.
+
+    Raises:
+      UserError: the TPU compiler is not installed, or it knows no such slice.
+    """
+    kind = topology.partition(":")[0]
+    os.environ |= {
+        # A TPU VM would be asked for them.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{kind}-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Nobody holds a TPU here, so that others may compile at the same time.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    try:
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "not installed" in reason:
+            raise UserError(
+                "the TPU compiler is not installed: run `pip install 'grape_jax[tpu]'`."
+            ) from error
+        raise UserError(
+            f"topology={topology!r} is no slice that the compiler knows ({reason}): give one such "
+            "as v5e:16x16."
+        ) from error
+    if devices[0].device_kind not in CHIPS:
+        raise UserError(
+            f"topology={topology!r} has chips of the kind {devices[0].device_kind!r}, of which "
+            "nothing is known here: give v4, v5e, v5p or v6e."
+        )
+    return devices
+
+
+def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
+    """The run that `job.build` would build, without a weight or a picture."""
+    model = pretrained.read_config(context.policy_path(config.policy.path))
+    model = context.policy_settings(config, model, mesh)
+    tower = retriever.read_config(config.retriever.path or None)
+    made = context.make_learner(config, "grpo", model, mesh)
+    # Which tokens end a completion does not change the programs.
+    scorer = context.make_scorer(
+        config, retriever=tower, corpus_size=corpus_size, stop_ids=(0,), mesh=mesh
+    )
+    dtype = jnp.dtype(context.held_dtype(config))
+    base = placed(_boxed(model), sharding.of_parameters(mesh, _boxed(model)), dtype)
+    state = jax.eval_shape(lambda: learner.init_state(made, jax.random.key(0), base))
+    return Shapes(
+        learner=made,
+        scorer=scorer,
+        base=base,
+        state=placed(state, learner.state_shardings(made)),
+        retriever=placed(towers.shapes(tower), towers.shardings(tower, mesh)),
+        index=ranking.index_shapes(
+            mesh, corpus_size, tower.projection, config.retriever.corpus_dtype
+        ),
+    )
+
+
+def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
+    """Everything that a GRPO step runs."""
+    made, base, state = shapes.learner, shapes.base, shapes.state
+    model, mesh = made.policy, made.mesh
+    in_batch = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=sharding.logical(mesh, "batch")
+    )
+    B, K, S = config.grpo.batch_size, config.grpo.group_size, config.prompt.max_tokens
+    T, L = config.rollout.max_tokens, config.retriever.text_length
+    prompts = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool))
+    rewrites = Rewrites(
+        tokens_BxKxL=in_batch(B, K, L),
+        mask_BxKxL=in_batch(B, K, L, dtype=bool),
+        well_formed_BxK=in_batch(B, K, dtype=bool),
+        has_text_BxK=in_batch(B, K, dtype=bool),
+    )
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+    sampling = context.make_sampling(
+        config,
+        group_size=K,
+        max_tokens=T,
+        temperature=config.rollout.temperature,
+        stop_ids=shapes.scorer.stop_ids,
+        pad_id=0,
+    )
+    trained = base if made.lora else state.trained
+    whole = sharding.of_parameters(mesh, _boxed(model), sharding.SAMPLING_RULES)
+    cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x), trained)
+    variables = {"params": placed(cast, whole)}
+    result = lambda function: jax.tree.map(
+        lambda x: in_batch(*x.shape, dtype=x.dtype), jax.eval_shape(function)
+    )
+    rollout = result(lambda: sample(model, sampling, variables, prompts, key))
+    ranked = (
+        shapes.retriever,
+        shapes.index,
+        in_batch(B, 1),
+        rollout,
+        rewrites,
+        in_batch(B, 1),  # a query's own picture; where none has one, there is a little less to do
+        in_batch(B) if config.grpo.reward_shape == "improvement" else None,
+    )
+    scores = result(lambda: score_rewrites(shapes.scorer, *ranked))
+
+    programs = []
+    if made.lora:
+        lower = lambda: merge.lower(made.lora, model, base, state.trained)
+        programs.append(Program("merge", lower, (base, state.trained)))
+    elif mesh.shape["fsdp"] > 1 or cast["embedding"].dtype != trained["embedding"].dtype:
+        lower = lambda: gather.lower(model, state.trained)
+        programs.append(Program("gather", lower, (state.trained,)))
+    # Without such a copy it samples from the trained parameters themselves.
+    held, copied = ((), (variables,)) if programs else ((state.trained,), ())
+    lower_sample = lambda: sample.lower(model, sampling, variables, prompts, key)
+    lower_score = lambda: score_rewrites.lower(shapes.scorer, *ranked)
+    lower_step = lambda: learner.grpo_step.lower(made, state, base, prompts, rollout, scores)
+    # Without an adapter the step does not touch the base, unless that is its reference.
+    reads_base = made.lora or (made.grpo.kl_weight and made.grpo.reference == "base")
+    return [
+        *programs,
+        Program("sample", lower_sample, held),
+        Program("score_rewrites", lower_score, (shapes.retriever, shapes.index), copied),
+        Program("grpo_step", lower_step, (state, base) if reads_base else (state,)),
+    ]
+
+
+def placed(tree, where, dtype=None):
+    """Shapes with their shardings; logical axes are taken off."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
+        nn.unbox(tree),
+        where,
+    )
+
+
+def bytes_a_chip(tree) -> float:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _boxed(model: policy.PolicyConfig):
+    return jax.eval_shape(lambda: policy.init(model, jax.random.key(0)))["params"]
+
+
+def _refused_bytes(message: str) -> float | None:
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM", message
+    )
+    return found and float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))
+
+
+def _row(one: Needs, chip: Chip, took: float) -> str:
+    if one.work is None:
+        return f"| {one.name} | {one.bytes / GIB:.2f} | | | | {took:.0f} |"
+    return (
+        f"| {one.name} | {one.bytes / GIB:.2f} | {one.work.flops / 1e12:.3f} "
+        f"| {one.work.link_bytes / GIB:.2f} | {seconds(one.work, chip):.3f} | {took:.0f} |"
+    )
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

@@ -1,0 +1,98 @@
+"""A language model as a user holds it: weights of other projects, loaded and ready to score."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from grape_jax.models import policy
+from grape_jax.models.policy import PolicyConfig
+from grape_jax.runtime import sharding
+from grape_jax.runtime.errors import UserError
+from grape_jax.types import Prompts
+from grape_jax.weights import gguf, hub, huggingface, policy_config
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    config: PolicyConfig
+    params: dict  # placed on a mesh
+    tokenizer: PreTrainedTokenizerFast | None  # None where the model's directory has none
+    end_tokens: tuple[int, ...]  # any of them ends an answer
+
+    def logits(self, token_ids, mask=None) -> jax.Array:
+        """Scores of the token that follows each position.
+
+        Args:
+          token_ids: int `[B, S]`.
+          mask: bool `[B, S]`, False on padding, which may stand on either side; None: all real.
+
+        Returns:
+          float32 `[B, S, V]`; what stands at padding means nothing.
+
+        Raises:
+          UserError: the shapes do not fit, or an id is outside the vocabulary.
+        """
+        tokens = np.asarray(token_ids)
+        mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+        if tokens.ndim != 2 or mask.shape != tokens.shape:
+            raise UserError(
+                f"token_ids {tokens.shape} and mask {mask.shape} must both be [B, S]: pad the rows "
+                "to one length."
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UserError(
+                f"token_ids go from {tokens.min()} to {tokens.max()}, the vocabulary from 0 to "
+                f"{self.config.vocab_size - 1}: use this policy's own tokenizer."
+            )
+        return _logits(self.config, self.params, Prompts(tokens.astype(np.int32), mask))
+
+
+def load_policy(
+    path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> Policy:
+    """Loads a Llama, Qwen2 or Qwen3 model.
+
+    Args:
+      path_or_hub_id: a Hugging Face directory or a GGUF file, for which the network is never
+        asked; otherwise the id of a model on the hub.
+      dtype: "float32" or "bfloat16", what the weights are held and computed in.
+      mesh: over which devices; None is the first device alone.
+
+    Raises:
+      UserError: there is no such model, its files are damaged, or it needs what is not supported.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    if mesh is None:
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file() or path.suffix == ".gguf":
+        return Policy(*gguf.load(path, mesh, DTYPES[dtype]))
+    return Policy(*huggingface.load(hub.directory(path_or_hub_id, HUB_FILES), mesh, DTYPES[dtype]))
+
+
+def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
+    """The shapes of a model that `load_policy` would load; of a directory, config.json is enough.
+
+    Raises:
+      UserError: as `load_policy`.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file() or path.suffix == ".gguf":
+        return gguf.read_config(path)
+    return policy_config.read(hub.directory(path_or_hub_id, [policy_config.CONFIG_FILE]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: PolicyConfig, params, prompts: Prompts) -> jax.Array:
+    variables = {"params": params}
+    return policy.logits(variables, policy.prompt_states(config, variables, prompts))

@@ -1,0 +1,255 @@
+"""The shipped retriever end to end, the bank's cache, and two steps of its training."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from grape_jax.data import openmoji
+from grape_jax.retrieval import bank, encoder, preprocessing
+from grape_jax.runtime import sharding
+from grape_jax.runtime.errors import UserError
+from recipes.retriever import icons, train
+from recipes.retriever.icons import Concept
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return encoder.load()
+
+
+@pytest.fixture(scope="module")
+def gallery_bank(shipped):
+    pictures = openmoji.gallery()
+    drawn = icons.render_all([p.svg.read_text() for p in pictures], icons.RENDER_SIZE)
+    return pictures, shipped.embed_images([Image.fromarray(x) for x in drawn])
+
+
+def test_recall_of_english_names_is_as_recorded(shipped, gallery_bank):
+    """The number in the model card, made again: render, preprocess, embed, rank."""
+    pictures, bank_NxE = gallery_bank
+    recorded = json.loads((encoder.SHIPPED / "recall.json").read_text())["final"]["names"]
+    scores_QxN = shipped.embed_texts([p.name for p in pictures]) @ bank_NxE.T
+    rank_Q = 1 + (scores_QxN > np.diag(scores_QxN)[:, None]).sum(axis=1)
+    for k in (1, 5, 10):
+        assert 100 * np.mean(rank_Q <= k) == pytest.approx(recorded[f"R@{k}"], abs=0.5)
+    assert recorded["R@10"] >= 80
+
+
+def test_embeddings_have_unit_length_and_any_count(shipped):
+    texts = [f"text {i}" for i in range(encoder.BATCH + 1)]
+    text_NxE = shipped.embed_texts(texts)
+    assert text_NxE.shape == (len(texts), shipped.config.projection)
+    assert text_NxE.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(text_NxE, axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(shipped.embed_texts(texts[-1:])[0], text_NxE[-1])
+    assert shipped.embed_texts([]).shape == (0, shipped.config.projection)
+    assert shipped.embed_images([]).shape == (0, shipped.config.projection)
+
+
+def test_overlong_text_is_cut_before_its_end_token(shipped):
+    long_text = "a red rocket " * 40
+    tokens_NxL, mask_NxL = encoder.tokenize(shipped, [long_text, "rocket", ""])
+    end = shipped.config.end_token
+    assert tokens_NxL.shape == (3, shipped.config.context) and tokens_NxL.dtype == np.int32
+    assert mask_NxL[0].all() and tokens_NxL[0, -1] == end and end not in tokens_NxL[0, :-1]
+    assert tokens_NxL[1][mask_NxL[1]][-1] == end and mask_NxL[1].sum() == 3
+    assert mask_NxL[2].sum() == 2
+    short, _ = encoder.tokenize(shipped, [long_text], length=5)
+    np.testing.assert_array_equal(short[0, :4], tokens_NxL[0, :4])
+    assert short[0, 4] == end
+    with pytest.raises(UserError, match="text length"):
+        encoder.tokenize(shipped, ["rocket"], length=shipped.config.context + 1)
+
+
+def test_transformers_tokenizer_and_processor_agree(shipped):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(encoder.SHIPPED)
+    texts = ["Party  popper", "a red rocket " * 40]
+    output = theirs(texts, padding="max_length", truncation=True, max_length=shipped.config.context)
+    tokens_NxL, mask_NxL = encoder.tokenize(shipped, texts)
+    np.testing.assert_array_equal(output["input_ids"], tokens_NxL)
+    np.testing.assert_array_equal(output["attention_mask"], mask_NxL)
+
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(encoder.SHIPPED)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 128, 3), np.uint8))
+    want = np.asarray(processor(picture)["pixel_values"][0]).transpose(1, 2, 0)
+    np.testing.assert_allclose(
+        preprocessing.preprocess(shipped.preprocess, picture), want, atol=1e-5
+    )
+
+
+def test_bank_holds_what_embed_images_gives(shipped, tmp_path):
+    """In batches that are not full, with repeated pictures, in every form that a picture has."""
+    pictures = some_pictures(encoder.BATCH + 3)
+    encoded = [as_png(picture) for picture in pictures]
+    want = shipped.embed_images(pictures)
+    mixed = [*encoded, encoded[2], pictures[1]]
+    got = bank.corpus_bank(shipped, mixed, tmp_path)
+    np.testing.assert_array_equal(got, np.concatenate([want, want[[2, 1]]]))
+
+
+def test_bank_is_read_from_its_cache(shipped, tmp_path, monkeypatch):
+    pictures = some_pictures()
+    first = bank.corpus_bank(shipped, pictures, tmp_path)
+    (file,) = tmp_path.rglob("*.npz")
+    monkeypatch.setattr(encoder, "_embed", None)  # nothing is computed any more
+    np.testing.assert_array_equal(bank.corpus_bank(shipped, pictures, tmp_path), first)
+    # In another order, and where the corpus is another one.
+    some = [3, 1, 1]
+    chosen = bank.corpus_bank(shipped, [pictures[i] for i in some], tmp_path)
+    np.testing.assert_array_equal(chosen, first[some])
+    with pytest.raises(TypeError):
+        bank.corpus_bank(shipped, [*pictures, Image.new("RGB", (9, 9))], tmp_path)
+    other = dataclasses.replace(shipped, fingerprint="another checkpoint")
+    with pytest.raises(TypeError):
+        bank.corpus_bank(other, pictures, tmp_path)
+    assert list(tmp_path.rglob("*.npz")) == [file]
+
+
+def test_a_killed_bank_goes_on_with_the_rest(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "BATCH", 2)
+    monkeypatch.setattr(encoder, "PART", 2)
+    pictures = some_pictures(5)
+    embed, calls = encoder._embed, []
+
+    def embed_until_killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(*arguments)
+
+    monkeypatch.setattr(encoder, "_embed", embed_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        bank.corpus_bank(shipped, pictures, tmp_path)
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    bank_NxE = bank.corpus_bank(shipped, pictures, tmp_path)
+    assert len(calls) == 4
+    np.testing.assert_array_equal(bank_NxE, shipped.embed_images(pictures))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "flipped", "width", "no fields"])
+def test_damaged_cache_is_computed_anew_with_a_warning(shipped, tmp_path, damage):
+    pictures = some_pictures()
+    first = bank.corpus_bank(shipped, pictures, tmp_path)
+    (file,) = tmp_path.rglob("*.npz")
+    whole = file.read_bytes()
+    with np.load(file) as part:
+        fields = dict(part)
+    if damage == "zeros":
+        np.savez(file, **fields | {"embeddings": np.zeros_like(first)})
+    elif damage == "width":
+        np.savez(file, **fields | {"embeddings": first[:, 1:]})
+    elif damage == "no fields":
+        np.savez(file, others=first)
+    elif damage == "flipped":
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    else:
+        file.write_bytes(b"" if damage == "empty" else whole[:200])
+    with pytest.warns(UserWarning, match="is damaged"):
+        again = bank.corpus_bank(shipped, pictures, tmp_path)
+    np.testing.assert_array_equal(again, first)
+    assert file.read_bytes() == whole
+
+
+def test_pictures_may_be_files(shipped, tmp_path):
+    picture = some_pictures()[0]
+    picture.save(tmp_path / "picture.png")
+    np.testing.assert_array_equal(
+        shipped.embed_images([tmp_path / "picture.png"]),
+        shipped.embed_images([picture]),
+    )
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        shipped.embed_images([tmp_path / "broken.png"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_damaged_files_are_named(tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(encoder.SHIPPED, copy)
+    (copy / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        encoder.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        encoder.load(copy)
+
+
+def test_shipped_files_are_small():
+    assert sum(file.stat().st_size for file in encoder.SHIPPED.iterdir()) <= 16e6
+
+
+def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch):
+    """The whole recipe on two concepts and one style: stopped, resumed, saved, loadable."""
+    concepts = [
+        Concept("1F680", "🚀", "rocket", "rocket", ("launch", "space")),
+        Concept("1F389", "🎉", "party popper", "party popper", ("tada",)),
+    ]
+    monkeypatch.setattr(icons, "concepts", lambda npm: concepts)
+    rng = np.random.default_rng(0)
+    pictures = train.Pictures(
+        rng.integers(0, 256, (4, 16, 16, 3), np.uint8),
+        np.asarray([0, 0, 1, 1], np.int32),
+        rng.integers(0, 256, (2, 16, 16, 3), np.uint8),
+    )
+    monkeypatch.setattr(train, "load_pictures", lambda *_: pictures)
+    config_file = Path(__file__).parents[2] / "configs" / "retriever.py"
+    spec = importlib.util.spec_from_file_location("retriever_config", config_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.batch, config.phase1_steps, config.phase2_steps = 2, 2, 2
+    config.warmup, config.save_every = 1, 3
+    config.optimizer, config.short_text = "adamw", config.model.context  # compiles faster
+    config.model.update(
+        image_size=16, patch=8, vision_width=32, vision_layers=1, text_width=32, text_layers=1,
+        head_dim=16, projection=16, vocab=300,
+    )  # fmt: skip
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.train(config, tmp_path, whole)
+    stops = iter([False, True, True])
+    monkeypatch.setattr(train, "_stop_on_interrupt", lambda: lambda: next(stops))
+    train.train(config, tmp_path, parts)
+    assert not (parts / "recall.json").exists()
+    monkeypatch.setattr(train, "_stop_on_interrupt", lambda: lambda: False)
+    train.train(config, tmp_path, parts)
+
+    one, two = encoder.load(whole), encoder.load(parts)
+    assert one.fingerprint == two.fingerprint
+    recall = json.loads((whole / "recall.json").read_text())
+    assert set(recall) == {"phase 1", "final"}
+    config.seed = 1
+    with pytest.raises(UserError, match="another config"):
+        train.train(config, tmp_path, whole)
+
+
+def some_pictures(count: int = 5) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(count)]
+
+
+def as_png(picture: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def test_weights_split_over_eight_devices_give_the_same_bits(shipped):
+    split = encoder.place(shipped, sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    leaves = jax.tree.leaves(split.params)
+    assert all(not x.sharding.is_fully_replicated for x in leaves if x.ndim > 1)
+    texts = ["red apple", "a man on the moon", ""]
+    np.testing.assert_array_equal(split.embed_texts(texts), shipped.embed_texts(texts))
+    images = [Image.new("RGB", (72, 72), colour) for colour in ("red", "white")]
+    np.testing.assert_array_equal(split.embed_images(images), shipped.embed_images(images))

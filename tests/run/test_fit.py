@@ -1,0 +1,191 @@
+"""Programs for slices that nobody here has, compiled by the real TPU compiler."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import emoji
+from grape_jax.run import context
+from grape_jax.run import fit as aot
+from grape_jax.runtime import hlo, sharding
+from grape_jax.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+    "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(1, 2, 2, devices=aot.slice_of("v5e:2x2"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A policy of four layers, of which there is only the config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    config = emoji.get_config()
+    config.policy.path = str(tmp_path)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
+    return config
+
+
+def compiled(function, mesh, *shapes):
+    """The HLO text for bfloat16 arguments of (shape, axes)."""
+    place = lambda axes: NamedSharding(mesh, PartitionSpec(*axes))
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place(a)) for s, a in shapes]
+    return jax.jit(function).lower(*shapes).compile().as_text()
+
+
+def test_flops_of_products_are_exact(mesh):
+    batched = lambda x, y: jnp.einsum("bsgrd,bugd->bgrsu", x, y)
+    text = compiled(batched, mesh, ((4, 96, 2, 3, 64), ()), ((4, 40, 2, 64), ()))
+    assert hlo.work(text).flops == 2 * 4 * 96 * 2 * 3 * 40 * 64
+    halves = compiled(lambda x, y: x @ y, mesh, ((512, 256), ("fsdp",)), ((256, 384), ()))
+    assert hlo.work(halves).flops == 2 * 256 * 256 * 384
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_loops_count_as_often_as_they_run(mesh, first):
+    def early_end(first, x, w):
+        done = lambda carry: (carry[0] < 12) & (jnp.abs(carry[1]).max() < 100)
+        inner = lambda x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+        return jax.lax.while_loop(done, lambda c: (c[0] + 1, inner(c[1])), (first, x))[1]
+
+    shapes = ((256, 128), ()), ((5, 128, 128), ())
+    work = hlo.work(compiled(functools.partial(early_end, first), mesh, *shapes))
+    assert work.flops == (12 - first) * 5 * 2 * 256 * 128 * 128
+    once = hlo.work(
+        compiled(lambda x, w: jnp.tanh(x @ w), mesh, ((256, 128), ()), ((128,) * 2, ()))
+    )
+    assert work.cycles > 30 * once.cycles
+
+
+def test_collectives_have_their_kind_and_bytes(mesh):
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(None, "fsdp")),
+        out_specs=PartitionSpec(), check_vma=False,
+    )  # fmt: skip
+    def gathered(x, w):
+        whole = lambda w: jax.lax.all_gather(w, "fsdp", tiled=True)
+        with jax.named_scope("the_layers"):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ whole(w)), None), x, w)[0]
+
+    text = compiled(gathered, mesh, ((256, 512), ()), ((7, 512, 512), (None, "fsdp")))
+    assert hlo.work(text).collectives == {"all-gather": (7, 7 * 512 * 512 * 2)}
+    assert hlo.work(text, inside="the_layers").flops == hlo.work(text).flops > 0
+    assert hlo.work(text, inside="elsewhere").flops == 0
+    halves = ((256, 512), (None, "tensor")), ((512, 64), ("tensor",))
+    summed = hlo.work(compiled(lambda x, w: x @ w, mesh, *halves))
+    assert summed.collectives == {"all-reduce": (1, 256 * 64 * 2)}
+    assert summed.link_bytes == 2 * 256 * 64 * 2
+
+
+@pytest.mark.parametrize(("rank", "copy"), [(16, "merge"), (0, "gather")])
+def test_a_step_fits_and_is_described(config, capsys, rank, copy):
+    """With an adapter, and with all parameters trained."""
+    config.lora.rank = rank
+    assert aot.report(config, "v5e:2x2", corpus_size=20_000)
+    out = capsys.readouterr().out
+    assert re.search(r"^fits: 0\.\d of 15\.75 GiB a chip \(\w+\)$", out, re.M)
+    assert re.search(r"^A GRPO step: .* scoring [\d.]+ %, in it the ranks [\d.]+ %\.$", out, re.M)
+    for program in (copy, "sample", "score_rewrites", "grpo_step"):
+        assert re.search(rf"^\| {program} \|( [\d.]+ \|){{5}}$", out, re.M), program
+
+
+def test_sampling_reads_whole_weights_and_its_flops_are_known(config, mesh):
+    shapes = aot.shapes_of(config, mesh, corpus_size=20_000)
+    _, sample, *_ = aot.programs_of(config, shapes)
+    work = aot.compile_one(sample, shapes).work
+    B, K = config.grpo.batch_size, config.grpo.group_size
+    S, T = config.prompt.max_tokens, config.rollout.max_tokens
+    token = 2 * (256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 512)
+    pair = 2 * 2 * 4 * 64  # of a query and a key, all heads: their product, and the value
+    read = 4 * B * (S * token + S * S * pair)
+    head = 2 * 256 * 1024
+    # The first token of a whole group comes from the prompt's own state.
+    written = B * head + (T - 1) * B * K * (4 * (token + (S + T) * pair) + head)
+    assert work.flops == (read + written) / 4
+    # No layer's weights are gathered: those of one token alone would be more than this.
+    weights = 4 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) / 2
+    assert work.collectives["all-gather"][1] < weights / 2
+
+
+def test_what_does_not_fit_says_what_to_change(config, capsys):
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 1, 1
+    assert not aot.report(config, "v5e:2x2", corpus_size=400_000_000)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(r"does not fit: [\d.]+ of 15\.75 GiB a chip \(at rest\)\. To change: ", last)
+    assert "retriever.corpus_dtype='int8'" in last
+
+
+def test_a_refusal_of_the_compiler_is_read(config, mesh):
+    shapes = aot.shapes_of(config, mesh, corpus_size=20_000)
+    huge = jax.ShapeDtypeStruct((40 * 2**28,), jnp.float32, sharding=sharding.replicated(mesh))
+    lower = lambda: jax.jit(lambda x: x + 1).lower(huge)
+    needs = aot.compile_one(aot.Program("huge", lower, ()), shapes)
+    assert needs.work is None and needs.bytes > 40 * 2**30
+    step = dataclasses.replace(needs, name="grpo_step", before=0)
+    assert "policy.remat=True" in aot.advice(config, step)
+
+
+@pytest.mark.parametrize(
+    "topology, key, value, sentence",
+    [
+        ("v5e:3x3", None, None, "no slice that the compiler knows"),
+        ("v9:2x2", None, None, "no slice that the compiler knows"),
+        ("v5e:2x2", "mesh.tensor", 3, "do not fit 4 devices"),
+        ("v5e:2x2", "grpo.batch_size", 3, "does not divide over data x fsdp = 2"),
+        ("v5e:2x2", "policy.dtype", "float16", "policy.dtype='float16' is unknown"),
+    ],
+)
+def test_mistakes_are_one_sentence(config, topology, key, value, sentence):
+    if key:
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        aot.report(config, topology, corpus_size=1000)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_exits_with_the_verdict(config):
+    command = [sys.executable, "-m", "grape_jax.compile", "--config=configs/emoji.py"]
+    command += [f"--config.policy.path={config.policy.path}", "--corpus_size=400000000"]
+    run = lambda *more: subprocess.run(
+        [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    refused = run("--topology=v5e:2x2")
+    assert refused.returncode == 1, refused.stderr
+    assert refused.stdout.splitlines()[-1].startswith("does not fit: ")
+    unnamed = run()
+    assert unnamed.returncode == 2
+    assert unnamed.stderr.endswith("no topology is given: add --topology=v5e:16x16.\n")
+
+
+def test_shapes_are_those_of_the_run_itself(config, mesh):
+    """What is compiled is what training would hold: every leaf's shape, dtype and place."""
+    config.policy.path = ""
+    shapes = aot.shapes_of(config, mesh, corpus_size=1000)
+    model = shapes.learner.policy
+    assert model == context.policy_settings(config, model, mesh)
+    assert (model.layers, model.width, model.vocab_size) == (30, 576, 49152)
+    kernel = shapes.base["layers"]["q"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (30, 288, 288)
+    assert shapes.state.trained["q"]["a"].dtype == jnp.float32
+    assert shapes.index.rows_NxE.shape == (1024, 192)
