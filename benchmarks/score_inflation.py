@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grape_jax.run.loop import run_command, train
+from grape_jax.run.loop import train
 from grape_jax.runtime import files, processes
+from grape_jax.runtime.command_line import run_command
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 
 BASELINE = "similarity"

@@ -1,26 +1,14 @@
-r"""Will it fit: compiles a run's programs for a TPU slice, on any machine, from shapes alone.
-
-    python -m grape_jax.compile --config=configs/emoji.py --topology=v5e:4x4 \
-        --config.policy.path=Qwen/Qwen2.5-7B-Instruct --config.policy.dtype=bfloat16 \
-        --config.mesh.tensor=4 --corpus_size=16000000
-
-Runs the real TPU compiler, which `pip install 'grape_jax[tpu]'` brings; no TPU, no weights and no
-data are needed, and of the policy and the retriever only the config files. Prints what each program
-keeps and does on one chip, and a verdict; exits 1 where the run does not fit. docs/scaling.md says
-how to read it.
-"""
+"""Compiles a run's programs for a TPU slice from shapes alone, and reports whether they fit."""
 
 import dataclasses
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -34,8 +22,8 @@ from grape_jax.rl.rollout import sample
 from grape_jax.rl.scoring import Scorer, score_rewrites
 from grape_jax.run import checks, context
 from grape_jax.run.rewriter import gather, merge
-from grape_jax.runtime import command_line, hlo, sharding
-from grape_jax.runtime.errors import UserError, exit_with_sentence
+from grape_jax.runtime import hlo, sharding
+from grape_jax.runtime.errors import UserError
 from grape_jax.types import Index, Prompts, Rewrites
 from grape_jax.weights import pretrained
 
@@ -102,18 +90,6 @@ class Needs:
     before: float  # bytes of it that were there before
     work: hlo.Work | None = None  # None: it was not compiled, or refused for its memory
     ranking: hlo.Work | None = None  # the part of it that ranks
-
-
-def main() -> None:
-    command_line.define_config()
-    flags.DEFINE_string("topology", None, "A slice: v5e:16x16, v6e:8x8, v5p:4x4x4, v4:4x4x4, ...")
-    flags.DEFINE_integer("corpus_size", 1_000_000, "Items to be ranked against.", lower_bound=1)
-    command_line.parse()
-    jax.config.update("jax_platforms", "cpu")
-    values = flags.FLAGS
-    if values.topology is None:
-        raise UserError("no topology is given: add --topology=v5e:16x16.")
-    sys.exit(0 if report(values.config, values.topology, values.corpus_size) else 1)
 
 
 def report(config: ConfigDict, topology: str, corpus_size: int) -> bool:
@@ -383,7 +359,3 @@ def _row(one: Needs, chip: Chip, took: float) -> str:
         f"| {one.name} | {one.bytes / GIB:.2f} | {one.work.flops / 1e12:.3f} "
         f"| {one.work.link_bytes / GIB:.2f} | {seconds(one.work, chip):.3f} | {took:.0f} |"
     )
-
-
-if __name__ == "__main__":
-    exit_with_sentence(main)

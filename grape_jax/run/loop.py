@@ -9,13 +9,12 @@ The same command again goes on where a run was stopped. On several machines each
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
@@ -38,10 +37,10 @@ from grape_jax.run.rewriter import (
     read_answers,
     sampling_variables,
 )
-from grape_jax.runtime import checkpoint, command_line, files, processes, sharding
-from grape_jax.runtime.errors import UserError, exit_with_sentence
+from grape_jax.runtime import checkpoint, processes, sharding
+from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.log import Log, sample_table
-from grape_jax.runtime.shutdown import Interrupted, StopSignal, interruptible
+from grape_jax.runtime.shutdown import Interrupted, StopSignal
 from grape_jax.types import Prompts, Rewrites, Rollout, Scores
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
@@ -473,29 +472,3 @@ def evaluate_policy(
 def progress(**settings) -> tqdm:
     """A progress bar, of one process."""
     return tqdm(**settings, disable=not processes.is_writer())
-
-
-def main() -> None:
-    run_command(train, "runs/emoji")
-
-
-def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None:
-    """A command line with --config and --workdir for work that can be stopped and gone on with."""
-    command_line.define_config()
-    flags.DEFINE_string("workdir", None, "Where the run lives; a run found there goes on.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several.")
-    flags.DEFINE_integer("process_id", None, "Which of the processes this one is, from 0.")
-    flags.DEFINE_integer("process_count", None, "How many processes there are.")
-    command_line.parse()
-    given = flags.FLAGS
-    if given.workdir is None:
-        raise UserError(f"no workdir is given: add --workdir={example}.")
-    workdir = files.path(given.workdir)
-    command_line.quiet()
-    processes.join(given.coordinator, given.process_id, given.process_count)
-    with processes.watched(given.config.step_timeout), interruptible():
-        start(given.config, workdir)
-
-
-if __name__ == "__main__":
-    exit_with_sentence(main)

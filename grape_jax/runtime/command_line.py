@@ -6,13 +6,15 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from grape_jax.runtime import files, processes
 from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.shutdown import interruptible
 
 FLAGS = flags.FLAGS
 
@@ -124,3 +126,25 @@ def _leaves(config: ConfigDict, prefix: str = ""):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None:
+    """Runs a resumable command with --config and --workdir, alone or as one of several processes.
+
+    Args:
+      start: receives the config and the workdir; may raise `shutdown.Interrupted`.
+      example: a workdir for the message about a missing one.
+    """
+    define_config()
+    flags.DEFINE_string("workdir", None, "The run's directory; an existing run is resumed.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.")
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+    flags.DEFINE_integer("process_count", None, "The number of processes.")
+    parse()
+    if FLAGS.workdir is None:
+        raise UserError(f"no workdir is given: add --workdir={example}.")
+    workdir = files.path(FLAGS.workdir)
+    quiet()
+    processes.join(FLAGS.coordinator, FLAGS.process_id, FLAGS.process_count)
+    with processes.watched(FLAGS.config.step_timeout), interruptible():
+        start(FLAGS.config, workdir)
