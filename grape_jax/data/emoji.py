@@ -30,19 +30,25 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from grape_jax.data import benchmark, noise, openmoji, wordnet, words
-from grape_jax.data.benchmark import Corpus, Query, hash64
+from grape_jax.data import noise, openmoji, storage, wordnet, words
+from grape_jax.data.benchmark import Benchmark, Query, hash64, refuse_unknown
 
-SHIFTS = ("languages", "long", "noisy")
 WORDS = ("long", "noisy")  # the shifts with pairs beside the benchmark (`load_words`)
-SPLITS = ("train", "validation", "test", "test_seen")
-TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
 LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
 
-VERSION = "2.0.0"  # of the files
 ABOUT = f"""{__doc__}
 https://openmoji.org. Pictures CC-BY-SA-4.0 (OpenMoji); names BSD-3-Clause (emoji); WordNet licence.
 """
+
+BENCHMARK = Benchmark(
+    name="emoji",
+    shifts=("languages", "long", "noisy"),
+    galleries=dict.fromkeys(("train", "validation", "test", "test_seen"), "corpus"),
+    test_sets={"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"},
+    version="2.0.0",
+    about=ABOUT,
+)
+SPLITS = BENCHMARK.splits
 
 IMAGE_SIZE = 128
 SEED = 0  # of the split and of the typing errors; another seed is another benchmark
@@ -75,41 +81,17 @@ def prepare(
     Raises:
       UserError: an unknown shift, WordNet or a package is missing.
     """
-    benchmark.refuse_unknown("shift", shifts, SHIFTS)
+    refuse_unknown("shift", shifts, BENCHMARK.shifts)
     worded = [_words_of(shift) for shift in shifts if with_words and shift in WORDS]
     for name in ("corpus", *shifts, *worded):
-        if benchmark.is_written(data_dir, _folder(name)):
+        if storage.is_written(data_dir, BENCHMARK.folder(name)):
             continue
         if name == "long" or name in worded:
             wordnet.find(wordnet_dir)
         if progress:
-            print(f"emoji: building {name} in {Path(data_dir) / _folder(name)}", flush=True)
+            folder = Path(data_dir) / BENCHMARK.folder(name)
+            print(f"emoji: building {name} in {folder}", flush=True)
         _build(data_dir, name, wordnet_dir)
-
-
-def gallery_of(split: str) -> str:
-    """One corpus for all splits."""
-    benchmark.refuse_unknown("split", [split], SPLITS)
-    return "corpus"
-
-
-def load_queries(
-    data_dir: str | Path, shift: str, split: str, limit: int | None = None
-) -> list[Query]:
-    """The queries of one split, in a fixed order.
-
-    Args:
-      data_dir: where `prepare` put them.
-      shift: one of SHIFTS.
-      split: one of SPLITS.
-      limit: if there are more, keeps this many (`benchmark.subset`); None: all.
-
-    Raises:
-      UserError: the set is not there or is damaged; an unknown name; a limit below 1.
-    """
-    benchmark.refuse_unknown("shift", [shift], SHIFTS)
-    benchmark.refuse_unknown("split", [split], SPLITS)
-    return benchmark.read_queries(data_dir, _folder(shift), split, limit)
 
 
 def load_words(data_dir: str | Path, shift: str) -> list[Query]:
@@ -120,20 +102,7 @@ def load_words(data_dir: str | Path, shift: str) -> list[Query]:
     """
     if shift not in WORDS:
         return []
-    return benchmark.read_queries(data_dir, _folder(_words_of(shift)), "train")
-
-
-def load_corpus(data_dir: str | Path, gallery: str = "corpus") -> Corpus:
-    """All pictures, in the order of `openmoji.gallery()`: ids are OpenMoji codes, names English.
-
-    Raises:
-      UserError: the set is not there or is damaged.
-    """
-    return benchmark.read_corpus(data_dir, _folder("corpus"), gallery)
-
-
-def _folder(name: str) -> str:
-    return f"emoji/{name}/{VERSION}"
+    return storage.read_queries(data_dir, BENCHMARK.folder(_words_of(shift)), "train")
 
 
 def _words_of(shift: str) -> str:
@@ -142,13 +111,13 @@ def _words_of(shift: str) -> str:
 
 def _build(data_dir: str | Path, name: str, wordnet_dir: str | Path | None = None) -> None:
     if name == "corpus":
-        benchmark.write_corpora(data_dir, _folder(name), {"corpus": _pictures()}, ABOUT)
+        storage.write_corpora(data_dir, BENCHMARK.folder(), {"corpus": _pictures()}, ABOUT)
         return
-    if name in SHIFTS:
+    if name in BENCHMARK.shifts:
         queries = make_queries(name, wordnet_dir)
     else:
         queries = {"train": make_words(name.removesuffix("_words"), wordnet_dir)}
-    benchmark.write_queries(data_dir, _folder(name), queries, ABOUT)
+    storage.write_queries(data_dir, BENCHMARK.folder(name), queries, ABOUT)
 
 
 def _pictures() -> Iterator[tuple[str, str, bytes]]:

@@ -80,7 +80,7 @@ class Job:
 
     def gallery_name(self, split: str) -> str:
         """Which corpus this split's queries are ranked in; splits may share one."""
-        return catalogue.module(self.config.benchmark).gallery_of(split)
+        return catalogue.find(self.config.benchmark).gallery_of(split)
 
     def _open(self, name: str) -> Gallery:
         corpus = catalogue.load_corpus(self.config, name)
@@ -280,7 +280,7 @@ def _check_sizes(run: Job) -> int:
     for shift, prompt in run.prompts.items():
         if config.warm_up.words:
             _check_prompts(run, shift, prompt, [query.text for query in run.lessons(shift)])
-        for split in catalogue.module(config.benchmark).SPLITS:
+        for split in catalogue.find(config.benchmark).splits:
             queries = run.queries(shift, split)
             _check_prompts(run, shift, prompt, run.prompt_texts(queries, split))
             # Where the truth is withheld, it is withheld of the whole split.

