@@ -64,7 +64,7 @@ def _queries(folder: Path, split: str) -> list[RawQuery]:
         members = archive.field(
             place, archive.field(place, entry, "img_set", dict), "members", list
         )
-        targets = ()
+        targets: tuple[str, ...] = ()
         if split != WITHHELD:
             targets = (archive.field(place, entry, "target_hard", str),)
             if targets[0] == reference:

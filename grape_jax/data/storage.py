@@ -34,7 +34,7 @@ CORPUS_FEATURES = {
 }
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder of one set from records in memory."""
 
     # Otherwise TFDS searches for checksums beside this file, with a package it does not install.
