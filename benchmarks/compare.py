@@ -87,7 +87,7 @@ def refuse(config: ConfigDict) -> None:
         raise UserError("prompt.answer_start must be empty: TRL cannot begin an answer.")
     if config.rollout.stop:
         raise UserError("rollout.stop must be empty: the PyTorch version reads one end token.")
-    corpus_of = catalogue.module(config.benchmark).gallery_of
+    corpus_of = catalogue.find(config.benchmark).gallery_of
     if corpus_of("train") != corpus_of("test"):
         raise UserError("the two versions are compared on a benchmark with one corpus for all.")
     if passed_over := keys.unknown(config.to_dict()):

@@ -124,7 +124,7 @@ def _row(shift: str, query) -> dict:
 
 
 def _test(config: ConfigDict, shift: str, split: str, queries: list) -> dict:
-    names = catalogue.module(config.benchmark).TEST_SETS
+    names = catalogue.find(config.benchmark).test_sets
     rows = [
         {"id": query.id, "text": query.text, "group": query.group, "target": _target(query)}
         for query in queries

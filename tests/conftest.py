@@ -64,7 +64,7 @@ def shared(tmp_path_factory):
     """Made once for all workers: `data`, the embedded benchmark with its bank, and `tiny.gguf`."""
     import tiny_policy
 
-    from grape_jax.data import emoji
+    from grape_jax.data import emoji, storage
     from grape_jax.retrieval import bank, encoder
 
     base = tmp_path_factory.getbasetemp()
@@ -74,7 +74,7 @@ def shared(tmp_path_factory):
             making = tmp_path_factory.mktemp("shared")
             tiny_policy.write(making / "tiny.gguf")
             emoji.prepare(making / "data")
-            images = emoji.load_corpus(making / "data", emoji.gallery_of("train")).images
+            images = storage.load_corpus(emoji.BENCHMARK, making / "data", "corpus").images
             bank.corpus_bank(encoder.load(), images, making / "data" / "banks")
             making.rename(folder)
     return folder

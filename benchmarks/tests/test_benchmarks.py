@@ -13,7 +13,7 @@ import official_files
 import pytest
 
 from grape_jax import prepare
-from grape_jax.data import catalogue, cirr, flickr30k_cn, submission, tagged, wikipedia, xm3600
+from grape_jax.data import catalogue, flickr30k_cn, storage, submission, tagged, xm3600
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
 from grape_jax.run import checks, context, loop
@@ -41,9 +41,9 @@ def folders(tmp_path_factory):
 
 def as_ids(name, data_dir, split):
     """Every query of a split with ids in place of rows, by its text's id."""
-    found = catalogue.module(name)
-    ids = found.load_corpus(data_dir, found.gallery_of(split)).ids
-    queries = found.load_queries(data_dir, found.SHIFTS[0], split)
+    found = catalogue.find(name)
+    ids = storage.load_corpus(found, data_dir, found.gallery_of(split)).ids
+    queries = storage.load_queries(found, data_dir, found.shifts[0], split)
     assert len({query.id for query in queries}) == len(queries)
     name_of = lambda row: ids[row] if row >= 0 else ""
     return {
@@ -56,7 +56,7 @@ def as_ids(name, data_dir, split):
 
 
 def pictures(name, data_dir, gallery):
-    corpus = catalogue.module(name).load_corpus(data_dir, gallery)
+    corpus = storage.load_corpus(catalogue.find(name), data_dir, gallery)
     return dict(zip(corpus.ids, corpus.images, strict=True))
 
 
@@ -129,7 +129,7 @@ def test_xm3600_is_what_the_files_say(folders):
         for lang in ("de", "en", "th")
         for i, text in enumerate(r[lang]["caption"])
     }
-    by_split = {split: as_ids("xm3600", data_dir, split) for split in xm3600.SPLITS}
+    by_split = {split: as_ids("xm3600", data_dir, split) for split in xm3600.BENCHMARK.splits}
     assert by_split["train"] | by_split["validation"] | by_split["test"] == wanted
     keys = {split: {v[2][0] for v in found.values()} for split, found in by_split.items()}
     assert sum(map(len, keys.values())) == len(set.union(*keys.values())) == len(records)
@@ -142,7 +142,8 @@ def test_xm3600_is_what_the_files_say(folders):
         i for i in by_split["train"] if i.endswith("/0") and "/en/" not in i
     ]
     with pytest.raises(UserError, match="choose from de, en, th"):
-        xm3600.load_queries(data_dir, "multilingual", "train", languages=("fr",))
+        config.xm3600.languages = ("fr",)
+        catalogue.load_queries(config, "multilingual", "train")
 
 
 def test_wikipedia_is_what_the_files_say(folders):
@@ -160,7 +161,7 @@ def test_wikipedia_is_what_the_files_say(folders):
             words = ElementTree.fromstring(source).find("text").text
             assert found[text] == (" ".join(words.split()), "en", [image], "", [])
         assert len(found) == len(rows)
-    assert wikipedia.gallery_of("validation") == "train"
+    assert catalogue.find("wikipedia").gallery_of("validation") == "train"
 
 
 def test_cirr_is_what_the_files_say(folders):
@@ -200,13 +201,13 @@ def test_what_differs_from_the_release_is_named_and_a_spare_picture_left_out(tmp
     assert "val-spare-0-img0" in said.err
     assert "12 queries of validation, where the official release has 4181" in said.err
     assert "cirr: 12 pictures of validation" in said.out
-    assert "val-spare-0-img0" not in cirr.load_corpus(tmp_path / "data", "validation").ids
+    assert "val-spare-0-img0" not in pictures("cirr", tmp_path / "data", "validation")
 
 
 def test_a_build_that_died_is_begun_again(tmp_path, monkeypatch):
     manual = official_files.cvlue(tmp_path / "manual")
     with monkeypatch.context() as patch:
-        patch.setattr("grape_jax.data.benchmark.write_queries", lambda *_: 1 / 0)
+        patch.setattr("grape_jax.data.storage.write_queries", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare.prepare("cvlue", str(manual), tmp_path / "data")
     # The pictures are numbered anew, whatever the dead build left.
@@ -356,6 +357,7 @@ def test_the_command_line_ends_with_a_sentence(tmp_path):
     for arguments, sentence in (
         (("imagenet", str(tmp_path)), "choose one of emoji, flickr30k_cn"),
         (("cirr", None), "add --manual_dir=DIR"),
+        (("local", str(tmp_path)), "benchmark='local' has no official files"),
         (("cirr", str(tmp_path / "none")), "there is no folder"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -413,7 +415,7 @@ def test_every_config_is_of_its_benchmark(name):
     config = command_line.load(f"configs/{name}.py")
     checks.check(config)
     assert config.benchmark == name
-    assert tuple(config.shifts) == catalogue.module(name).SHIFTS
+    assert tuple(config.shifts) == catalogue.find(name).shifts
     assert config.prompt.system[config.shifts[0]]
 
 
@@ -426,7 +428,7 @@ def composed(folders, tiny):
 def test_a_benchmark_is_a_job(folders, tiny, composed, name):
     """Ranks of the test set's own texts against plain numpy."""
     built = composed if name == "cirr" else context.build(config_of(name, folders[1], tiny))
-    (split,), (shift,) = catalogue.module(name).TEST_SETS, built.config.shifts
+    (split,), (shift,) = catalogue.find(name).test_sets, built.config.shifts
     queries = built.queries(shift, split)
     assert built.most_targets == max(len(query.targets) for query in queries)
     assert built.scorer().corpus_size == len(built.gallery("train"))
@@ -490,15 +492,16 @@ def test_a_benchmark_is_trained_on_and_reported(folders, tiny, tmp_path, name):
     }  # fmt: skip
     config.update_from_flattened_dict(settings)
     loop.train(config, workdir)
-    size = len(catalogue.load_corpus(config, catalogue.module(name).gallery_of("train")).ids)
+    size = len(catalogue.load_corpus(config, catalogue.find(name).gallery_of("train")).ids)
     rows = [json.loads(line) for line in (workdir / "rewrites.jsonl").read_text().splitlines()]
     # The query's own picture is never counted.
     last = size - (name == "cirr")
     assert len(rows) == 16
     assert all(1 <= rewrite["rank"] <= last for row in rows for rewrite in row["rewrites"])
     report = json.loads((workdir / "report.json").read_text())
-    module = catalogue.module(name)
-    assert [found["name"] for found in report["test_sets"]] == [*module.TEST_SETS.values()]
+    assert [found["name"] for found in report["test_sets"]] == [
+        *catalogue.find(name).test_sets.values()
+    ]
     assert report["test_sets"][0]["judged"] > 0
     assert len(list((workdir / "trec").glob("*.run"))) >= 6
     if name == "cirr":

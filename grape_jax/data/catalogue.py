@@ -1,44 +1,49 @@
-"""The benchmarks by name: what `config.benchmark` stands for."""
+"""The benchmarks by name, and their data as a run's config asks for it."""
 
 from pathlib import Path
-from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from grape_jax.data import cirr, cvlue, emoji, flickr30k_cn, local, wikipedia, xm3600
-from grape_jax.data.benchmark import Corpus, Query
+from grape_jax.data import cirr, cvlue, emoji, flickr30k_cn, local, storage, wikipedia, xm3600
+from grape_jax.data.benchmark import Benchmark, Corpus, Query
 from grape_jax.data.local import Precomputed
 from grape_jax.runtime.errors import UserError
 
-NAMES = ("emoji", "flickr30k_cn", "cvlue", "xm3600", "wikipedia", "cirr", "local")
+LOCAL = Benchmark(
+    name="local",
+    shifts=local.SHIFTS,
+    galleries=dict.fromkeys(local.SPLITS, "corpus"),
+    test_sets=local.TEST_SETS,
+)
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "emoji": emoji.BENCHMARK,
+    "flickr30k_cn": flickr30k_cn.BENCHMARK,
+    "cvlue": cvlue.BENCHMARK,
+    "xm3600": xm3600.BENCHMARK,
+    "wikipedia": wikipedia.BENCHMARK,
+    "cirr": cirr.BENCHMARK,
+    "local": LOCAL,
+}
 
 
-def module(name: str) -> ModuleType:
-    """The benchmark's module; `grape_jax.data.benchmark` says what it holds.
+def find(name: str) -> Benchmark:
+    """Returns the benchmark of this name.
 
     Raises:
-      UserError: there is no such benchmark.
+      UserError: unknown name.
     """
-    match name:
-        case "emoji":
-            return emoji
-        case "flickr30k_cn":
-            return flickr30k_cn
-        case "cvlue":
-            return cvlue
-        case "xm3600":
-            return xm3600
-        case "wikipedia":
-            return wikipedia
-        case "cirr":
-            return cirr
-        case "local":
-            return local
-    raise UserError(f"benchmark={name!r} is unknown: choose one of {', '.join(NAMES)}.")
+    if name not in BENCHMARKS:
+        raise UserError(f"benchmark={name!r} is unknown: choose one of {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
 
 
 def prepare(config: ConfigDict) -> None:
-    """Writes what a run can make by itself; archives need `python -m grape_jax.prepare`."""
+    """Writes the sets that need no official files; the others need `python -m grape_jax.prepare`.
+
+    Raises:
+      UserError: a package, WordNet or one of the user's files is missing or malformed.
+    """
     match config.benchmark:
         case "emoji":
             emoji.prepare(
@@ -52,28 +57,42 @@ def prepare(config: ConfigDict) -> None:
 
 
 def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
-    """The queries of one split as a run's config asks for them."""
-    chosen = config.xm3600 if config.benchmark == "xm3600" else {}
-    return module(config.benchmark).load_queries(place(config), shift, split, **chosen)
+    """Returns the queries of one split, in a fixed order.
+
+    Raises:
+      UserError: unknown benchmark, shift, split or language; the set is missing or damaged.
+    """
+    if config.benchmark == "local":
+        return local.load_queries(data_folder(config), shift, split)
+    queries = storage.load_queries(find(config.benchmark), config.data_dir, shift, split)
+    if config.benchmark == "xm3600":
+        return xm3600.select(queries, config.xm3600.languages, config.xm3600.captions)
+    return queries
 
 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
-    """The pictures of one gallery of a run's benchmark."""
-    return module(config.benchmark).load_corpus(place(config), gallery)
+    """Returns the pictures of one gallery, in the order that the queries' targets index.
+
+    Raises:
+      UserError: unknown benchmark; the set is missing or damaged.
+    """
+    if config.benchmark == "local":
+        return local.load_corpus(data_folder(config), gallery)
+    return storage.load_corpus(find(config.benchmark), config.data_dir, gallery)
 
 
 def load_words(config: ConfigDict, shift: str) -> list[Query]:
-    """Pairs of query and reference text beside the benchmark, without pictures."""
-    return emoji.load_words(Path(config.data_dir), shift)
+    """Returns pairs of query and reference without pictures, for the warm-up (`emoji` only)."""
+    return emoji.load_words(config.data_dir, shift)
 
 
 def load_precomputed(config: ConfigDict) -> Precomputed | None:
-    """The embeddings that a user gave with the pictures or instead of them, or None."""
-    return local.load_precomputed(place(config)) if config.benchmark == "local" else None
+    """Returns the user's precomputed embeddings of the corpus, or None if there are none."""
+    return local.load_precomputed(data_folder(config)) if config.benchmark == "local" else None
 
 
-def place(config: ConfigDict) -> Path:
-    """Where the benchmark's sets lie; a user's own data has a folder for each choice of files."""
+def data_folder(config: ConfigDict) -> Path:
+    """Returns the folder of the sets; for a user's own data, one for each choice of files."""
     if config.benchmark == "local":
         return local.folder(config.local, config.data_dir)
     return Path(config.data_dir)

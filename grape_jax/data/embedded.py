@@ -1,11 +1,11 @@
-"""Embeddings of pictures that were made elsewhere, read block by block.
+"""Precomputed embeddings of pictures, read block by block.
 
-NAME.npy        [N, E], and NAME.txt beside it: the pictures' ids, one a line
+NAME.npy        [N, E], with NAME.txt beside it: the pictures' ids, one per line
 NAME.npz        `embeddings` [N, E] and `ids` [N]
 NAME.parquet    columns `embedding` (lists of E numbers) and `id` or `image_path`
-a directory     as clip-retrieval writes it: img_emb/img_emb_0.npy, ... and for each of them
-                metadata/metadata_0.parquet with `image_path`; where text_emb/text_emb_0.npy and
-                `caption` are there too, they show which model made the embeddings
+a directory     in the layout of clip-retrieval: img_emb/img_emb_0.npy, ..., each with
+                metadata/metadata_0.parquet with `image_path`; text_emb/text_emb_0.npy and
+                `caption`, if present, serve to check which model made the embeddings
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import hashlib
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -25,38 +26,39 @@ from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 
 SUFFIXES = (".npy", ".npz", ".parquet")
-BLOCK = 4096  # rows in memory at one time
-UNIT = 1e-4  # how far from 1 a norm may be, to be used as it is
-TEXTS = 16  # captions that the model is recognised by
+BLOCK = 4096  # rows in memory at a time
+UNIT = 1e-4  # rows whose norms differ more from 1 are scaled
+TEXTS = 16  # captions to check the model with
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pa.ArrowException)
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """Embeddings on disk; none of them is in memory."""
+    """Embeddings on disk, not loaded."""
 
-    path: Path  # as the user named it
-    ids: list[str]  # of the rows
+    path: Path  # as given by the user
+    ids: list[str]  # of the rows, [N]
     width: int  # E
-    blocks: Callable[[], Iterator[np.ndarray]]  # the rows in order, at most BLOCK at one time
-    single: bool  # the path is a float32 .npy, which can be used where it lies
-    texts: tuple[tuple[str, str, int], ...] = ()  # caption, the file and row of its embedding
+    blocks: Callable[[], Iterator[np.ndarray]]  # rows in order, at most BLOCK at a time
+    single: bool  # `path` is a float32 .npy, which can be memory-mapped
+    texts: tuple[tuple[str, str, int], ...] = ()  # caption, file and row of its embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What one pass over the rows has shown."""
+    """Results of one pass over the rows."""
 
     digest: str  # of ids and rows
     norms: tuple[float, float]  # lowest and highest
 
     @property
     def unit(self) -> bool:
+        """Whether all rows have unit length."""
         return max(abs(norm - 1) for norm in self.norms) <= UNIT
 
 
 def find(path: str | Path) -> Given:
-    """Opens embeddings in one of the layouts above.
+    """Opens embeddings in one of the layouts of this module's docstring.
 
     Raises:
       UserError: there are none, or they cannot be read.
@@ -84,7 +86,7 @@ def find(path: str | Path) -> Given:
 
 
 def check(given: Given, report: Callable[[str, str], None]) -> Checked:
-    """Reads all rows once; `report(kind, one)` hears of those that cannot be used.
+    """Reads all rows once and calls `report(kind, id)` for each unusable row.
 
     Raises:
       UserError: a file is damaged.
@@ -93,7 +95,7 @@ def check(given: Given, report: Callable[[str, str], None]) -> Checked:
     lowest, highest, first = np.inf, 0.0, 0
     try:
         for block in given.blocks():
-            digest.update(np.ascontiguousarray(block))
+            digest.update(block.tobytes())
             rows_NxE = block.astype(np.float32, copy=False)
             norm_N = np.sqrt(np.einsum("ne,ne->n", rows_NxE, rows_NxE))
             for row in np.flatnonzero(~np.isfinite(norm_N)):
@@ -110,7 +112,12 @@ def check(given: Given, report: Callable[[str, str], None]) -> Checked:
 
 
 def bank(given: Given, checked: Checked, data_dir: str | Path) -> Path:
-    """A float32 .npy of the rows at unit length: the user's own file, or a copy in `data_dir`."""
+    """Returns a float32 .npy of the rows at unit length: the user's file or a copy in `data_dir`.
+
+    Args:
+      checked: the result of `check`.
+      data_dir: a copy goes to `data_dir/banks`; one that exists is used again.
+    """
     if given.single and checked.unit:
         return given.path.resolve()
     path = Path(data_dir).resolve() / "banks" / f"given-{checked.digest}.npy"
@@ -135,7 +142,13 @@ def bank(given: Given, checked: Checked, data_dir: str | Path) -> Path:
     return path
 
 
-def _of_npy(path: Path, parts: list[Path], ids: list[str], single: bool = False, texts=()) -> Given:
+def _of_npy(
+    path: Path,
+    parts: list[Path],
+    ids: list[str],
+    single: bool = False,
+    texts: Sequence[tuple[str, str, int]] = (),
+) -> Given:
     headers = [_header(part) for part in parts]
     for part, header in zip(parts, headers, strict=True):
         if header.ndim != 2 or header.dtype.kind != "f":
@@ -155,8 +168,7 @@ def _of_npy(path: Path, parts: list[Path], ids: list[str], single: bool = False,
     def blocks() -> Iterator[np.ndarray]:
         for part, header in zip(parts, headers, strict=True):
             for start in range(0, len(header), BLOCK):
-                # A map of its own for each block: what is read counts as this process's memory
-                # for as long as its map lives.
+                # One map per block: pages that were read count as memory while their map lives.
                 yield np.array(np.load(part, mmap_mode="r")[start : start + BLOCK])
 
     return Given(path, ids, headers[0].shape[1], blocks, single, tuple(texts))
@@ -188,7 +200,7 @@ def _npz(path: Path) -> Given:
         ids = [str(one) for one in arrays["ids"]]
 
     def rows() -> Iterator[np.ndarray]:
-        """A compressed file has no rows to map: they are read as a stream."""
+        # A compressed file cannot be memory-mapped: it is read as a stream.
         with zipfile.ZipFile(path) as archive, archive.open("embeddings.npy") as file:
             shape, dtype = _stream_header(path, file)
             for start in range(0, shape[0], BLOCK):
@@ -203,7 +215,7 @@ def _npz(path: Path) -> Given:
     return Given(path, ids, shape[1], rows, single=False)
 
 
-def _stream_header(path: Path, file) -> tuple[tuple[int, int], np.dtype]:
+def _stream_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, int], np.dtype]:
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -240,17 +252,21 @@ def _parquet(path: Path) -> Given:
 
 
 def _clip_retrieval(path: Path) -> Given:
-    number = lambda part: re.search(r"(\d+)$", part.stem)
-    parts = [part for part in path.glob("img_emb/*.npy") if number(part)]
-    parts.sort(key=lambda part: int(number(part)[1]))
+    suffixes = {
+        part: found[1]
+        for part in path.glob("img_emb/*.npy")
+        if (found := re.search(r"(\d+)$", part.stem))
+    }
+    parts = sorted(suffixes, key=lambda part: int(suffixes[part]))
     if not parts:
         raise UserError(
             f"{path} holds no img_emb/img_emb_0.npy, as clip-retrieval writes them: give such a "
             "directory, or a file."
         )
-    ids, texts = [], []
+    ids: list[str] = []
+    texts: list[tuple[str, str, int]] = []
     for part in parts:
-        suffix = number(part)[1]
+        suffix = suffixes[part]
         metadata = path / "metadata" / f"metadata_{suffix}.parquet"
         if not metadata.exists():
             raise UserError(f"{metadata} is missing: it must name the pictures of {part.name}.")

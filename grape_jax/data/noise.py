@@ -1,8 +1,12 @@
-"""Typing errors as a hand makes them on a QWERTY keyboard, from a seed and nothing else."""
+"""Typing errors as on a QWERTY keyboard, determined by a seed."""
 
 import random
+from collections.abc import Sequence
+from typing import TypeVar
 
-# The keys next to each key on its own row and on the rows above and below (US QWERTY).
+T = TypeVar("T")
+
+# Adjacent keys, on the same row and on those above and below (US QWERTY).
 NEIGHBOURS = {
     "q": "wa", "w": "qeas", "e": "wrsd", "r": "etdf", "t": "ryfg", "y": "tugh", "u": "yihj",
     "i": "uojk", "o": "ipkl", "p": "ol", "a": "qwsz", "s": "weadzx", "d": "ersfxc", "f": "rtdgcv",
@@ -11,35 +15,35 @@ NEIGHBOURS = {
 }  # fmt: skip
 
 LETTERS_PER_ERROR = 5  # about 3 errors in a name of 15 letters
-LETTERS_PER_ERROR_AT_LEAST = 4  # and never more than one error for each 4 letters
+MIN_LETTERS_PER_ERROR = 4  # upper bound on the number of errors
 
 
 def letters(text: str) -> int:
-    """How many characters of `text` are keys with a letter on them."""
+    """Returns the number of characters in `text` that are letters of the keyboard."""
     return sum(character in NEIGHBOURS for character in text.lower())
 
 
 def error_count(text: str) -> int:
-    """How many errors `mistype` makes in `text`: one for each 5 letters, rounded."""
+    """Returns the number of errors that `mistype` makes: one per 5 letters, rounded."""
     count = letters(text)
     wanted = max(1, round(count / LETTERS_PER_ERROR))
-    return min(wanted, count // LETTERS_PER_ERROR_AT_LEAST)
+    return min(wanted, count // MIN_LETTERS_PER_ERROR)
 
 
 def mistype(text: str, seed: str) -> str:
     """Lower-cases `text` and makes `error_count(text)` typing errors in it.
 
-    An error is a neighbouring key, two letters swapped, a letter left out, a letter typed twice, or
-    a space lost, moved by one letter or put in. Errors stand at least two characters apart, so the
-    distance from the text (optimal string alignment) is never more than their number.
+    An error is an adjacent key, a swap of two letters, a missing or doubled letter, or a space that
+    is missing, late by one letter or inserted. Errors are at least three characters apart, so the
+    optimal string alignment distance from the text is at most their number.
 
     Args:
       text: at least 4 letters.
-      seed: decides every choice. Only `random.Random(str).random()` is used, whose stream Python
-        keeps the same from version to version.
+      seed: determines all choices. Only `random.Random(str).random()` is used, whose stream is
+        stable across Python versions.
 
     Returns:
-      A text unlike `text.lower()`.
+      A text that differs from `text.lower()`.
 
     Raises:
       ValueError: the text has fewer than 4 letters.
@@ -47,35 +51,34 @@ def mistype(text: str, seed: str) -> str:
     text = text.lower()
     count = error_count(text)
     if count < 1:
-        raise ValueError(f"{text!r} has fewer than {LETTERS_PER_ERROR_AT_LEAST} letters.")
+        raise ValueError(f"{text!r} has fewer than {MIN_LETTERS_PER_ERROR} letters.")
     rng = random.Random(seed)
     while True:
         typed = text
-        # From the right, so that the places further left keep their index.
-        for place in sorted(_places(text, count, rng), reverse=True):
-            typed = typed[:place] + _error(typed[place : place + 2], rng) + typed[place + 2 :]
-        # All errors are made again where two undo each other ("oo" typed "o" and "o" typed "oo") or
-        # a word of one letter got lost between its spaces.
+        # From the right, so that positions further left stay valid.
+        for i in sorted(_positions(text, count, rng), reverse=True):
+            typed = typed[:i] + _error(typed[i : i + 2], rng) + typed[i + 2 :]
+        # Draw again if errors cancel ("oo" -> "o" and "o" -> "oo") or leave repeated spaces.
         if typed != text and typed == " ".join(typed.split()):
             return typed
 
 
-def _places(text: str, count: int, rng: random.Random) -> list[int]:
-    """`count` random places of letters or spaces, no two closer than 3 (an error spans two)."""
+def _positions(text: str, count: int, rng: random.Random) -> list[int]:
+    """Draws up to `count` positions of letters or spaces, at least 3 apart (an error spans 2)."""
     free = [i for i, c in enumerate(text) if c in NEIGHBOURS or c == " "]
     chosen: list[int] = []
     while free and len(chosen) < count:
-        place = _pick(free, rng)
-        chosen.append(place)
-        free = [i for i in free if abs(i - place) >= 3]
+        position = _pick(free, rng)
+        chosen.append(position)
+        free = [i for i in free if abs(i - position) >= 3]
     return chosen
 
 
 def _error(pair: str, rng: random.Random) -> str:
-    """Mistypes the first of two characters (the second is missing at the end of the text)."""
+    """Mistypes the first of two characters; at the end of the text there is only one."""
     first, second = pair[0], pair[1:]
     if first == " ":
-        # The space is lost or comes one letter late.
+        # Missing, or late by one letter.
         return second if rng.random() < 0.6 or not second else second + first
     draw = rng.random()
     if draw < 0.35:
@@ -89,5 +92,5 @@ def _error(pair: str, rng: random.Random) -> str:
     return first + " " + second
 
 
-def _pick(choices, rng: random.Random):
+def _pick(choices: Sequence[T], rng: random.Random) -> T:
     return choices[int(rng.random() * len(choices))]

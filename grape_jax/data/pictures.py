@@ -1,4 +1,4 @@
-"""Opens and hashes pictures: files, encoded bytes or decoded images."""
+"""Opening and hashing of pictures: files, encoded bytes or decoded images."""
 
 import io
 from pathlib import Path
@@ -7,30 +7,32 @@ from PIL import Image
 
 from grape_jax.runtime.errors import UserError
 
-Picture = Image.Image | bytes | str | Path  # decoded, encoded, or the file that it is in
+Picture = Image.Image | bytes | str | Path  # decoded image, encoded file, or path
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """A decoded picture.
+    """Returns the decoded picture.
 
     Raises:
-      UserError: the file is missing, or the content is not a whole picture.
+      UserError: the file is missing, or its content is not a complete picture.
     """
     if isinstance(picture, Image.Image):
         return picture
-    encoded = isinstance(picture, bytes)
     try:
-        opened = Image.open(io.BytesIO(picture) if encoded else picture)
+        opened = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
         opened.load()
         return opened
-    # What PIL's decoders raise: a SyntaxError of a broken PNG, a bomb of too many pixels.
+    # Pillow raises SyntaxError for a broken PNG.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = f"an encoded picture of {len(picture)} bytes" if encoded else picture
+        if isinstance(picture, bytes):
+            name = f"an encoded picture of {len(picture)} bytes"
+        else:
+            name = str(picture)
         raise UserError(f"{name} cannot be read as a picture: {error}.") from error
 
 
 def content(picture: Picture) -> bytes:
-    """What makes a picture this one and no other: its encoded bytes, or size and pixels.
+    """Returns bytes that identify a picture: the encoded file, or mode, size and pixels.
 
     Raises:
       UserError: the file cannot be read.

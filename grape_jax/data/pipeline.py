@@ -1,9 +1,9 @@
-"""The order in which training sees its queries: shuffled by epoch, endless, resumable.
+"""The order of the training queries: shuffled by epoch, endless, resumable.
 
-The iterator is grain's own. Its state is one number (how many batches it gave), so it is saved with
-the checkpoint by `get_state()` / `set_state()` and a resumed run sees exactly the batches that the
-uninterrupted one would have seen. Queries are short texts in memory: there are no workers and no
-threads, and the order depends on the seed alone, not on the machine.
+A grain iterator whose state is the number of batches so far. The state is saved with the
+checkpoint (`get_state()`, `set_state()`), so that a resumed run gets the batches that an
+uninterrupted one would have got. Queries are short texts in memory, so there are no workers or
+threads. The order depends on the seed alone.
 """
 
 from collections.abc import Sequence
@@ -20,29 +20,29 @@ def train_iterator(
     seed: int,
     rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """Endless batches of queries, in a new order every epoch.
+    """Returns an endless iterator of batches of queries, in a new order every epoch.
 
-    A batch is of one set, and the sets take turns: queries of one kind have prompts of one length,
-    and a small set is heard as often as a large one. Epochs of a set follow each other without a
-    gap: a batch at the boundary holds the last queries of one epoch and the first of the next, so
-    every query of a set is seen equally often whatever the batch size.
+    Each batch is from one set, and the sets alternate: prompts of one set have similar lengths, and
+    a small set has as many batches as a large one. Epochs of a set are contiguous: a batch at the
+    boundary has the last queries of one epoch and the first of the next, so that all queries of a
+    set occur equally often for any batch size.
 
     Args:
-      sets: any objects; never copied or changed.
-      batch_size: B, queries in a global batch, over all processes.
-      seed: 0 <= seed < 2**32, decides the order of all epochs.
-      rows: which rows of each global batch this process takes; None: all.
+      sets: sequences of any objects, which are neither copied nor changed.
+      batch_size: B, queries of a global batch, over all processes.
+      seed: 0 <= seed < 2**32, determines the order of all epochs.
+      rows: the rows of each global batch that this process needs; None: all.
 
     Returns:
-      A grain iterator over lists of queries. `get_state()` gives a small dictionary that JSON can
-      hold; `set_state()` takes it back, in an iterator made with the same arguments but for the
-      rows. The state counts global batches, so it is the same on every process.
+      A grain iterator of lists of queries. `get_state()` returns a small dictionary that JSON can
+      store; `set_state()` accepts it if all arguments but `rows` are the same. The state counts
+      global batches, so it is equal on all processes.
 
     Raises:
-      UserError: the batch is larger than the data.
+      UserError: `batch_size` is below 1 or larger than the smallest set; `seed` is out of range.
     """
     smallest = min(len(queries) for queries in sets)
-    _refuse_impossible(smallest, batch_size, seed)
+    _check_arguments(smallest, batch_size, seed)
     rows = range(batch_size) if rows is None else rows
 
     def batches(queries: Sequence[Any]) -> grain.MapDataset:
@@ -50,17 +50,17 @@ def train_iterator(
             grain.MapDataset.source(queries)
             .shuffle(seed=seed)
             .repeat()
-            # Nothing is ever dropped; without this, grain's length overflows for a batch of one.
+            # An endless dataset has no remainder. Without it, grain's length overflows for B = 1.
             .batch(batch_size, drop_remainder=True, batch_fn=list)
             .map(lambda batch: [batch[row] for row in rows])
         )
 
-    in_turn = grain.MapDataset.mix([batches(queries) for queries in sets])
-    in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(in_turn.to_iter_dataset(in_this_thread))
+    alternating = grain.MapDataset.mix([batches(queries) for queries in sets])
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(alternating.to_iter_dataset(read_options))
 
 
-def _refuse_impossible(size: int, batch_size: int, seed: int) -> None:
+def _check_arguments(size: int, batch_size: int, seed: int) -> None:
     if batch_size < 1:
         raise UserError(f"The batch size is {batch_size}: set it to 1 or more.")
     if batch_size > size:

@@ -1,16 +1,17 @@
-"""The two files that CIRR's server judges the split test1 by (version rc2)."""
+"""Submission files of CIRR's evaluation server for the split test1 (version rc2)."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from grape_jax.data.benchmark import Query
 from grape_jax.runtime import files
 
-RECALL_DEPTH = 50  # names a query in the file of the recall
-SUBSET_DEPTH = 3  # and in that of the subset recall
+RECALL_DEPTH = 50  # pictures per query in the file for recall
+SUBSET_DEPTH = 3  # pictures per query in the file for subset recall
 
 
 def write(
@@ -21,21 +22,23 @@ def write(
     emb_QxE: np.ndarray,
     name: str = "cirr",
 ) -> tuple[Path, Path]:
-    """Writes `<name>_recall.json` and `<name>_recall_subset.json`, each in one move.
+    """Writes `<name>_recall.json` and `<name>_recall_subset.json` atomically.
 
-    The query's own picture is in neither; equal similarities stand in the order of the corpus.
+    Pictures are sorted by similarity, ties in corpus order, without the query's own picture.
 
     Args:
+      folder: created if missing.
       queries: of test1; their ids are pair ids.
-      ids: the names of the corpus's pictures.
-      bank_NxE: the corpus, unit rows.
-      emb_QxE: what each query searches with, unit rows.
+      ids: names of the corpus's pictures, `[N]`.
+      bank_NxE: embeddings of the corpus, unit rows.
+      emb_QxE: embeddings of the rewrites, unit rows.
+      name: prefix of the file names.
 
     Returns:
       The paths of the two files.
     """
-    recall = {"version": "rc2", "metric": "recall"}
-    subset = {"version": "rc2", "metric": "recall_subset"}
+    recall: dict[str, Any] = {"version": "rc2", "metric": "recall"}
+    subset: dict[str, Any] = {"version": "rc2", "metric": "recall_subset"}
     for query, emb in zip(queries, emb_QxE, strict=True):
         order = np.argsort(-(bank_NxE @ emb), kind="stable")
         order = order[order != query.image]
@@ -44,8 +47,7 @@ def write(
         subset[query.id] = [ids[row] for row in members[:SUBSET_DEPTH]]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for content in (recall, subset):
-        paths.append(folder / f"{name}_{content['metric']}.json")
-        files.replace(paths[-1], json.dumps(content))
-    return tuple(paths)
+    paths = folder / f"{name}_recall.json", folder / f"{name}_recall_subset.json"
+    for path, content in zip(paths, (recall, subset), strict=True):
+        files.replace(path, json.dumps(content))
+    return paths

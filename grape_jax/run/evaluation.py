@@ -89,7 +89,7 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
     found = []
     for one in test_sets(context.config, context.queries):
         gallery = context.galleries.open(one.split)
-        title = catalogue.module(context.config.benchmark).TEST_SETS[one.split]
+        title = catalogue.find(context.config.benchmark).test_sets[one.split]
         image = None if gallery.corpus.images is None else gallery.image
         answers = _search_methods(context, workdir, one, gallery)
         names = gallery.corpus.names

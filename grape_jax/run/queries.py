@@ -49,7 +49,7 @@ class Queries:
     def most_targets(self) -> int:
         """The largest number of targets of a query."""
         if not self._most_targets:
-            splits = catalogue.module(self.config.benchmark).SPLITS
+            splits = catalogue.find(self.config.benchmark).splits
             counts = (
                 len(query.targets)
                 for shift in self.config.shifts

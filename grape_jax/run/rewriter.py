@@ -112,7 +112,7 @@ class Rewriter:
         return nearest(gallery.bank_NxE, emb_QxE, top, excluded_Qx1)
 
     def _check_images(self, queries: Sequence[str], images: Sequence[Picture] | None) -> None:
-        composed = catalogue.is_composed(self.context.config)
+        composed = catalogue.find(self.context.config.benchmark).composed
         if composed and images is None:
             raise UserError(
                 "this run's queries change a picture: give the picture of each query, with "

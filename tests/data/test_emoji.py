@@ -9,7 +9,8 @@ import emoji as emoji_package
 import pytest
 from PIL import Image
 
-from grape_jax.data import emoji, noise, openmoji, wordnet
+from grape_jax.data import emoji, noise, openmoji, storage, wordnet
+from grape_jax.data.benchmark import subset
 from grape_jax.runtime.errors import UserError
 
 # Five nouns in the layout of wndb(5WN); the offsets are filled in by `_write_wordnet`.
@@ -62,7 +63,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def queries(data_dir):
     return {
-        shift: {split: emoji.load_queries(data_dir, shift, split) for split in emoji.SPLITS}
+        shift: {split: load_queries(data_dir, shift, split) for split in emoji.SPLITS}
         for shift in ("noisy", "languages")
     }
 
@@ -80,11 +81,15 @@ def small_wordnet(tmp_path):
     return _write_wordnet(tmp_path)
 
 
+def load_queries(data_dir, shift, split):
+    return storage.load_queries(emoji.BENCHMARK, data_dir, shift, split)
+
+
 # The corpus and the files
 
 
 def test_the_corpus_is_the_gallery(data_dir):
-    corpus = emoji.load_corpus(data_dir)
+    corpus = storage.load_corpus(emoji.BENCHMARK, data_dir, "corpus")
     gallery = openmoji.gallery()
     assert corpus.ids == [picture.code for picture in gallery]
     assert corpus.names == [picture.name for picture in gallery]
@@ -119,10 +124,10 @@ def test_a_build_that_died_is_begun_again(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         emoji.prepare(tmp_path, progress=False)
     with pytest.raises(UserError, match=r"grape_jax\.prepare"):
-        emoji.load_queries(tmp_path, "noisy", "test")
+        load_queries(tmp_path, "noisy", "test")
     monkeypatch.setattr(emoji, "make_queries", real_queries)
     emoji.prepare(tmp_path, progress=False)
-    assert emoji.load_queries(tmp_path, "noisy", "test")
+    assert load_queries(tmp_path, "noisy", "test")
 
 
 def test_preparing_twice_builds_once(data_dir, capfd):
@@ -132,21 +137,21 @@ def test_preparing_twice_builds_once(data_dir, capfd):
 
 def test_missing_and_damaged_files_are_named(tmp_path, data_dir):
     with pytest.raises(UserError, match=r"not in .* run `python -m grape_jax\.prepare "):
-        emoji.load_corpus(tmp_path)
+        storage.load_corpus(emoji.BENCHMARK, tmp_path, "corpus")
     emoji._build(tmp_path, "noisy")
     (records,) = (tmp_path / "emoji/noisy").rglob("*test.array_record*")
     records.write_bytes(records.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged: delete that folder"):
-        emoji.load_queries(tmp_path, "noisy", "test")
+        load_queries(tmp_path, "noisy", "test")
 
 
 def test_unknown_names_are_refused(data_dir):
     with pytest.raises(UserError, match="choose from languages, long, noisy"):
         emoji.prepare(data_dir, shifts=("loud",))
     with pytest.raises(UserError, match="choose from train"):
-        emoji.load_queries(data_dir, "noisy", "dev")
-    with pytest.raises(UserError, match="1 or more"):
-        emoji.load_queries(data_dir, "noisy", "test", limit=0)
+        load_queries(data_dir, "noisy", "dev")
+    with pytest.raises(UserError, match="choose from languages, long, noisy"):
+        load_queries(data_dir, "loud", "test")
 
 
 # Families and splits
@@ -181,7 +186,7 @@ def test_every_family_is_in_one_split_and_every_split_is_used():
 
 @pytest.mark.parametrize("shift", ["noisy", "languages"])
 def test_splits_do_not_share_concepts(queries, data_dir, shift):
-    names = emoji.load_corpus(data_dir).names
+    names = storage.load_corpus(emoji.BENCHMARK, data_dir, "corpus").names
     of_split = {split: {q.group for q in queries[shift][split]} for split in emoji.SPLITS}
     assert not of_split["train"] & of_split["validation"]
     assert not of_split["train"] & of_split["test"]
@@ -229,16 +234,16 @@ def test_the_docstring_tells_the_counts(queries, shift):
     assert _documented_counts()[shift] == counted
 
 
-def test_a_limit_keeps_the_order_and_the_languages_in_proportion(data_dir, queries):
+def test_a_limit_keeps_the_order_and_the_languages_in_proportion(queries):
     whole = queries["languages"]["test"]
-    part = emoji.load_queries(data_dir, "languages", "test", limit=130)
+    part = subset(whole, 130)
     assert part == [query for query in whole if query in set(part)]
     sizes = collections.Counter(query.language for query in part)
     assert sizes.total() == 130
     assert set(sizes) == set(emoji.LANGUAGES)
     assert max(sizes.values()) - min(sizes.values()) <= 2
-    assert emoji.load_queries(data_dir, "languages", "test", limit=10**6) == whole
-    smaller = emoji.load_queries(data_dir, "languages", "test", limit=60)
+    assert subset(whole, 10**6) == whole
+    smaller = subset(whole, 60)
     assert set(smaller) <= set(part)
 
 
@@ -377,7 +382,7 @@ def test_words_hold_nothing_that_is_held_back(real_wordnet, tmp_path):
         assert len(pairs) == len({pair.reference for pair in pairs}) > 4000
         nouns = {singular(word) for pair in pairs for word in split(pair.reference)}
         definitions = {pair.text for pair in pairs} if shift == "long" else set()
-        for query in emoji.load_queries(tmp_path, shift, "test"):
+        for query in load_queries(tmp_path, shift, "test"):
             assert query.text not in definitions
             assert not {singular(word) for word in split(query.reference)} & nouns
     told = {pair.reference: pair.text for pair in emoji.load_words(tmp_path, "long")}
