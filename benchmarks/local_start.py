@@ -85,7 +85,7 @@ def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
     config.policy.path = policy
     config.warm_up.steps, config.evaluation.every = 0, 0
     # What a run holds without the corpus: everything is loaded once, and let go.
-    pretrained.load_policy(context.policy_path(policy))
+    pretrained.load_policy(pretrained.policy_path(policy))
     before, began = peak_bytes(reset=True), time.perf_counter()
     run = context.build(config)
     run.gallery("train")

@@ -29,7 +29,6 @@ from grape_jax.rl.learner import Learner, grpo_step, init_state
 from grape_jax.rl.optimizer import OptimizerConfig
 from grape_jax.rl.prompts import PromptConfig, encode_prompts
 from grape_jax.rl.rollout import SamplingConfig, sample
-from grape_jax.run import context
 from grape_jax.runtime import sharding
 from grape_jax.types import Prompts, Rollout, Scores
 from grape_jax.weights import huggingface
@@ -225,7 +224,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--as_it_comes", action="store_true", help="see teach_padding")
     arguments = parser.parse_args()
-    policy = load_policy(context.policy_path(""))
+    policy = load_policy(pretrained.policy_path(""))
     records = sampled(policy, arguments.steps, arguments.prompts, arguments.group, CONFIG)
     start = jax.device_get(policy.params)
     losses, ours = our_steps(make_learner(policy, CONFIG, OPTIMIZER), policy, records)

@@ -5,15 +5,13 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
-from grape_jax.run import context
-
 # Of 49,152: reading all takes seconds in each process. Merges are in the order of their tokens.
 VOCAB = 8192
 WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 8
 
 
 def write(path: Path) -> Path:
-    source = GGUFReader(context.policy_path(""))
+    source = GGUFReader(pretrained.policy_path(""))
     field = lambda name: source.get_field(f"tokenizer.{name}").contents()
     tokens, merges = field("ggml.tokens"), field("ggml.merges")
     merges = merges[: VOCAB - (len(tokens) - len(merges))]

@@ -25,6 +25,7 @@ from grape_jax.retrieval.encoder import (
 )
 from grape_jax.runtime import files, processes
 
+DIGEST_ROWS = 1 << 14  # hashed at one time
 PART = 8 * BATCH  # embeddings that are written to disk at one time: what a kill can cost
 
 
@@ -114,3 +115,12 @@ def _write_part(folder: Path, digests: list[bytes], emb_NxE: np.ndarray) -> None
     content = io.BytesIO()
     np.savez(content, digests=rows, embeddings=emb_NxE)
     files.replace(path, content.getvalue())
+
+
+def bank_digest(rows_NxE: np.ndarray) -> str:
+    """A hash of embeddings, which may be memory-mapped and larger than memory."""
+    total = hashlib.sha256(str(rows_NxE.shape).encode())
+    for start in range(0, len(rows_NxE), DIGEST_ROWS):
+        total.update(np.ascontiguousarray(rows_NxE[start : start + DIGEST_ROWS]))
+    files.let_go(rows_NxE)
+    return total.hexdigest()[:32]

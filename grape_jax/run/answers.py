@@ -98,9 +98,7 @@ def evaluate_policy(
     total = sum(len(task.set.queries) for task in tasks)
     processes.at(f"the test of the {method} policy")
     paces: list[float] = []
-    with progress_bar(
-        total=total, desc=f"test, {method}", unit="rewrite", leave=False
-    ) as bar:
+    with progress_bar(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
         began = time.perf_counter()
 
         def after_batch(done: int) -> None:
@@ -117,9 +115,7 @@ def evaluate_policy(
     return eta.typical(paces)
 
 
-def missing_tasks(
-    config: ConfigDict, queries: Queries, workdir: Path, method: str
-) -> list[Task]:
+def missing_tasks(config: ConfigDict, queries: Queries, workdir: Path, method: str) -> list[Task]:
     """What the policy `method` has to write for the configured methods and is not on disk."""
     evaluation = config.evaluation
     temperature, seed = config.rollout.temperature, config.seed
@@ -127,9 +123,7 @@ def missing_tasks(
     def several(name: str, system: str | None) -> list[tuple[str, float, int, str | None]]:
         # The first sample without a prompt of its own is "sampled".
         numbers = range(1 if system is None else 0, evaluation.samples)
-        return [
-            (numbered(name, i), temperature, seed + SEED_STEP * i, system) for i in numbers
-        ]
+        return [(numbered(name, i), temperature, seed + SEED_STEP * i, system) for i in numbers]
 
     greedy = ("greedy", 0.0, seed, None)
     kinds = [greedy, ("sampled", temperature, seed, None)]

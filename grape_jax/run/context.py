@@ -15,11 +15,12 @@ from grape_jax.data import benchmark, catalogue
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.rl import prompts
-from grape_jax.rl.learner import Learner, TrainState, init_state
+from grape_jax.rl.learner import Learner, TrainState, init_state, state_shapes
 from grape_jax.rl.prompts import PromptConfig
 from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import Scorer
 from grape_jax.run import checks, policy, settings
+from grape_jax.run.digests import data_digests, run_digests
 from grape_jax.run.galleries import Galleries
 from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.policy import RewritePolicy
@@ -70,13 +71,22 @@ class Context:
         key = jax.random.key(self.config.seed)
         return init_state(self.learner(phase), key, self.policy.base)
 
-    def identity(self) -> dict:
-        """What a checkpoint must agree with: the config and fingerprints of the frozen weights."""
+    def state_shapes(self) -> TrainState:
+        """The shapes and shardings of the training state, the same in both phases."""
+        return state_shapes(self.learner("grpo"), self.policy.base)
+
+    def identity(self, splits: Sequence[str] | None = ()) -> dict:
+        """What a checkpoint must agree with: config, frozen weights, and data.
+
+        Args:
+          splits: the splits whose data is compared; None: all, with the texts of training.
+        """
         weights = {
             "policy": checkpoint.fingerprint(self.policy.base),
             "retriever": self.retriever.fingerprint,
         }
-        return checkpoint.resolved(self.config) | {"weights": weights}
+        data = data_digests(self.config, self.queries, self.galleries, splits)
+        return checkpoint.resolved(self.config) | {"weights": weights, "data": data}
 
 
 def build(config: ConfigDict) -> Context:
@@ -88,6 +98,11 @@ def build(config: ConfigDict) -> Context:
     checks.check(config)
     processes.writer_first(lambda: catalogue.prepare(config))
     context = load_models(config)
+    if jax.process_count() > 1:
+        # Before the first computation in which all processes use their own files.
+        processes.refuse_differences(
+            run_digests(config, context.retriever, context.queries, context.galleries)
+        )
     precomputed = catalogue.load_precomputed(config) is not None
     if context.retriever.preprocess is None and not precomputed:
         raise UserError(

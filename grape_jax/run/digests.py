@@ -1,10 +1,8 @@
 """Digests of a run's data, for resuming and for comparing processes."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from grape_jax.data import benchmark, catalogue
@@ -12,10 +10,8 @@ from grape_jax.retrieval import captions
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.galleries import Galleries
 from grape_jax.run.queries import Queries
-from grape_jax.runtime import checkpoint, files
+from grape_jax.runtime import checkpoint
 from grape_jax.weights import pretrained
-
-ROWS = 1 << 14  # of a bank, hashed at one time
 
 
 def data_digests(
@@ -60,12 +56,3 @@ def run_digests(
         "weights.retriever": retriever.fingerprint,
     }
     return settings | weights | data_digests(config, queries, galleries)
-
-
-def bank_digest(rows_NxE: np.ndarray) -> str:
-    """A hash of embeddings, which may be memory-mapped and larger than memory."""
-    total = hashlib.sha256(str(rows_NxE.shape).encode())
-    for start in range(0, len(rows_NxE), ROWS):
-        total.update(np.ascontiguousarray(rows_NxE[start : start + ROWS]))
-    files.let_go(rows_NxE)
-    return total.hexdigest()[:32]

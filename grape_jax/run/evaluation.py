@@ -147,11 +147,7 @@ def _search_methods(
         for decoding in ("greedy", "sampled"):
             for texts in written(method, decoding):
                 emb_QxE = add_texts(method, decoding, texts)
-                if (
-                    decoding == "greedy"
-                    and "fused" in methods
-                    and method in (UNTRAINED, trained)
-                ):
+                if decoding == "greedy" and "fused" in methods and method in (UNTRAINED, trained):
                     mean_QxE = fusion.mean_embedding(np.stack([raw_QxE, emb_QxE]))
                     found = search(gallery, mean_QxE, queries, depth)
                     add(fused(method), decoding, _joined([raw, texts]), found)

@@ -20,8 +20,8 @@ from grape_jax.retrieval import ranking
 from grape_jax.rl import learner
 from grape_jax.rl.rollout import sample
 from grape_jax.rl.scoring import Scorer, score_rewrites
-from grape_jax.run import checks, context
-from grape_jax.run.rewriter import gather, merge
+from grape_jax.run import checks, settings
+from grape_jax.run.policy import gather
 from grape_jax.runtime import hlo, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Index, Prompts, Rewrites
@@ -237,15 +237,15 @@ def slice_of(topology: str) -> list:
 
 def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
     """The run that `job.build` would build, without a weight or a picture."""
-    model = pretrained.read_config(context.policy_path(config.policy.path))
-    model = context.policy_settings(config, model, mesh)
+    model = pretrained.read_config(pretrained.policy_path(config.policy.path))
+    model = settings.with_compute_settings(config, model, mesh)
     tower = retriever.read_config(config.retriever.path or None)
-    made = context.make_learner(config, "grpo", model, mesh)
+    made = settings.make_learner(config, "grpo", model, mesh)
     # Which tokens end a completion does not change the programs.
-    scorer = context.make_scorer(
+    scorer = settings.make_scorer(
         config, retriever=tower, corpus_size=corpus_size, stop_ids=(0,), mesh=mesh
     )
-    dtype = jnp.dtype(context.held_dtype(config))
+    dtype = jnp.dtype(settings.base_dtype(config))
     base = placed(_boxed(model), sharding.of_parameters(mesh, _boxed(model)), dtype)
     state = jax.eval_shape(lambda: learner.init_state(made, jax.random.key(0), base))
     return Shapes(
@@ -277,7 +277,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         has_text_BxK=in_batch(B, K, dtype=bool),
     )
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
-    sampling = context.make_sampling(
+    sampling = settings.make_sampling(
         config,
         group_size=K,
         max_tokens=T,

@@ -4,6 +4,7 @@ import dataclasses
 import io
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,8 +14,9 @@ from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Corpus
 from grape_jax.data.local import Precomputed
 from grape_jax.retrieval import encoder, ranking
-from grape_jax.retrieval.bank import corpus_bank
+from grape_jax.retrieval.bank import bank_digest, corpus_bank
 from grape_jax.retrieval.encoder import Retriever
+from grape_jax.runtime import processes
 from grape_jax.types import Index
 
 
@@ -64,15 +66,18 @@ class Galleries:
         """The gallery that a split's queries are ranked in."""
         name = self.name(split)
         if name not in self._open:
-            self._open[name] = self._embed(self.corpus(name))
+            self._open[name] = self._embed(name)
         return self._open[name]
 
-    def _embed(self, corpus: Corpus) -> Gallery:
+    def _embed(self, name: str) -> Gallery:
+        corpus = self.corpus(name)
         given = catalogue.load_precomputed(self.config)
         if given is not None:
             _check_precomputed(self.retriever, given)
             bank_NxE = given.bank_NxE
-        elif corpus.images is not None:
+            if jax.process_count() > 1:
+                processes.refuse_differences({f"embeddings.{name}": bank_digest(bank_NxE)})
+        else:
             cache = Path(self.config.data_dir) / "banks"
             bank_NxE = corpus_bank(self.retriever, corpus.images, cache)
         index = ranking.shard_corpus(self.mesh, bank_NxE, self.config.retriever.corpus_dtype)

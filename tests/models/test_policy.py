@@ -11,7 +11,6 @@ import pytest
 
 from grape_jax import load_policy
 from grape_jax.models import lora, policy
-from grape_jax.run import context
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
@@ -62,7 +61,7 @@ PARAGRAPH = (
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return load_policy(context.policy_path(""))
+    return load_policy(pretrained.policy_path(""))
 
 
 def perplexity(logits, ids):
@@ -77,7 +76,7 @@ def test_smollm2_equals_transformers(smollm2):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = context.policy_path("")
+    path = pretrained.policy_path("")
     theirs = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
@@ -241,6 +240,6 @@ def test_damaged_gguf_is_one_sentence(tmp_path):
     (tmp_path / "text.gguf").write_text("this is no model")
     with pytest.raises(UserError, match="download it again"):
         load_policy(tmp_path / "text.gguf")
-    (tmp_path / "half.gguf").write_bytes(context.policy_path("").read_bytes()[:3_000_000])
+    (tmp_path / "half.gguf").write_bytes(pretrained.policy_path("").read_bytes()[:3_000_000])
     with pytest.raises(UserError, match="download it again"):
         load_policy(tmp_path / "half.gguf")

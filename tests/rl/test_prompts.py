@@ -12,7 +12,6 @@ from grape_jax.rl.prompts import (
     stop_tokens,
     to_bucket,
 )
-from grape_jax.run import context
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import gguf
 
@@ -21,7 +20,7 @@ PROMPT = PromptConfig("Correct.", "{query}", "", 40, "line")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return gguf.load_tokenizer(context.policy_path(""))
+    return gguf.load_tokenizer(pretrained.policy_path(""))
 
 
 @pytest.mark.parametrize(
