@@ -13,18 +13,15 @@ from tqdm import tqdm
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.reporting.results import GRPO, UNTRAINED, WARM_UP
-from grape_jax.rl import prompts
 from grape_jax.run import eta
 from grape_jax.run.context import Context
-from grape_jax.run.policy import RewritePolicy
+from grape_jax.run.policy import with_room, with_system
 from grape_jax.run.queries import Queries
 from grape_jax.run.rewriting import rewrite
 from grape_jax.runtime import files, processes
-from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
 SEED_STEP = 10_000  # between the seeds of a query's samples
-PROMPT_UNIT = 16  # prompts of baselines are padded to multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +166,10 @@ def _write_answers(context: Context, variables: dict[str, Any], task: Task, afte
     config, one = context.config, task.set
     texts = context.captions.prompt_texts(one.queries, one.split)
     policy = context.policy
-    if task.system is not None:
-        policy = _with_system(policy, config, one.shift, task.system, texts)
     max_tokens = config.evaluation.max_tokens
+    if task.system is not None:
+        policy = with_system(policy, one.shift, task.system)
+        policy = with_room(policy, one.shift, texts, max_tokens)
     rewrites = rewrite(
         policy,
         variables,
@@ -186,19 +184,3 @@ def _write_answers(context: Context, variables: dict[str, Any], task: Task, afte
         task.path.parent.mkdir(parents=True, exist_ok=True)
         by_id = {query.id: text for query, text in zip(one.queries, rewrites, strict=True)}
         files.replace(task.path, json.dumps(by_id, ensure_ascii=False, indent=1))
-
-
-def _with_system(
-    policy: RewritePolicy, config: ConfigDict, shift: str, system: str, texts: Sequence[str]
-) -> RewritePolicy:
-    """The policy with another system turn for one shift, and room for its prompts."""
-    prompt = dataclasses.replace(policy.prompts[shift], system=system)
-    longest = prompts.longest_prompt(policy.tokenizer, prompt, texts)
-    room = -(-longest // PROMPT_UNIT) * PROMPT_UNIT
-    if room + config.evaluation.max_tokens > policy.model.max_length:
-        raise UserError(
-            f"the prompt {system!r} makes {longest} tokens with the longest query, more than the "
-            f"policy's context of {policy.model.max_length} leaves: shorten it."
-        )
-    prompt = dataclasses.replace(prompt, max_tokens=room)
-    return dataclasses.replace(policy, prompts=policy.prompts | {shift: prompt})

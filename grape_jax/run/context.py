@@ -11,15 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grape_jax.data import benchmark, catalogue
+from grape_jax.data import catalogue
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.retrieval.encoder import Retriever
-from grape_jax.rl import prompts
 from grape_jax.rl.learner import Learner, TrainState, init_state, state_shapes
-from grape_jax.rl.prompts import PromptConfig
+from grape_jax.rl.prompts import PROMPT_UNIT
 from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import Scorer
-from grape_jax.run import checks, policy, settings
+from grape_jax.run import checks, data_checks, policy, settings
 from grape_jax.run.digests import data_digests, run_digests
 from grape_jax.run.galleries import Galleries
 from grape_jax.run.picture_captions import PictureCaptions
@@ -27,6 +26,7 @@ from grape_jax.run.policy import RewritePolicy
 from grape_jax.run.queries import Queries
 from grape_jax.runtime import checkpoint, processes, sharding
 from grape_jax.runtime.errors import UserError
+from grape_jax.weights.pretrained import OpenedPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +97,21 @@ def build(config: ConfigDict) -> Context:
     """
     checks.check(config)
     processes.writer_first(lambda: catalogue.prepare(config))
-    context = load_models(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    checks.check_batches(config, mesh)
+    opened, queries = policy.open_model(config), Queries(config)
+    lengths = data_checks.check_before_loading(config, opened, queries)
+    context = _load(config, opened, lengths, queries, mesh)
     if jax.process_count() > 1:
         # Before the first computation in which all processes use their own files.
         processes.refuse_differences(
-            run_digests(config, context.retriever, context.queries, context.galleries)
+            run_digests(config, context.retriever, queries, context.galleries)
         )
-    precomputed = catalogue.load_precomputed(config) is not None
-    if context.retriever.preprocess is None and not precomputed:
-        raise UserError(
-            f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
-            "pictures: name a CLIP or SigLIP."
-        )
-    _check_sizes(context)
-    if precomputed:
+    _check_retriever(config, context.retriever)
+    data_checks.check_after_loading(
+        config, context.policy, context.galleries, queries, context.captions
+    )
+    if catalogue.load_precomputed(config) is not None:
         _warn_of_chance(context)
     return context
 
@@ -121,10 +122,18 @@ def load_models(config: ConfigDict) -> Context:
     Raises:
       UserError: a model is missing, damaged or unsuitable.
     """
+    opened = policy.open_model(config)
+    lengths = (*config.prompt.buckets, config.prompt.max_tokens or PROMPT_UNIT)
     mesh = sharding.make_mesh(**config.mesh)
-    model = policy.load(config, mesh)
+    return _load(config, opened, lengths, Queries(config), mesh)
+
+
+def _load(
+    config: ConfigDict, opened: OpenedPolicy, lengths: Sequence[int], queries: Queries, mesh: Mesh
+) -> Context:
+    model = policy.load(config, opened, lengths, mesh)
     retriever = encoder.place(encoder.load(config.retriever.path or None), mesh)
-    galleries, queries = Galleries(config, retriever, mesh), Queries(config)
+    galleries = Galleries(config, retriever, mesh)
     captions = PictureCaptions(config, retriever, galleries, queries)
     return Context(config, mesh, model, retriever, galleries, queries, captions)
 
@@ -145,65 +154,18 @@ def with_absolute_paths(config: ConfigDict) -> None:
         config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
 
 
-def _check_sizes(context: Context) -> None:
-    """Refuses sizes that do not fit the data, the retriever or the mesh."""
-    config = context.config
-    for shift, prompt in context.policy.prompts.items():
-        _check_queries(context, shift, prompt)
-    total = config.prompt.max_tokens + max(config.rollout.max_tokens, config.evaluation.max_tokens)
-    if total > context.policy.model.max_length:
+def _check_retriever(config: ConfigDict, retriever: Retriever) -> None:
+    """Refuses a retriever that cannot read the corpus or texts of the configured length."""
+    if retriever.preprocess is None and catalogue.load_precomputed(config) is None:
         raise UserError(
-            f"prompt.max_tokens and the rewrite's max_tokens add up to {total} tokens, more than "
-            f"the policy's context of {context.policy.model.max_length}: lower them."
+            f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
+            "pictures: name a CLIP or SigLIP."
         )
-    lengths = encoder.text_lengths(context.retriever)
+    lengths = encoder.text_lengths(retriever)
     if config.retriever.text_length not in lengths:
         raise UserError(
             f"retriever.text_length must be {encoder.said(lengths)}, the lengths that the "
             "retriever reads."
-        )
-    size = len(context.queries.training())
-    for phase in ("warm_up", "grpo"):
-        if config[phase].steps and config[phase].batch_size > size:
-            raise UserError(
-                f"{phase}.batch_size={config[phase].batch_size} is more than the {size} training "
-                "queries: lower it, or give more queries."
-            )
-    checks.check_batches(config, context.mesh)
-
-
-def _check_queries(context: Context, shift: str, prompt: PromptConfig) -> None:
-    """Checks the prompts, targets and reference texts of one shift."""
-    config, queries, tokenizer = context.config, context.queries, context.policy.tokenizer
-    if config.warm_up.words:
-        texts = [query.text for query in queries.supervised_pairs(shift)]
-        _check_prompts(tokenizer, shift, prompt, texts)
-    for split in catalogue.find(config.benchmark).splits:
-        found = queries.split(shift, split)
-        _check_prompts(tokenizer, shift, prompt, context.captions.prompt_texts(found, split))
-        # If targets are withheld, they are withheld for the whole split.
-        most = max(len(query.targets) for query in found)
-        if most and context.galleries.name(split) == context.galleries.name("train"):
-            targets = benchmark.targets_of(found, most)
-            ranking.check_targets(targets, len(context.galleries.open("train")))
-    if config.warm_up.steps and config.warm_up.towards == "references":
-        _check_references(shift, queries.split(shift, "train"))
-
-
-def _check_prompts(tokenizer, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:
-    longest = prompts.longest_prompt(tokenizer, prompt, texts)
-    if longest > prompt.max_tokens:
-        raise UserError(
-            f"the longest prompt of the shift {shift} has {longest} tokens, more than "
-            f"prompt.max_tokens={prompt.max_tokens}: raise it to {longest}."
-        )
-
-
-def _check_references(shift: str, queries: Sequence[benchmark.Query]) -> None:
-    if not all(query.reference for query in queries):
-        raise UserError(
-            f"the training queries of {shift} have no reference texts: set "
-            "warm_up.towards='own_best', or warm_up.steps=0."
         )
 
 

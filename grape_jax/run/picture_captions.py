@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
 from grape_jax.retrieval.encoder import Retriever
+from grape_jax.run import settings
 from grape_jax.run.galleries import Galleries
 from grape_jax.run.queries import Queries
 
@@ -31,7 +32,9 @@ class PictureCaptions:
         emb_QxE = self.galleries.open(split).bank_NxE[np.asarray(rows)]
         caption = dict(zip(rows, self.closest(emb_QxE), strict=True))
         return [
-            self.describe(caption[query.image], query.text) if query.image >= 0 else query.text
+            settings.with_captions(self.config, caption[query.image], query.text)
+            if query.image >= 0
+            else query.text
             for query in queries
         ]
 
@@ -40,11 +43,6 @@ class PictureCaptions:
         texts, bank_CxE = self._bank
         rows_QxC = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
         return ["; ".join(texts[row] for row in best) for best in rows_QxC]
-
-    def describe(self, caption: str, text: str) -> str:
-        """The user turn of a query with a picture, from `prompt.with_captions`."""
-        template = self.config.prompt.with_captions
-        return template.replace("{captions}", caption).replace("{query}", text)
 
     @functools.cached_property
     def _bank(self) -> tuple[list[str], np.ndarray]:

@@ -24,6 +24,7 @@ from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
 from grape_jax.weights import pretrained
+from grape_jax.weights.pretrained import OpenedPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +53,71 @@ class Answer(NamedTuple):
     length: int  # tokens, the end token included
 
 
-def load(config: ConfigDict, mesh: Mesh) -> RewritePolicy:
-    """Loads the configured model onto the mesh.
+def open_model(config: ConfigDict) -> OpenedPolicy:
+    """Reads everything of the configured model but its weights.
 
     Raises:
       UserError: the model is missing or damaged, or has no chat template or end token.
     """
-    path = pretrained.policypath(config.policy.path)
-    found = pretrained.load_policy(path, settings.base_dtype(config), mesh)
-    _check_chat(config, found.tokenizer)
+    opened = pretrained.open_policy(pretrained.policy_path(config.policy.path))
+    _check_chat(config, opened.tokenizer)
+    return opened
+
+
+def load(
+    config: ConfigDict, opened: OpenedPolicy, lengths: Sequence[int], mesh: Mesh
+) -> RewritePolicy:
+    """Loads the weights of an opened model onto the mesh.
+
+    Args:
+      lengths: the lengths that prompts are padded to, ascending.
+
+    Raises:
+      UserError: the weights are damaged, or `rollout.stop` has texts of several tokens.
+    """
+    found = opened.load(settings.base_dtype(config), mesh)
     stops = prompts.stop_tokens(found.tokenizer, config.rollout.stop)
+    *buckets, longest = lengths
     return RewritePolicy(
         model=settings.with_compute_settings(config, found.config, mesh),
         base=found.params,
         lora=settings.lora_config(config),
         tokenizer=found.tokenizer,
         stop_ids=found.end_tokens + stops,
-        prompts={shift: settings.prompt_config(config, shift) for shift in config.shifts},
-        buckets=tuple(config.prompt.buckets),
+        prompts={shift: settings.prompt_config(config, shift, longest) for shift in config.shifts},
+        buckets=tuple(buckets),
     )
+
+
+def with_system(policy: RewritePolicy, shift: str, system: str) -> RewritePolicy:
+    """The policy with another system turn for one shift."""
+    prompt = dataclasses.replace(policy.prompts[shift], system=system)
+    return dataclasses.replace(policy, prompts=policy.prompts | {shift: prompt})
+
+
+def with_room(
+    policy: RewritePolicy, shift: str, texts: Sequence[str], max_tokens: int
+) -> RewritePolicy:
+    """The policy with prompts of one shift as long as these texts need.
+
+    Args:
+      max_tokens: of a completion.
+
+    Raises:
+      UserError: a prompt does not fit into the policy's context.
+    """
+    prompt = policy.prompts[shift]
+    longest = prompts.longest_prompt(policy.tokenizer, prompt, texts)
+    room = policy.model.max_length - max_tokens
+    if longest > room:
+        raise UserError(
+            f"the longest query makes a prompt of {longest} tokens with the system turn "
+            f"{prompt.system!r}, more than the {room} that the policy's context leaves: shorten "
+            "either."
+        )
+    length = min(room, -(-longest // prompts.PROMPT_UNIT) * prompts.PROMPT_UNIT)
+    prompt = dataclasses.replace(prompt, max_tokens=length)
+    return dataclasses.replace(policy, prompts=policy.prompts | {shift: prompt})
 
 
 def encode(policy: RewritePolicy, texts: Sequence[str], shifts: Sequence[str]) -> Prompts:

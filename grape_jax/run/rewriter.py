@@ -11,10 +11,10 @@ from orbax.checkpoint import CheckpointManager
 from grape_jax.data import catalogue
 from grape_jax.data.pictures import Picture, open_picture
 from grape_jax.retrieval.encoder import SAME_MODEL, Retriever
-from grape_jax.run import checks, context
+from grape_jax.run import checks, context, settings
 from grape_jax.run.context import Context
 from grape_jax.run.galleries import Gallery
-from grape_jax.run.policy import sampling_variables
+from grape_jax.run.policy import sampling_variables, with_room
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import nearest
 from grape_jax.runtime import checkpoint, compilation_cache, files, processes
@@ -72,20 +72,25 @@ class Rewriter:
                 f"this run has no shift {shift!r}: choose one of {', '.join(self.shifts)}."
             )
         self._check_images(queries, images)
-        texts = list(queries)
+        config, texts = self.context.config, list(queries)
         if images:
             emb_QxE = self.context.retriever.embed_images(images)
             closest = self.context.captions.closest(emb_QxE)
-            describe = self.context.captions.describe
-            texts = [describe(*both) for both in zip(closest, texts, strict=True)]
-        evaluation = self.context.config.evaluation
-        batch_size = evaluation.batch_size
+            texts = [
+                settings.with_captions(config, captions, text)
+                for captions, text in zip(closest, texts, strict=True)
+            ]
+        shift = shift or self.shifts[0]
+        policy = self.context.policy
+        if texts and not config.prompt.max_tokens:
+            policy = with_room(policy, shift, texts, config.evaluation.max_tokens)
+        batch_size = config.evaluation.batch_size
         return rewrite(
-            self.context.policy,
+            policy,
             self.variables,
             texts,
-            [shift or self.shifts[0]] * len(texts),
-            self.context.sampling(1, 0.0, evaluation.max_tokens),
+            [shift] * len(texts),
+            self.context.sampling(1, 0.0, config.evaluation.max_tokens),
             min(FEW, batch_size) if len(texts) <= FEW else batch_size,
         )
 

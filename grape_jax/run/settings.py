@@ -79,16 +79,21 @@ def lora_config(config: ConfigDict) -> LoraConfig | None:
     return LoraConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 
-def prompt_config(config: ConfigDict, shift: str) -> PromptConfig:
-    """The prompt of one shift."""
+def prompt_config(config: ConfigDict, shift: str, max_tokens: int) -> PromptConfig:
+    """The prompt of one shift, padded to `max_tokens`."""
     prompt = config.prompt
     return PromptConfig(
         system=prompt.system[shift],
         user=prompt.user,
         answer_start=prompt.answer_start,
-        max_tokens=prompt.max_tokens,
+        max_tokens=max_tokens,
         format=prompt.format,
     )
+
+
+def with_captions(config: ConfigDict, captions: str, text: str) -> str:
+    """The user turn of a query with a picture, which its captions stand for."""
+    return config.prompt.with_captions.replace("{captions}", captions).replace("{query}", text)
 
 
 def with_compute_settings(config: ConfigDict, model: PolicyConfig, mesh: Mesh) -> PolicyConfig:

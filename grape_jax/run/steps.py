@@ -22,6 +22,7 @@ from grape_jax.rl.learner import TrainState, grpo_step, warm_up_step
 from grape_jax.rl.rollout import filtered_mass, sample
 from grape_jax.rl.scoring import score_rewrites
 from grape_jax.run.context import Context
+from grape_jax.run.data_checks import reference_texts
 from grape_jax.run.policy import (
     Answer,
     encode,
@@ -55,7 +56,7 @@ def warm_up(
     shifts, queries = zip(*batch, strict=True)
     prompts = place_rows(context.mesh, _encode(context, queries, shifts))
     if config.warm_up.towards == "references":
-        goals = [query.reference.lower() for query in queries]
+        goals = reference_texts(config, queries)
     else:
         goals = own_best_rewrites(context, prompts, queries, step)
     tokens, mask = prompting.encode_references(
