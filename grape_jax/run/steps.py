@@ -99,9 +99,10 @@ def own_best_rewrites(
     texts = [text for row in candidates for text in row]
     repeated = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
     ranks = _ranks(context, texts, repeated)
-    limit = config.rollout.max_tokens
-    _, mask = prompting.encode_references(policy.tokenizer, texts, config.prompt.format, limit + 1)
-    usable = (mask.sum(axis=(1, 2)) <= limit) & np.asarray([bool(text) for text in texts])
+    _, mask = prompting.encode_references(
+        policy.tokenizer, texts, config.prompt.format, config.rollout.max_tokens
+    )
+    usable = mask.any(axis=(1, 2)) & np.asarray([bool(text) for text in texts])
     shape = len(queries), config.grpo.group_size + 1
     ranks, usable = ranks.reshape(shape), usable.reshape(shape)
     usable[:, 0] = True
