@@ -15,8 +15,8 @@ from grape_jax.reporting.results import EXTRAS, UNTRAINED
 from grape_jax.run import checks, context, evaluation
 from grape_jax.run.context import Job
 from grape_jax.run.loop import evaluate_policy, with_whole_paths
-from grape_jax.run.rewriter import merged_variables, sampling_variables
-from grape_jax.runtime import checkpoint, command_line, files
+from grape_jax.run.rewriter import merged_variables, restore_trained, sampling_variables
+from grape_jax.runtime import checkpoint, command_line, compilation_cache, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.runtime.shutdown import StopSignal, interruptible
 
@@ -38,10 +38,12 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
         config.evaluation.methods = methods
     checks.check(config)
     if stored:
-        run = context.build_again(config.to_dict())
+        compilation_cache.enable(config)
+        run = context.build(context.on_these_devices(config.to_dict()))
     else:
         with_whole_paths(config)
         checkpoint.refuse_other_config(workdir, config)
+        compilation_cache.enable(config)
         run = context.build(config)
         checkpoint.claim(workdir, config)
     with StopSignal() as stop:
@@ -60,8 +62,9 @@ def evaluate_trained(run: Job, workdir: Path, stop: StopSignal) -> None:
         if done is None or done < last:
             print(f"trained {done or 0} of {last} steps: the unfinished policy is left out.")
             return
-        state, _ = checkpoint.restore(manager, run.fresh_state("grpo"), run.about())
-    evaluate_policy(run, workdir, merged_variables(run, state.trained), method, last, stop)
+        about = run.about() | {"data": run.data_digests(evaluation.splits(run.config))}
+        trained = restore_trained(manager, run, about)
+    evaluate_policy(run, workdir, merged_variables(run, trained), method, last, stop)
 
 
 def main() -> None:

@@ -34,14 +34,14 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
     Raises:
       UserError: there is no run or no adapter, or the directory cannot be written.
     """
-    run, state = restore(workdir)
+    run, trained = restore(workdir)
     if not adapter:
-        variables = merged_variables(run, state.trained)
+        variables = merged_variables(run, trained)
         huggingface.save(out, run.policy, variables["params"], run.tokenizer, run.stop_ids)
     elif run.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:
-        huggingface.save_adapter(out, state.trained, run.lora, _base(run, out))
+        huggingface.save_adapter(out, trained, run.lora, _base(run, out))
     print(f"written: {out}")
 
 

@@ -1,12 +1,15 @@
 """Rewrites queries with a trained run and shows the best matches.
 
 python -m grape_jax.rewrite --workdir=runs/emoji "smilign fcae" "rde aple" --top=5
+python -m grape_jax.rewrite --workdir=runs/cirr --image=chair.jpg "in blue" "with armrests"
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
+from grape_jax.data.pictures import Picture, open_picture
 from grape_jax.reporting.contact_sheet import Row, contact_sheet
 from grape_jax.run.rewriter import Rewriter
 from grape_jax.runtime import command_line, files
@@ -17,6 +20,12 @@ def main() -> None:
     flags.DEFINE_string("workdir", None, "The run.")
     flags.DEFINE_integer("top", 5, "How many matches to show.", lower_bound=1)
     flags.DEFINE_string("shift", None, "Which of the run's prompts to use; none: its first.")
+    flags.DEFINE_multi_string(
+        "image",
+        [],
+        "After a composed run, the picture that the queries change: once for all queries, or once "
+        "for each, in their order.",
+    )
     flags.DEFINE_string("out", None, "The contact sheet; none: matches.png in the workdir.")
     queries = command_line.parse()
     if flags.FLAGS.workdir is None:
@@ -25,21 +34,45 @@ def main() -> None:
         raise UserError('no query is given: add one in quotes, such as "smilign fcae".')
     workdir = files.path(flags.FLAGS.workdir)
     out = files.path(flags.FLAGS.out or workdir / "matches.png")
-    show(Rewriter.load(workdir), queries, flags.FLAGS.shift, flags.FLAGS.top, out)
+    images = flags.FLAGS.image
+    if len(images) not in (0, 1, len(queries)):
+        raise UserError(
+            f"{len(images)} images are given for {len(queries)} queries: repeat --image=FILE for "
+            "each query, or give one for all."
+        )
+    images = [Path(path).expanduser() for path in images] or None
+    if images is not None and len(images) == 1:
+        images *= len(queries)
+    show(Rewriter.load(workdir), queries, flags.FLAGS.shift, flags.FLAGS.top, out, images)
 
 
-def show(rewriter: Rewriter, queries: list[str], shift: str | None, top: int, out: Path) -> None:
+def show(
+    rewriter: Rewriter,
+    queries: list[str],
+    shift: str | None,
+    top: int,
+    out: Path,
+    images: Sequence[Picture] | None = None,
+) -> None:
     """Prints each rewrite and its matches, and writes the contact sheet of both wordings."""
-    rewrites = rewriter.rewrite(queries, shift)
+    if images is not None:
+        images = [open_picture(image) for image in images]
+    rewrites = rewriter.rewrite(queries, shift, images)
     gallery = rewriter.job.gallery("train")
+    # One call: the pictures are embedded together.
+    twice = None if images is None else [*images, *images]
+    matches = rewriter.find([*queries, *rewrites], top, images=twice)
     rows = []
-    for query, rewrite in zip(queries, rewrites, strict=True):
-        for caption, words in (("as asked", query), ("rewritten", rewrite)):
-            found = rewriter.find([words], top)[0]
-            images = [gallery.image(int(row)) for row in found]
-            rows.append(Row(query, words, images, None, caption))
+    for i, (query, rewrite) in enumerate(zip(queries, rewrites, strict=True)):
+        picture = None if images is None else images[i]
+        for caption, words, found in (
+            ("as asked", query, matches[i]),
+            ("rewritten", rewrite, matches[len(queries) + i]),
+        ):
+            shown = [gallery.image(int(row)) for row in found]
+            rows.append(Row(query, words, shown, None, caption, picture))
         print(f"{query!r} -> {rewrite!r}")
-        for place, row in enumerate(found, start=1):
+        for place, row in enumerate(matches[len(queries) + i], start=1):
             named = dict.fromkeys((gallery.corpus.names[row], gallery.corpus.ids[row]))
             print(f"  {place}. {'  '.join(named)}")
     contact_sheet(rows, out)

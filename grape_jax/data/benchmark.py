@@ -6,6 +6,7 @@ A benchmark is a module of `grape_jax.data` with
   SPLITS: the splits of each set.
   TEST_SETS: the splits that a report is made of, each with its name for the reader.
   WITHHELD: only where there is one, the split whose truth a server keeps.
+  COMPOSED: True where queries are a picture and the words that change it; may be missing.
   gallery_of(split): the name of the corpus that this split's queries are ranked in.
   prepare(...): writes the sets, once.
   load_queries(data_dir, shift, split, limit) and load_corpus(data_dir, gallery).
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -240,6 +242,15 @@ def subset(queries: Sequence[Query], limit: int) -> list[Query]:
 def hash64(text: str) -> int:
     """64 bits that are the same in every process (Python's own hash is not)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def digest(values: Iterable[Any]) -> dict[str, Any]:
+    """How many JSON values there are, and a hash of them in their order."""
+    total, count = hashlib.sha256(), 0
+    for value in values:
+        total.update(json.dumps(value).encode() + b"\n")
+        count += 1
+    return {"count": count, "digest": total.hexdigest()[:32]}
 
 
 def refuse_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> None:

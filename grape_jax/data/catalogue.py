@@ -51,6 +51,15 @@ def prepare(config: ConfigDict) -> None:
             local.prepare(config.local, config.data_dir)
 
 
+def prepare_corpus(config: ConfigDict) -> None:
+    """Writes the pictures of a run where they are missing, for a use that reads no queries."""
+    match config.benchmark:
+        case "emoji":
+            emoji.prepare(Path(config.data_dir), shifts=())
+        case "local" if not (place(config) / local.CORPUS).exists():
+            local.prepare(config.local, config.data_dir)
+
+
 def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
     """The queries of one split as a run's config asks for them."""
     chosen = config.xm3600 if config.benchmark == "xm3600" else {}

@@ -24,6 +24,7 @@ SHIFTS = ("edits",)
 SPLITS = ("train", "validation", "test1")
 TEST_SETS = {"validation": "validation split"}
 WITHHELD = "test1"
+COMPOSED = True
 SOURCE = "https://github.com/Cuberick-Orion/CIRR"
 
 _OFFICIAL = {"train": "train", "validation": "val", "test1": "test1"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import io
 import math
@@ -19,20 +20,24 @@ from grape_jax.data import benchmark, catalogue, local
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.models import policy
 from grape_jax.models.lora import LoraConfig
-from grape_jax.retrieval import bank, captions, ranking
+from grape_jax.retrieval import captions, ranking
 from grape_jax.retrieval import encoder as retriever
+from grape_jax.retrieval.bank import corpus_bank
 from grape_jax.retrieval.encoder import Retriever
+from grape_jax.rl import prompts as text
 from grape_jax.rl.grpo import GrpoConfig
-from grape_jax.rl.learner import Learner, TrainState, init_state
+from grape_jax.rl.learner import Learner, TrainState, init_state, state_shapes
 from grape_jax.rl.optimizer import OptimizerConfig
-from grape_jax.rl.prompts import PromptConfig, longest_prompt, stop_tokens
+from grape_jax.rl.prompts import PromptConfig
 from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import RewardConfig, Scorer
 from grape_jax.run import checks
-from grape_jax.runtime import checkpoint, processes, sharding
+from grape_jax.runtime import checkpoint, files, processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Index
 from grape_jax.weights import pretrained
+
+DIGEST_ROWS = 1 << 14  # of a bank, hashed at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Job:
     most_targets: int = 1  # P, the right pictures of the query that has most of them
     # Opened and read so far.
     galleries: dict[str, Gallery] = dataclasses.field(default_factory=dict, repr=False)
+    with_pictures: dict[str, bool] = dataclasses.field(default_factory=dict, repr=False)
+    corpora: dict[str, Corpus] = dataclasses.field(default_factory=dict, repr=False)
     splits: dict[tuple[str, str], list[Query]] = dataclasses.field(default_factory=dict, repr=False)
 
     def gallery(self, split: str) -> Gallery:
@@ -83,16 +90,24 @@ class Job:
         return catalogue.module(self.config.benchmark).gallery_of(split)
 
     def _open(self, name: str) -> Gallery:
-        corpus = catalogue.load_corpus(self.config, name)
+        corpus = self.corpus(name)
         given = catalogue.load_precomputed(self.config)
         if given is None:
             cache_dir = Path(self.config.data_dir) / "banks"
-            bank_NxE = bank.corpus_bank(self.retriever, corpus.images, cache_dir)
+            bank_NxE = corpus_bank(self.retriever, corpus.images, cache_dir)
         else:
             _check_precomputed(self.retriever, given)
             bank_NxE = given.bank_NxE
+            if jax.process_count() > 1:
+                processes.refuse_differences({f"embeddings.{name}": _digest_of(bank_NxE)})
         index = ranking.shard_corpus(self.mesh, bank_NxE, self.config.retriever.corpus_dtype)
         return Gallery(corpus, bank_NxE, index)
+
+    def corpus(self, name: str) -> Corpus:
+        """A gallery's pictures, which are not embedded for this."""
+        if name not in self.corpora:
+            self.corpora[name] = catalogue.load_corpus(self.config, name)
+        return self.corpora[name]
 
     def queries(self, shift: str, split: str, limit: int = 0) -> list[Query]:
         """The queries of a split; a limit takes a fixed subset, 0 all."""
@@ -106,24 +121,74 @@ class Job:
         words = catalogue.load_words(self.config, shift) if self.config.warm_up.words else []
         return self.queries(shift, "train") + words
 
+    def data_digests(self, splits: Sequence[str] | None = None) -> dict[str, dict]:
+        """Count and digest of the queries and corpus ids of some splits, in their order.
+
+        Args:
+          splits: None: all of them, and whatever else training reads.
+        """
+        config = self.config
+        chosen = catalogue.module(config.benchmark).SPLITS if splits is None else splits
+        found = {
+            f"queries.{shift}.{split}": benchmark.digest(map(vars, self.queries(shift, split)))
+            for shift in config.shifts
+            for split in chosen
+        }
+        for name in dict.fromkeys(self.gallery_name(split) for split in chosen):
+            found[f"gallery.{name}"] = benchmark.digest(self.corpus(name).ids)
+        if splits is None and config.warm_up.words:
+            for shift in config.shifts:
+                words = catalogue.load_words(config, shift)
+                found[f"words.{shift}"] = benchmark.digest(map(vars, words))
+        if splits is None and config.prompt.caption_bank:
+            bank = captions.read_bank(config.prompt.caption_bank)
+            found["prompt.caption_bank"] = benchmark.digest(bank)
+        return found
+
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
-        """What the policy reads of each query: its picture, if it has one, in other captions."""
-        with_picture = [query.image for query in queries if query.image >= 0]
-        if not with_picture:
+        """What the policy reads of each query: its picture, if it has one, in other captions.
+
+        All processes must call it together, whichever queries each of them has.
+        """
+        if not self._has_pictures(split):
             return [query.text for query in queries]
+        # Embedding captions and gallery takes all processes. Whether it is done depends on the
+        # whole split, not on the part of a batch that this process has.
+        with_picture = [query.image for query in queries if query.image >= 0]
         told = dict(zip(with_picture, self._told(with_picture, split), strict=True))
-        template = self.config.prompt.with_captions
         return [
-            query.text
-            if query.image < 0
-            else template.replace("{captions}", told[query.image]).replace("{query}", query.text)
+            query.text if query.image < 0 else self._with_captions(told[query.image], query.text)
             for query in queries
         ]
 
+    def _has_pictures(self, split: str) -> bool:
+        """Whether any query of a split has a picture of its own."""
+        if split not in self.with_pictures:
+            shifts = self.config.shifts
+            found = (query.image >= 0 for shift in shifts for query in self.queries(shift, split))
+            self.with_pictures[split] = any(found)
+        return self.with_pictures[split]
+
+    @property
+    def composed(self) -> bool:
+        """Whether queries are a picture and the words that change it."""
+        return getattr(catalogue.module(self.config.benchmark), "COMPOSED", False)
+
+    def composed_texts(self, texts: Sequence[str], emb_QxE: np.ndarray) -> list[str]:
+        """`prompt_texts` of words that change pictures, of which the embeddings are given."""
+        told = self._closest_captions(emb_QxE)
+        return [self._with_captions(*both) for both in zip(told, texts, strict=True)]
+
+    def _with_captions(self, told: str, text: str) -> str:
+        template = self.config.prompt.with_captions
+        return template.replace("{captions}", told).replace("{query}", text)
+
     def _told(self, rows: Sequence[int], split: str) -> list[str]:
         """The captions that lie closest to these pictures of a split's corpus."""
+        return self._closest_captions(self.gallery(split).bank_NxE[np.asarray(rows, np.int64)])
+
+    def _closest_captions(self, emb_QxE: np.ndarray) -> list[str]:
         texts, bank_CxE = self._caption_bank
-        emb_QxE = self.gallery(split).bank_NxE[np.asarray(rows)]
         found = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
         return ["; ".join(texts[row] for row in best) for best in found]
 
@@ -160,6 +225,10 @@ class Job:
     def fresh_state(self, phase: str) -> TrainState:
         """Where training starts."""
         return init_state(self.learner(phase), jax.random.key(self.config.seed), self.base)
+
+    def state_shapes(self) -> TrainState:
+        """What a checkpoint of this run is restored as: the same shapes in both phases."""
+        return state_shapes(self.learner("grpo"), self.base)
 
     def about(self) -> dict:
         """What a checkpoint must agree with: the config, and the weights that are not trained."""
@@ -225,36 +294,71 @@ def build(config: ConfigDict) -> Job:
     """
     checks.check(config)
     processes.writer_first(lambda: catalogue.prepare(config))
-    mesh = sharding.make_mesh(**config.mesh)
-    base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
-    check_chat(config, base.tokenizer)
-    found = retriever.load(config.retriever.path or None)
-    if found.preprocess is None and catalogue.load_precomputed(config) is None:
+    run = load_models(config)
+    if jax.process_count() > 1:
+        # Before the first computation that all processes make together from their own files.
+        processes.refuse_differences(_read_here(run))
+    precomputed = catalogue.load_precomputed(config) is not None
+    if run.retriever.preprocess is None and not precomputed:
         raise UserError(
             f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
             "pictures: name a CLIP or SigLIP."
         )
-    run = Job(
+    run = dataclasses.replace(run, most_targets=_check_sizes(run))
+    if precomputed:
+        _warn_of_chance(run)
+    return run
+
+
+def load_models(config: ConfigDict) -> Job:
+    """Loads policy and retriever onto the mesh; reads no queries and no pictures.
+
+    Raises:
+      UserError: a model is missing, damaged or unsuited.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    base = pretrained.load_policy(policy_path(config.policy.path), held_dtype(config), mesh)
+    check_chat(config, base.tokenizer)
+    found = retriever.load(config.retriever.path or None)
+    return Job(
         config=config,
         mesh=mesh,
         policy=policy_settings(config, base.config, mesh),
         base=base.params,
         lora=lora_config(config),
         tokenizer=base.tokenizer,
-        stop_ids=base.end_tokens + stop_tokens(base.tokenizer, config.rollout.stop),
+        stop_ids=base.end_tokens + text.stop_tokens(base.tokenizer, config.rollout.stop),
         prompts={shift: _prompt_config(config, shift) for shift in config.shifts},
         retriever=retriever.place(found, mesh),
     )
-    run = dataclasses.replace(run, most_targets=_check_sizes(run))
-    if catalogue.load_precomputed(config) is not None:
-        _warn_of_chance(run)
-    return run
 
 
-def build_again(stored: dict) -> Job:
-    """`build` from a run's stored config, on whatever devices are here."""
+def _read_here(run: Job) -> dict:
+    """What must be the same on all processes: config, weights, queries and corpus ids."""
+    config = {f"config.{key}": value for key, value in checkpoint.flat_config(run.config).items()}
+    # Folders that may be each machine's own; their content is compared.
+    for key in ("data_dir", "wordnet_dir"):
+        del config[f"config.{key}"]
+    weights = {
+        "weights.policy": pretrained.files_digest(policy_path(run.config.policy.path)),
+        "weights.retriever": run.retriever.fingerprint,
+    }
+    return config | weights | run.data_digests()
+
+
+def _digest_of(rows_NxE: np.ndarray) -> str:
+    """A hash of the rows, which may be memory-mapped and more than fits in memory."""
+    total = hashlib.sha256(str(rows_NxE.shape).encode())
+    for start in range(0, len(rows_NxE), DIGEST_ROWS):
+        total.update(np.ascontiguousarray(rows_NxE[start : start + DIGEST_ROWS]))
+    files.let_go(rows_NxE)
+    return total.hexdigest()[:32]
+
+
+def on_these_devices(stored: dict) -> ConfigDict:
+    """A run's stored config, with a mesh of the devices of this process."""
     mesh = {"data": 1, "fsdp": 1, "tensor": len(jax.devices())}
-    return build(ConfigDict(stored | {"mesh": mesh}))
+    return ConfigDict(stored | {"mesh": mesh})
 
 
 def check_chat(config: ConfigDict, tokenizer) -> None:
@@ -328,7 +432,7 @@ def held_dtype(config: ConfigDict) -> str:
 
 
 def _check_prompts(run: Job, shift: str, prompt: PromptConfig, texts: Sequence[str]) -> None:
-    longest = longest_prompt(run.tokenizer, prompt, texts)
+    longest = text.longest_prompt(run.tokenizer, prompt, texts)
     if longest > prompt.max_tokens:
         raise UserError(
             f"the longest prompt of the shift {shift} has {longest} tokens, more than "

@@ -78,6 +78,13 @@ def withheld_sets(job: Job) -> list[tuple[str, str, list[Query]]]:
     return [(shift, split, job.queries(shift, split)) for shift in job.config.shifts]
 
 
+def splits(config: ConfigDict) -> list[str]:
+    """The splits that an evaluation reads."""
+    module = catalogue.module(config.benchmark)
+    withheld = getattr(module, "WITHHELD", None)
+    return [*module.TEST_SETS, *([withheld] if withheld else [])]
+
+
 def trained_method(config: ConfigDict) -> str:
     """What the policy at the end of training is called."""
     return GRPO if config.grpo.steps else WARM_UP
@@ -168,7 +175,8 @@ def all_answers(job: Job, workdir: Path) -> list[TestSet]:
         image = None if gallery.corpus.images is None else gallery.image
         answers = _answers_to(job, workdir, shift, split, queries)
         names = gallery.corpus.names
-        found.append(TestSet(name, shift, queries, tuple(answers), names, image))
+        named = names != gallery.corpus.ids
+        found.append(TestSet(name, shift, queries, tuple(answers), names, image, named))
     return found
 
 
@@ -233,13 +241,23 @@ def _answers_to(
     return answers
 
 
+def _validation_queries(job: Job) -> list[tuple[str, Query]]:
+    limit = job.config.evaluation.validation_limit
+    return [
+        (shift, query)
+        for shift in job.config.shifts
+        for query in job.queries(shift, "validation", limit)
+    ]
+
+
+def validation_size(job: Job) -> int:
+    """How many queries a validation rewrites."""
+    return len(_validation_queries(job))
+
+
 def validate(job: Job, variables: dict) -> dict[str, float]:
     """Greedy ranks and similarities on the validation queries of all shifts."""
-    shifts = job.config.shifts
-    limit = job.config.evaluation.validation_limit
-    queries = [
-        (shift, query) for shift in shifts for query in job.queries(shift, "validation", limit)
-    ]
+    queries = _validation_queries(job)
     texts = rewrite(
         job,
         variables,
@@ -268,6 +286,12 @@ def write_report(run: Job, workdir: Path) -> None:
     # Searched together with the other processes.
     sets = all_answers(run, workdir)
     write_submissions(run, workdir)
+    counted = run.retriever.cut_texts
+    if counted.cut:
+        processes.say(
+            f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
+            "reads, and were cut."
+        )
     processes.at("the report", limited=False)
     if processes.is_writer():
         _write_tables_and_pictures(run, workdir, sets)
@@ -302,7 +326,8 @@ def _write_tables_and_pictures(run: Job, workdir: Path, sets: list) -> None:
         "command": f"python -m grape_jax.evaluate --workdir={shlex.quote(str(workdir))} "
         f"--methods={','.join(run.config.evaluation.methods)}",
     }
-    report.write(workdir, sets, log, about)
+    numbers = report.write(workdir, sets, log, about)
+    print(*report.summary(numbers), sep="\n")
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 
@@ -372,4 +397,10 @@ def _write(path: Path, ids: list[str], texts: list[str]) -> None:
 
 def _read(path: Path, ids: list[str]) -> list[str]:
     texts = json.loads(path.read_text())
+    if texts.keys() != set(ids):
+        missing, left = len(set(ids) - texts.keys()), len(texts.keys() - set(ids))
+        raise UserError(
+            f"{path} holds answers to other queries ({missing} of {len(ids)} have none, and {left} "
+            "answers have no query): restore the data, or begin in another --workdir."
+        )
     return [texts[query_id] for query_id in ids]

@@ -28,7 +28,7 @@ from grape_jax.rl.learner import TrainState, begin_grpo, grpo_step, warm_up_step
 from grape_jax.rl.prompts import encode_references
 from grape_jax.rl.rollout import filtered_mass, sample
 from grape_jax.rl.scoring import score_rewrites
-from grape_jax.run import checks, context, evaluation
+from grape_jax.run import checks, context, eta, evaluation
 from grape_jax.run.context import Job
 from grape_jax.run.rewriter import (
     Answer,
@@ -38,7 +38,15 @@ from grape_jax.run.rewriter import (
     read_answers,
     sampling_variables,
 )
-from grape_jax.runtime import checkpoint, command_line, files, processes, sharding
+from grape_jax.runtime import (
+    checkpoint,
+    command_line,
+    compilation_cache,
+    files,
+    lock,
+    processes,
+    sharding,
+)
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.runtime.log import Log, sample_table
 from grape_jax.runtime.shutdown import Interrupted, StopSignal, interruptible
@@ -51,28 +59,30 @@ def train(config, workdir: Path) -> None:
     """Runs, or goes on with, the run in `workdir`, up to its report.
 
     Raises:
-      UserError: the user can mend it.
+      UserError: the user can mend it; another run is at work in the workdir.
       Interrupted: stopped on request; everything is saved.
     """
     checks.check(config)
     with_whole_paths(config)
     checkpoint.refuse_other_config(workdir, config)
+    compilation_cache.enable(config)
+    with lock.held(workdir):
+        _train(config, workdir)
+
+
+def _train(config, workdir: Path) -> None:
+    """`train` in a workdir that no other run writes to."""
     run = prepare(config, workdir)
     with StopSignal() as stop:
-        evaluate_policy(run, workdir, sampling_variables(run, run.base), "untrained", 0, stop)
+        variables = sampling_variables(run, run.base)
+        pace = evaluate_policy(run, workdir, variables, "untrained", 0, stop)
         keep, best = config.checkpoint.keep, config.checkpoint.keep_best
         with checkpoint.open_manager(workdir, keep, best) as manager:
-            state = learn(run, workdir, manager, stop)
+            state = learn(run, workdir, manager, stop, pace)
         method = evaluation.trained_method(config)
         variables = merged_variables(run, state.trained)
         evaluate_policy(run, workdir, variables, method, int(state.step), stop)
         evaluation.write_report(run, workdir)
-    counted = run.retriever.cut_texts
-    if counted.cut:
-        processes.say(
-            f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
-            "reads, and were cut."
-        )
 
 
 def with_whole_paths(config: ConfigDict) -> None:
@@ -100,17 +110,28 @@ def prepare(config: ConfigDict, workdir: Path) -> Job:
     return run
 
 
-def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal) -> TrainState:
-    """The loop: warm-up steps, then GRPO steps; resumes from the newest checkpoint."""
+def learn(
+    run: Job,
+    workdir: Path,
+    manager: CheckpointManager,
+    stop: StopSignal,
+    pace: float | None = None,
+) -> TrainState:
+    """The loop: warm-up steps, then GRPO steps; resumes from the newest checkpoint.
+
+    Args:
+      pace: seconds a rewrite, for the estimate until a validation has been measured.
+    """
     config = run.config
     last = config.warm_up.steps + config.grpo.steps
-    about = run.about()
+    about = run.about() | {"data": run.data_digests()}
     batches = data_iterators(run)
-    state = run.fresh_state("warm_up")
     in_a_row, skipped = 0, 0  # steps without a finite loss: the last ones, and all
     processes.at("restoring the newest checkpoint")
-    restored = checkpoint.restore(manager, state, about)
-    if restored is not None:
+    restored = checkpoint.restore(manager, run.state_shapes(), about)
+    if restored is None:
+        state = run.fresh_state("warm_up")
+    else:
         state, saved = restored
         in_a_row, skipped = saved["skipped"]
         for phase, iterator in batches.items():
@@ -118,7 +139,12 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
     first = int(state.step)
     checkpoint.set_aside_after(manager, first)
     log = Log(workdir, first)
-    bar = progress(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True)
+    measured = eta.measured_in(log.lines())
+    if pace is not None and not measured[eta.VALIDATION]:
+        measured[eta.VALIDATION].append(pace * evaluation.validation_size(run))
+    # tqdm's own estimate counts the pauses of evaluations as steps.
+    shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    bar = progress(total=last, initial=first, desc="training", dynamic_ncols=True, bar_format=shown)
 
     def save(step: int, metrics: dict) -> None:
         positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
@@ -150,6 +176,7 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         in_a_row = in_a_row + 1 if metrics["skipped"] else 0
         skipped += bool(metrics["skipped"])
         metrics |= {"skipped": skipped, "seconds": time.perf_counter() - began}
+        measured[phase].append(metrics["seconds"])
         if in_a_row >= config.max_skipped:
             log.write(done, phase, metrics)
             log.close()
@@ -164,17 +191,24 @@ def learn(run: Job, workdir: Path, manager: CheckpointManager, stop: StopSignal)
         validated = bool(config.evaluation.every) and done % config.evaluation.every == 0
         if validated:
             processes.at(f"the validation after step {done}")
+            began = time.perf_counter()
             metrics |= evaluation.validate(run, merged_variables(run, state.trained))
+            metrics["validation_seconds"] = time.perf_counter() - began
+            measured[eta.VALIDATION].append(metrics["validation_seconds"])
         log.write(done, phase, metrics)
-        bar.set_postfix_str("  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics))
+        left = eta.text(eta.work_left(config, done), measured)
+        values = [f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
         bar.update()
+        bar.set_postfix_str("  ".join([left, *values] if left else values))
         stopping = stop.asked_anywhere()
         # What was validated may be the best so far. A step that changed nothing must not push out
         # what came before it.
         due = done % config.checkpoint.every == 0 or validated
         if (due and not in_a_row) or done == last or stopping:
             processes.at(f"saving step {done}")
+            began = time.perf_counter()
             save(done, metrics)
+            measured[eta.SAVING].append(time.perf_counter() - began)
         if stopping:
             bar.close()
             checkpoint.wait(manager)
@@ -452,22 +486,32 @@ def read_rewrites(run: Job, rollout) -> tuple[list, Rewrites]:
 
 def evaluate_policy(
     run: Job, workdir: Path, variables, method: str, step: int, stop: StopSignal
-) -> None:
-    """Has the policy of a step answer the test queries, with progress; nothing is done twice."""
+) -> float | None:
+    """Has the policy of a step answer the test queries, with progress; nothing is done twice.
+
+    Returns:
+      Seconds a rewrite; None where all answers were there.
+    """
     writings = evaluation.still_to_write(run, workdir, method)
     if not writings:
-        return
+        return None
+    paces = []
     total = sum(len(writing.queries) for writing in writings)
     processes.at(f"the test of the {method} policy")
     with progress(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
 
         def after_batch(done: int) -> None:
+            nonlocal began
+            paces.append((time.perf_counter() - began) / done)
+            began = time.perf_counter()
             bar.update(done)
             processes.at(f"the test of the {method} policy after {bar.n} rewrites")
             if stop.asked_anywhere():
                 raise Interrupted(step)
 
+        began = time.perf_counter()
         evaluation.write_answers(run, variables, writings, after_batch)
+    return eta.typical(paces)
 
 
 def progress(**settings) -> tqdm:

@@ -8,18 +8,24 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from orbax.checkpoint import CheckpointManager
 
+from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query, excluded_of
+from grape_jax.data.pictures import Picture, open_picture
 from grape_jax.models import lora, policy
+from grape_jax.retrieval.encoder import SAME_MODEL, Retriever
 from grape_jax.retrieval.ranking import QUERY_TILE, target_ranks
 from grape_jax.rl import prompts as text
-from grape_jax.rl.learner import TrainState
 from grape_jax.rl.rollout import sample
+from grape_jax.run import checks
 from grape_jax.run import context as job
-from grape_jax.run.context import Job
-from grape_jax.runtime import checkpoint, files, processes, sharding
+from grape_jax.run.context import Gallery, Job
+from grape_jax.runtime import checkpoint, compilation_cache, files, processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
+
+FEW = 8  # queries of one call that are not padded to a whole batch of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,47 +42,112 @@ class Rewriter:
         Raises:
           UserError: there is no run, or nothing is trained yet.
         """
-        loaded, state = restore(files.path(workdir))
-        return cls(loaded, merged_variables(loaded, state.trained))
+        loaded, trained = restore(files.path(workdir))
+        processes.writer_first(lambda: catalogue.prepare_corpus(loaded.config))
+        return cls(loaded, merged_variables(loaded, trained))
 
-    def rewrite(self, queries: Sequence[str], shift: str | None = None) -> list[str]:
+    def rewrite(
+        self,
+        queries: Sequence[str],
+        shift: str | None = None,
+        images: Sequence[Picture] | None = None,
+    ) -> list[str]:
         """The greedy rewrite of each query.
 
         Args:
           shift: which of the run's prompts to use; None is its first.
+          images: after a composed run (CIRR), the picture that each query changes: PIL images or
+            paths. Other runs take none.
 
         Raises:
-          UserError: the run has no such shift; a query is empty or too long.
+          UserError: the run has no such shift; a query is empty or too long; pictures are missing,
+            cannot be read, or are given to a run whose queries have none.
         """
         if shift is not None and shift not in self.job.prompts:
             raise UserError(
                 f"this run has no shift {shift!r}: choose one of {', '.join(self.job.prompts)}."
             )
+        self._check_images(queries, images)
+        prompts = list(queries)
+        if images:
+            prompts = self.job.composed_texts(prompts, self.job.retriever.embed_images(images))
         shifts = [shift or self.job.config.shifts[0]] * len(queries)
-        return rewrite(self.job, self.variables, list(queries), shifts, temperature=0.0)
+        batch = self.job.config.evaluation.batch_size
+        if len(queries) <= FEW:
+            batch = min(FEW, batch)
+        return rewrite(self.job, self.variables, prompts, shifts, temperature=0.0, batch=batch)
 
-    def find(self, texts: Sequence[str], top: int = 5, split: str = "train") -> np.ndarray:
+    def find(
+        self,
+        texts: Sequence[str],
+        top: int = 5,
+        split: str = "train",
+        images: Sequence[Picture] | None = None,
+    ) -> np.ndarray:
         """Corpus rows of the best matches of each text, best first: int `[n, top]`.
 
         Args:
           split: whose corpus to search, where each split has its own.
+          images: the query picture of each text. Where the corpus holds it, it is no match, as in
+            training; `top` is then at most the corpus without one picture.
         """
         gallery = self.job.gallery(split)
-        return nearest(gallery.bank_NxE, self.job.retriever.embed_texts(list(texts)), top)
+        excluded_Qx1 = None
+        if images is not None:
+            excluded_Qx1 = own_rows(gallery, self.job.retriever, images)
+            top = min(top, len(gallery) - 1)
+        emb_QxE = self.job.retriever.embed_texts(list(texts))
+        return nearest(gallery.bank_NxE, emb_QxE, top, excluded_Qx1)
+
+    def _check_images(self, queries: Sequence[str], images: Sequence[Picture] | None) -> None:
+        if self.job.composed and images is None:
+            raise UserError(
+                "this run's queries change a picture: give the picture of each query, with "
+                "images=[...] or --image=FILE."
+            )
+        if images is not None and not self.job.composed:
+            raise UserError("this run's queries are words alone: leave the image out.")
+        if images is not None and len(images) != len(queries):
+            raise UserError(
+                f"{len(images)} images are given for {len(queries)} queries: give one for each."
+            )
 
 
-def restore(workdir: Path) -> tuple[Job, TrainState]:
-    """A run and its newest checkpoint, on whatever devices are here.
+def restore(workdir: Path) -> tuple[Job, dict]:
+    """A run's models and its newest trained parameters, on whatever devices are here.
+
+    The run's queries are not read; its pictures are when a gallery is first asked for.
 
     Raises:
       UserError: there is no run, or nothing is trained yet.
     """
-    loaded = job.build_again(checkpoint.read_config(workdir))
+    config = job.on_these_devices(checkpoint.read_config(workdir))
+    checks.check(config)
+    compilation_cache.enable(config)
+    loaded = job.load_models(config)
     with checkpoint.open_manager(workdir) as manager:
-        restored = checkpoint.restore(manager, loaded.fresh_state("grpo"), loaded.about())
-    if restored is None:
+        trained = restore_trained(manager, loaded)
+    if trained is None:
         raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
-    return loaded, restored[0]
+    return loaded, trained
+
+
+def restore_trained(manager: CheckpointManager, job: Job, about: dict | None = None) -> dict | None:
+    """The newest checkpoint's trained parameters alone, or None where there is no checkpoint.
+
+    Args:
+      about: what the checkpoint must agree with; None: `Job.about`.
+
+    Raises:
+      UserError: as `checkpoint.restore`.
+    """
+    shapes = job.state_shapes()
+    wanted = shapes.replace(
+        reference=checkpoint.skipped(shapes.reference),
+        optimizer=checkpoint.skipped(shapes.optimizer),
+    )
+    restored = checkpoint.restore(manager, wanted, about or job.about())
+    return restored and restored[0].trained
 
 
 def merged_variables(job: Job, trained) -> dict:
@@ -116,12 +187,18 @@ def rewrite(
     temperature: float,
     seed: int = 0,
     after_batch: Callable[[int], None] = lambda done: None,
+    batch: int | None = None,
 ) -> list[str]:
-    """One rewrite of each query, greedy at temperature 0. `after_batch` hears how many are done."""
+    """One rewrite of each query, greedy at temperature 0.
+
+    Args:
+      after_batch: is called with how many are done.
+      batch: how many are computed together; None: `evaluation.batch_size`.
+    """
     if not queries:
         return []
     rewrites = [""] * len(queries)
-    batch, buckets = job.config.evaluation.batch_size, job.config.prompt.buckets
+    batch, buckets = batch or job.config.evaluation.batch_size, job.config.prompt.buckets
     whole = _encode(job, queries, shifts)
     # Queries of one bucket stand together, so that few batches are padded to the longest.
     order = np.argsort(np.searchsorted(buckets, whole.mask_BxS.sum(axis=1)), kind="stable")
@@ -221,6 +298,22 @@ def all_ranks_of(job: Job, emb_QxE: np.ndarray, queries: Sequence[Query], split:
         for start in range(0, len(queries), QUERY_TILE)
     ]
     return np.concatenate(jax.device_get(ranks))[: len(queries)]
+
+
+def own_rows(gallery: Gallery, found: Retriever, images: Sequence[Picture]) -> np.ndarray:
+    """The row of each picture in a corpus, by its pixels: int32 `[Q, 1]`, -1 where it is not there.
+
+    Only pictures whose embedding lies as close as that of the same picture are opened.
+    """
+    pixels = lambda image: np.asarray(image.convert("RGB"))
+    rows_Qx1 = np.full((len(images), 1), -1, np.int32)
+    opened = [open_picture(image) for image in images]
+    for i, emb_E in enumerate(found.embed_images(opened)):
+        candidates = np.flatnonzero(gallery.bank_NxE @ emb_E > SAME_MODEL)
+        wanted = pixels(opened[i])
+        same = (row for row in candidates if np.array_equal(pixels(gallery.image(row)), wanted))
+        rows_Qx1[i] = next(same, -1)
+    return rows_Qx1
 
 
 def nearest(
