@@ -13,7 +13,6 @@ DEMO = [
     "resvg-py>=0.5,<1",
 ]
 TEST = [
-    "filelock>=3,<4",
     "hypothesis>=6,<7",
     "ir-measures>=0.4.3,<0.5",
     "pytest>=9,<10",
@@ -43,6 +42,7 @@ setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",
         "etils[epath]>=1.10,<2",
+        "filelock>=3,<4",
         "flax>=0.12,<0.13",
         "ftfy>=6.1,<7",
         "gguf>=0.17,<1",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax.run import context, loop
+from grape_jax.run import context, loop, steps
 from grape_jax.runtime import checkpoint, command_line
 from grape_jax.runtime.errors import exit_with_sentence
 
@@ -28,12 +28,12 @@ def main() -> None:
     command_line.parse(sys.argv)
     run = context.build(flags.FLAGS.config)
     workdir = Path(flags.FLAGS.workdir)
-    state, batches = run.fresh_state("grpo"), loop.data_iterators(run)["grpo"]
+    state, batches = run.initial_state("grpo"), loop.batch_iterators(run)["grpo"]
     about, waits, after, others, bytes_written = run.about(), [], [], [], 0
     with checkpoint.open_manager(workdir, keep=1) as manager:
         for step in range(EVERY * SAVES + 2):
             began = time.perf_counter()
-            state, _, _ = loop.explore(run, state, batches, step)
+            state, _, _ = steps.grpo_update(run, state, batches, step)
             seconds = time.perf_counter() - began
             if step < 2:  # compiles
                 continue

@@ -19,19 +19,23 @@ from ml_collections import ConfigDict
 
 from benchmarks import memory
 from grape_jax.rl.learner import begin_grpo
-from grape_jax.run import context, loop
-from grape_jax.run.context import Job
+from grape_jax.run import context, steps
+from grape_jax.run.context import Context
 from grape_jax.runtime.errors import exit_with_sentence
 
 LOGGED = ("reward", "kl", "loss", "grad_norm", "length")
 
 
-def build(config: ConfigDict) -> Job:
+def build(config: ConfigDict) -> Context:
     """A run whose policy never stops before its budget is spent."""
-    return dataclasses.replace(context.build(config), stop_ids=())
+    return without_stops(context.build(config))
 
 
-def of_shape(run: Job, prompt_tokens: int, completion_tokens: int, group_size: int) -> Job:
+def without_stops(run: Context) -> Context:
+    return dataclasses.replace(run, policy=dataclasses.replace(run.policy, stop_ids=()))
+
+
+def of_shape(run: Context, prompt_tokens: int, completion_tokens: int, group_size: int) -> Context:
     """The same run with other lengths; prompts must have exactly `prompt_tokens` tokens."""
     config = ConfigDict(run.config.to_dict())
     config.prompt.max_tokens = prompt_tokens
@@ -39,22 +43,23 @@ def of_shape(run: Job, prompt_tokens: int, completion_tokens: int, group_size: i
     config.grpo.group_size = group_size
     prompts = {
         shift: dataclasses.replace(prompt, max_tokens=prompt_tokens)
-        for shift, prompt in run.prompts.items()
+        for shift, prompt in run.policy.prompts.items()
     }
-    return dataclasses.replace(run, config=config, prompts=prompts)
+    policy = dataclasses.replace(run.policy, prompts=prompts, buckets=())
+    return dataclasses.replace(run, config=config, policy=policy)
 
 
-def timed_steps(run: Job, batches: list) -> Iterator[dict]:
+def timed_steps(run: Context, batches: list) -> Iterator[dict]:
     """Takes one GRPO step for each batch of (shift, query).
 
     Yields:
       The step from 1, its seconds, its peak of memory, and some of what a step logs.
     """
-    state = begin_grpo(run.learner("grpo"), run.fresh_state("grpo"))
+    state = begin_grpo(run.learner("grpo"), run.initial_state("grpo"))
     for step, batch in enumerate(batches):
         memory.forget_peak()
         began = time.perf_counter()
-        state, metrics, _ = loop.explore(run, state, itertools.repeat(batch), step)
+        state, metrics, _ = steps.grpo_update(run, state, itertools.repeat(batch), step)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         if metrics["length"] != run.config.rollout.max_tokens:
@@ -69,7 +74,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="a text is longer than")
     out.mkdir(parents=True, exist_ok=True)
     run = build(ConfigDict(json.loads((task / "config.json").read_text())))
-    like = run.queries(run.config.shifts[0], "train", 1)[0]
+    like = run.queries.split(run.config.shifts[0], "train", 1)[0]
     batches = [
         [
             (row["shift"], dataclasses.replace(like, text=row["query"], targets=(row["target"],)))

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import comparison, forced, task
 from grape_jax.run import checks, loop
-from grape_jax.run.context import Job
+from grape_jax.run.context import Context
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 
@@ -93,10 +93,10 @@ def measure_all(
     return found
 
 
-def measure(run: Job, prompt: int, group: int, completion: int, steps: int) -> list[float]:
+def measure(run: Context, prompt: int, group: int, completion: int, steps: int) -> list[float]:
     """Seconds of each step but the first."""
     run = forced.of_shape(run, prompt, completion, group)
-    batches = loop.data_iterators(run)["grpo"]
+    batches = loop.batch_iterators(run)["grpo"]
     made = [task.lengthened(run, next(batches), prompt) for _ in range(steps)]
     return [line["seconds"] for line in forced.timed_steps(run, made)][1:]
 

@@ -74,7 +74,7 @@ def write(folder: Path, rows: int, dtype: str) -> Path:
 
 
 def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
-    from grape_jax.run import context, loop
+    from grape_jax.run import context, loop, steps
     from grape_jax.runtime import command_line
     from grape_jax.weights import pretrained
 
@@ -88,11 +88,11 @@ def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
     pretrained.load_policy(pretrained.policy_path(policy))
     before, began = peak_bytes(reset=True), time.perf_counter()
     run = context.build(config)
-    run.gallery("train")
+    run.galleries.open("train")
     ready, growth = time.perf_counter() - began, peak_bytes() - before
-    policy_bytes = sum(leaf.nbytes for leaf in leaves(run.base))
-    state = run.fresh_state("grpo")
-    loop.explore(run, state, loop.data_iterators(run)["grpo"], 0)
+    policy_bytes = sum(leaf.nbytes for leaf in leaves(run.policy.base))
+    state = run.initial_state("grpo")
+    steps.grpo_update(run, state, loop.batch_iterators(run)["grpo"], 0)
     return {
         "file_bytes": file.stat().st_size,
         "seconds_ready": round(ready, 1),

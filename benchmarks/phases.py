@@ -22,9 +22,9 @@ from absl import flags
 from benchmarks import comparison, forced, task
 from grape_jax.rl.learner import policy_gradient, read_lesson
 from grape_jax.rl.rollout import sample
-from grape_jax.run import checks, loop
-from grape_jax.run.context import Job
-from grape_jax.run.rewriter import merged_variables
+from grape_jax.run import checks, loop, steps
+from grape_jax.run.context import Context
+from grape_jax.run.policy import sampling_variables
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import exit_with_sentence
 
@@ -56,36 +56,38 @@ def main() -> None:
     print(comparison.table(["part", "seconds", "GFLOP", "GFLOP/s"], rows))
 
 
-def parts(run: Job) -> list[tuple[str, float, float]]:
+def parts(run: Context) -> list[tuple[str, float, float]]:
     """Name, seconds, and floating point operations of every part of a step."""
-    config, learner = run.config, run.learner("grpo")
+    config, policy, learner = run.config, run.policy, run.learner("grpo")
     B, K, T = config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens
-    state, key = run.fresh_state("grpo"), jax.random.key(config.seed)
-    batch = task.lengthened(run, next(loop.data_iterators(run)["grpo"]), config.prompt.max_tokens)
-    variables = merged_variables(run, state.trained)
-    found = loop.experience(run, variables, batch, key)
+    state, key = run.initial_state("grpo"), jax.random.key(config.seed)
+    batch = task.lengthened(run, next(loop.batch_iterators(run)["grpo"]), config.prompt.max_tokens)
+    variables = sampling_variables(run.policy, state.trained)
+    found = steps.rollout_and_score(run, variables, batch, key)
     sampling = run.sampling(K, config.rollout.temperature, T)
     lesson_of = jax.jit(functools.partial(read_lesson, learner))
-    lesson = lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
+    lesson = lesson_of(state, run.policy.base, found.prompts, found.rollout, found.scores)
     gradient_of = jax.jit(functools.partial(policy_gradient, learner))
 
-    merged = seconds_of(lambda: merged_variables(run, state.trained))
-    sampled = seconds_of(lambda: sample(run.policy, sampling, variables, found.prompts, key))
-    told = seconds_of(lambda: loop.experience(run, variables, batch, key).scores)
-    reference = seconds_of(
-        lambda: lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
+    gathered = seconds_of(lambda: sampling_variables(run.policy, state.trained))
+    sampled = seconds_of(
+        lambda: sample(policy.model, sampling, variables, found.prompts, key, policy.lora)
     )
-    gradient = seconds_of(lambda: gradient_of(state.trained, run.base, lesson))
+    told = seconds_of(lambda: steps.rollout_and_score(run, variables, batch, key).scores)
+    reference = seconds_of(
+        lambda: lesson_of(state, run.policy.base, found.prompts, found.rollout, found.scores)
+    )
+    gradient = seconds_of(lambda: gradient_of(state.trained, run.policy.base, lesson))
 
     body = sum(stack.size for stack in kernels(run))
-    head = run.base["embedding"].size
+    head = run.policy.base["embedding"].size
     prompt_tokens, tokens = B * config.prompt.max_tokens, B * K * T
     fed = B * K * (T - 1)  # nothing is predicted from a completion's last token
     forward = 2 * (body * (prompt_tokens + fed) + head * tokens)
     # Forward, and back to the states; the weights beneath an adapter have no gradient.
     passes = 3 if learner.lora is None else 2
     return [
-        ("merging the adapter", merged, 0),
+        ("gathering the weights", gathered, 0),
         ("sampling", sampled, 2 * (body * (prompt_tokens + fed) + head * (B + fed))),
         ("encoding, reading, ranking", max(0.0, told - sampled), 0),
         ("reference", reference, forward),
@@ -93,7 +95,7 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     ]
 
 
-def one_product(run: Job) -> tuple[str, float, float]:
+def one_product(run: Context) -> tuple[str, float, float]:
     """One product of the step's tokens with the projection that has the most weights."""
     config = run.config
     completion = config.grpo.group_size * (config.rollout.max_tokens - 1)
@@ -106,9 +108,9 @@ def one_product(run: Job) -> tuple[str, float, float]:
     return "100 products alone", seconds, 100 * 2 * tokens * kernel.size
 
 
-def kernels(run: Job) -> list[jax.Array]:
+def kernels(run: Context) -> list[jax.Array]:
     """Every projection's weights, those of all layers in one stack."""
-    return [leaf for leaf in jax.tree.leaves(run.base["layers"]) if leaf.ndim == 3]
+    return [leaf for leaf in jax.tree.leaves(run.policy.base["layers"]) if leaf.ndim == 3]
 
 
 def seconds_of(part: Callable) -> float:

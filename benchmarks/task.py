@@ -20,9 +20,10 @@ from benchmarks.pytorch.prompts import turns
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval.encoder import SHIPPED
-from grape_jax.run import context, evaluation, loop
-from grape_jax.run.context import Job
-from grape_jax.run.rewriter import merged_variables, restore
+from grape_jax.run import answers, context, loop
+from grape_jax.run.context import Context
+from grape_jax.run.policy import merged_parameters
+from grape_jax.run.rewriter import restore
 from grape_jax.runtime import files, shutdown
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import huggingface
@@ -35,11 +36,13 @@ def write(order: dict) -> None:
     config, directory = ConfigDict(order["config"]), Path(order["directory"])
     if (directory / "task.json").exists():
         return
-    run, variables = start(config, directory.parent / "warm_up")
+    run, params = start(config, directory.parent / "warm_up")
     policy = directory.parent / "policy"
     if not (policy / "config.json").exists():
-        huggingface.save(policy, run.policy, variables["params"], run.tokenizer, run.stop_ids)
-    pictures = run.gallery("train")
+        huggingface.save(
+            policy, run.policy.model, params, run.policy.tokenizer, run.policy.stop_ids
+        )
+    pictures = run.galleries.open("train")
     folder = directory / "gallery"
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(len(pictures)):
@@ -47,8 +50,8 @@ def write(order: dict) -> None:
     batches = forced_batches(run, order) if order["forced_tokens"] else own_batches(run, order)
     lines = [json.dumps([_row(*pair) for pair in batch], ensure_ascii=False) for batch in batches]
     files.replace(directory / "batches.jsonl", "\n".join(lines) + "\n")
-    found = [] if order["forced_tokens"] else evaluation.test_sets(run)
-    tests = [_test(config, *test_set) for test_set in found]
+    found = [] if order["forced_tokens"] else answers.test_sets(config, run.queries)
+    tests = [_test(config, one.shift, one.split, one.queries) for one in found]
     files.replace(directory / "tests.json", json.dumps(tests, ensure_ascii=False))
     resolved = json.loads(config.to_json_best_effort())
     resolved["policy"]["path"] = str(policy.resolve())
@@ -58,33 +61,37 @@ def write(order: dict) -> None:
     files.replace(directory / "task.json", json.dumps({"forced_tokens": order["forced_tokens"]}))
 
 
-def start(config: ConfigDict, workdir: Path) -> tuple[Job, dict]:
+def start(config: ConfigDict, workdir: Path) -> tuple[Context, dict]:
     """The run's fixed parts and the policy that GRPO begins with."""
     if not config.warm_up.steps:
         run = context.build(config)
-        return run, {"params": run.base}
+        return run, run.policy.base
     warm_up = ConfigDict(config.to_dict())
     warm_up.grpo.steps = 0
     loop.train(warm_up, workdir)
-    run, state = restore(workdir)
-    return dataclasses.replace(run, config=config), merged_variables(run, state.trained)
+    run, trained = restore(workdir)
+    return dataclasses.replace(run, config=config), merged_parameters(run.policy, trained)
 
 
-def own_batches(run: Job, order: dict) -> list:
+def own_batches(run: Context, order: dict) -> list:
     """The batches of GRPO, in the order in which training sees them."""
-    batches = loop.data_iterators(run)["grpo"]
+    batches = loop.batch_iterators(run)["grpo"]
     return [next(batches) for _ in range(order["steps"])]
 
 
-def forced_batches(run: Job, order: dict) -> list:
+def forced_batches(run: Context, order: dict) -> list:
     """Batches of queries whose prompts have exactly `prompt_tokens` tokens."""
-    batches = loop.data_iterators(run)["grpo"]
+    batches = loop.batch_iterators(run)["grpo"]
     return [lengthened(run, next(batches), order["prompt_tokens"]) for _ in range(order["steps"])]
 
 
-def lengthened(run: Job, batch: list[tuple[str, Query]], length: int) -> list[tuple[str, Query]]:
+def lengthened(
+    run: Context, batch: list[tuple[str, Query]], length: int
+) -> list[tuple[str, Query]]:
     """The batch, every query lengthened or cut to a prompt of exactly `length` tokens."""
-    fit = lambda shift, text: text_of_length(run.tokenizer, run.config.prompt, shift, text, length)
+    fit = lambda shift, text: text_of_length(
+        run.policy.tokenizer, run.config.prompt, shift, text, length
+    )
     return [
         (shift, dataclasses.replace(query, text=fit(shift, query.text))) for shift, query in batch
     ]

@@ -31,7 +31,7 @@ from grape_jax.rl.prompts import PromptConfig, encode_prompts
 from grape_jax.rl.rollout import SamplingConfig, sample
 from grape_jax.runtime import sharding
 from grape_jax.types import Prompts, Rollout, Scores
-from grape_jax.weights import huggingface
+from grape_jax.weights import huggingface, pretrained
 from grape_jax.weights.pretrained import Policy
 
 QUERIES = (

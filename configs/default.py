@@ -9,7 +9,10 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # everything random comes from (seed, step)
-    config.data_dir = "runs/data"  # prepared benchmarks and embedded corpora
+    config.data_dir = "runs/data"  # prepared benchmarks, embedded corpora and compiled programs
+    # The most that compiled programs take there, the least recently used are deleted; 0: keep none.
+    # A cache of your own, named by JAX_COMPILATION_CACHE_DIR, is used instead.
+    config.compilation_cache_gib = 4.0
     # What is searched, and with which queries: emoji, flickr30k_cn, cvlue, xm3600, wikipedia, cirr,
     # local. Of the five archives the sets are written to data_dir by `python -m grape_jax.prepare`.
     config.benchmark = "emoji"
@@ -28,7 +31,7 @@ def get_config() -> ConfigDict:
     # clip-retrieval wrote.
     config.local.embeddings = ""
     config.local.queries = ""  # .jsonl, .csv, .tsv or .parquet
-    # Of the pictures that queries ask for, where the queries name no splits.
+    # Of the pictures that training queries ask for, for a split that no query names.
     config.local.validation_share = 0.1
     config.local.test_share = 0.2
     config.local.split_seed = 0  # another one is another split
@@ -76,7 +79,9 @@ def get_config() -> ConfigDict:
     config.prompt.captions = 3  # how many of the captions closest to the picture
     config.prompt.caption_bank = ""  # a text file, one a line; "": the training queries' texts
     config.prompt.answer_start = ""  # what the assistant's turn starts with
-    config.prompt.max_tokens = 64  # longer prompts are refused
+    # Prompts are padded to this length and longer ones refused. 0: the length, and buckets, are
+    # chosen from the queries.
+    config.prompt.max_tokens = 0
     # A batch is padded to the first of these rising lengths that holds its longest prompt, else to
     # max_tokens: () pads all to that. Every length compiles its own steps.
     config.prompt.buckets = ()
@@ -97,6 +102,7 @@ def get_config() -> ConfigDict:
     config.warm_up.towards = "references"
     # Of "references" also other nouns, mistyped or defined, that have no picture (data/words.py).
     config.warm_up.words = False
+    config.warm_up.lowercase = False  # reference texts are taught in lower case
     config.warm_up.steps = 20
     config.warm_up.batch_size = 32
     config.warm_up.microbatches = 1  # parts of a batch that are computed one after the other

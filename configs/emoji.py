@@ -19,6 +19,7 @@ def get_config():
     # Cooler than the model's own distribution, and a gentle rate: at temperature 1.0 and 5e-4 a
     # trial on the validation split went down instead of up.
     config.rollout.temperature = 0.7
+    config.warm_up.lowercase = True  # most names are; the retriever reads no case
     # A first lesson in manners, no more: GRPO is to learn the rest from the pictures alone.
     config.warm_up.steps = 2
     config.warm_up.ramp_steps = 1

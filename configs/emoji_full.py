@@ -22,6 +22,7 @@ def get_config():
     # Spelling and definitions are learnt from many words: on the validation split, noisy, 100 steps
     # with them reached 39 where the benchmark's own names alone reached 34.
     config.warm_up.words = True
+    config.warm_up.lowercase = True
     config.warm_up.steps = 300
     config.warm_up.ramp_steps = 10
     config.warm_up.learning_rate = 1e-3

@@ -7,6 +7,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from grape_jax.retrieval.encoder import load as load_retriever
 from grape_jax.run.rewriter import Rewriter
+from grape_jax.runtime import processes
 from grape_jax.weights.pretrained import load_policy
+
+processes.skip_absent_tpu()
 
 __all__ = ["Rewriter", "load_policy", "load_retriever"]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax.run.context import Job
-from grape_jax.run.rewriter import merged_variables, restore
+from grape_jax.run.context import Context
+from grape_jax.run.policy import merged_parameters
+from grape_jax.run.rewriter import restore
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import huggingface
@@ -34,24 +35,25 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
     Raises:
       UserError: there is no run or no adapter, or the directory cannot be written.
     """
-    run, state = restore(workdir)
+    run, trained = restore(workdir)
+    policy = run.policy
     if not adapter:
-        variables = merged_variables(run, state.trained)
-        huggingface.save(out, run.policy, variables["params"], run.tokenizer, run.stop_ids)
-    elif run.lora is None:
+        params = merged_parameters(policy, trained)
+        huggingface.save(out, policy.model, params, policy.tokenizer, policy.stop_ids)
+    elif policy.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:
-        huggingface.save_adapter(out, state.trained, run.lora, _base(run, out))
+        huggingface.save_adapter(out, trained, policy.lora, _base(run, out))
     print(f"written: {out}")
 
 
-def _base(run: Job, out: Path) -> str:
-    """What peft loads below the adapter."""
-    path = run.config.policy.path
+def _base(run: Context, out: Path) -> str:
+    """The path or hub id of the model below the adapter; a GGUF file is converted to a directory."""
+    path, policy = run.config.policy.path, run.policy
     if path and not Path(path).is_file():
         return str(Path(path).resolve()) if Path(path).exists() else path
     base = out / "base"
-    huggingface.save(base, run.policy, run.base, run.tokenizer, run.stop_ids)
+    huggingface.save(base, policy.model, policy.base, policy.tokenizer, policy.stop_ids)
     return str(base.resolve())
 
 

@@ -26,9 +26,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import importlib.util
 from pathlib import Path
 
+import hypothesis
 import pytest
 from absl import flags
 from filelock import FileLock
+
+# `pytest --hypothesis-profile=thorough`; property tests ask `thorough.examples` how many they take.
+hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 
 # Which grain's readers ask for.
 flags.FLAGS(["x"])

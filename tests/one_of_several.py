@@ -1,5 +1,6 @@
 """What each process of tests/test_processes.py does: SCENE+SCENE FOLDER [COORDINATOR ID COUNT]."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
+from grape_jax.data import local
 from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.retrieval import bank, captions, encoder, ranking
+from grape_jax.run import context as job
 from grape_jax.run import loop, rewriter, search
 from grape_jax.run.context import Gallery
-from grape_jax.runtime import checkpoint, processes, sharding
+from grape_jax.runtime import checkpoint, command_line, processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
 
@@ -175,6 +179,78 @@ def gallery(folder: Path) -> None:
         assert "an encoded picture of 10 bytes cannot be read" in str(error)
     else:
         raise AssertionError("a picture that one process cannot read is a mistake of all")
+
+
+def own_data(**changes):
+    """A config of the files in the working directory, which is each process's own."""
+    config = command_line.load(f"{Path(__file__).parent.parent}/configs/local.py")
+    config.data_dir, config.policy.path = os.path.abspath("data"), "tiny.gguf"
+    config.local.images, config.local.queries = "pictures", "queries.csv"
+    config.warm_up.batch_size = config.grpo.batch_size = config.evaluation.batch_size = 8
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def build(folder: Path) -> None:
+    """The same config where each process has files of its own, equal at first."""
+    os.chdir(folder / str(jax.process_index()))
+    second = jax.process_index() == 1
+
+    def refused(name: str, **changes) -> None:
+        try:
+            job.build(own_data(**(changes if second else {})))
+        except UserError as error:
+            assert "process 1" in str(error) and name in str(error), error
+        else:
+            raise AssertionError(f"another {name} is refused")
+
+    run = job.build(own_data())
+    assert len(run.gallery("train")) == len(list(Path("pictures").rglob("*.*")))
+    refused("grpo.learning_rate", **{"grpo.learning_rate": 0.5})
+    queries = Path("queries.csv").read_text(encoding="utf-8")
+    if second:
+        head, *lines = queries.splitlines(keepends=True)
+        edited = head + "".join(f"other {line}" for line in lines)
+        Path("queries.csv").write_text(edited, encoding="utf-8")
+    refused("queries.local.train")
+    Path("queries.csv").write_text(queries, encoding="utf-8")
+    weights = Path("tiny.gguf").read_bytes()
+    if second:
+        # The last bit of the last tensor.
+        Path("tiny.gguf").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    refused("weights.policy")
+    Path("tiny.gguf").write_bytes(weights)
+    if second:
+        path = sorted(Path("pictures").rglob("*.png"))[0]
+        Image.new("RGB", (96, 96), "red").save(path)
+    refused("pictures of the corpus")
+
+
+def mixed(folder: Path) -> None:
+    """Only the queries of process 0's part of a batch have pictures."""
+    load = local.load_queries
+
+    def composed(*arguments):
+        queries = load(*arguments)
+        return [
+            dataclasses.replace(query, image=(query.targets[0] + 1) % 9 if row < 8 else -1)
+            for row, query in enumerate(queries)
+        ]
+
+    local.load_queries = composed
+    os.chdir(folder / str(jax.process_index()))
+    run = job.build(own_data(**{"prompt.max_tokens": 192}))
+    queries = run.queries("local", "train")[:ROWS]
+    part = [queries[row] for row in sharding.own_rows(run.mesh, ROWS)]
+    assert {query.image >= 0 for query in part} == {processes.is_writer()}
+    with processes.watched(60):
+        try:
+            processes.at("the prompts")
+            told = sharding.all_rows(run.mesh, run.prompt_texts(part, "train"))
+        except Exception as error:
+            processes.end_all(error)
+    for query, words in zip(queries, told, strict=True):
+        assert words.endswith(query.text) and (words != query.text) == (query.image >= 0)
 
 
 def restore(folder: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
+from grape_jax.weights import pretrained
+
 # Of 49,152: reading all takes seconds in each process. Merges are in the order of their tokens.
 VOCAB = 8192
 WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 8

@@ -11,13 +11,15 @@ from xml.etree import ElementTree
 import numpy as np
 import official_files
 import pytest
+from PIL import Image
 
+import grape_jax
 from grape_jax import prepare
 from grape_jax.data import catalogue, flickr30k_cn, storage, submission, tagged, xm3600
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
 from grape_jax.run import checks, context, loop
-from grape_jax.run.rewriter import ranks_of
+from grape_jax.run.rewriter import ranks_of, rewrite
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import UserError
 
@@ -482,6 +484,57 @@ def test_a_picture_is_told_in_the_captions_closest_to_it(composed, tmp_path):
         captions.read_bank(tmp_path / "empty.txt")
 
 
+def check_composed_run(config, workdir):
+    """The public interface of a composed run: texts and their pictures."""
+    rewriter = grape_jax.Rewriter.load(workdir)
+    corpus = rewriter.job.gallery("train").corpus
+    queries = rewriter.job.queries("edits", "train")[:3]
+    texts, rows = [query.text for query in queries], [query.image for query in queries]
+    paths = [workdir / f"{row}.png" for row in rows]
+    for row, path in zip(rows, paths, strict=True):
+        path.write_bytes(corpus.images[row])
+    opened = [Image.open(path) for path in paths]
+
+    # The policy reads what it read in training.
+    prompts = rewriter.job.prompt_texts(queries, "train")
+    emb = rewriter.job.retriever.embed_images(paths)
+    assert rewriter.job.composed_texts(texts, emb) == prompts
+    wanted = rewrite(rewriter.job, rewriter.variables, prompts, ["edits"] * 3, 0.0)
+    assert rewriter.rewrite(texts, images=paths) == wanted
+    assert rewriter.rewrite(texts, images=opened) == wanted
+    with pytest.raises(UserError, match="--image"):
+        rewriter.rewrite(texts)
+    with pytest.raises(UserError, match=r"2 images .* 3 queries"):
+        rewriter.rewrite(texts, images=paths[:2])
+    with pytest.raises(UserError, match=r"none\.png cannot be read"):
+        rewriter.rewrite(texts[:1], images=[workdir / "none.png"])
+
+    # A query picture that the corpus holds is no match; another one changes nothing.
+    everything = len(corpus.ids)
+    for images in (paths, opened):
+        found = rewriter.find(wanted, everything, images=images)
+        for row, matches in zip(rows, found, strict=True):
+            assert {*matches.tolist()} == {*range(everything)} - {row}
+    stranger = Image.new("RGB", (24, 20), "purple")
+    assert rewriter.find(texts[:1], 5, images=[stranger]).tolist() == (
+        rewriter.find(texts[:1], 5).tolist()
+    )
+
+    done = command(f"--workdir={workdir}", f"--image={paths[0]}", "--top=17", *texts[:2],
+                   module="rewrite")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("  17. ") == 2 and f"  {corpus.ids[rows[0]]}\n" not in done.stdout
+    own = np.asarray(opened[0].convert("RGB").resize((80, 80), Image.Resampling.LANCZOS))
+    sheet = np.asarray(Image.open(workdir / "matches.png").convert("RGB"))
+    places = np.argwhere((sheet == own[40, 40]).all(axis=-1)) - 40
+    assert sum(np.array_equal(sheet[y : y + 80, x : x + 80], own) for y, x in places) == 2
+    for images, sentence in (([], "--image"), (paths[:2], "2 images are given for 1 queries")):
+        flags = [f"--image={path}" for path in images]
+        done = command(f"--workdir={workdir}", *flags, texts[0], module="rewrite")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert sentence in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_a_benchmark_is_trained_on_and_reported(folders, tiny, tmp_path, name):
     config, workdir = config_of(name, folders[1], tiny), tmp_path / "run"
@@ -493,6 +546,8 @@ def test_a_benchmark_is_trained_on_and_reported(folders, tiny, tmp_path, name):
     config.update_from_flattened_dict(settings)
     loop.train(config, workdir)
     size = len(catalogue.load_corpus(config, catalogue.find(name).gallery_of("train")).ids)
+    if name == "cirr":
+        check_composed_run(config, workdir)
     rows = [json.loads(line) for line in (workdir / "rewrites.jsonl").read_text().splitlines()]
     # The query's own picture is never counted.
     last = size - (name == "cirr")

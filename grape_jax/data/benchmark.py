@@ -13,8 +13,10 @@ import base64
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,6 +111,7 @@ class Benchmark:
     shifts: tuple[str, ...]  # the sets of queries; each has its own prompt
     galleries: Mapping[str, str]  # split -> gallery that its queries are ranked in
     test_sets: Mapping[str, str]  # split -> its title in the report
+    composed: bool = False  # a query is a picture and the words that change it
     withheld: str | None = None  # the split whose truth only an official server has
     version: str = ""  # of the stored sets
     about: str = ""  # description saved with the stored sets
@@ -155,6 +158,15 @@ def subset(queries: Sequence[Query], limit: int) -> list[Query]:
 def hash64(text: str) -> int:
     """Returns a 64-bit hash that is equal in all processes, unlike Python's `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def digest(values: Iterable[Any]) -> dict[str, Any]:
+    """Returns the number of JSON values, and a hash of them in their order."""
+    total, count = hashlib.sha256(), 0
+    for value in values:
+        total.update(json.dumps(value).encode() + b"\n")
+        count += 1
+    return {"count": count, "digest": total.hexdigest()[:32]}
 
 
 def refuse_unknown(what: str, names: Iterable[str], choices: Sequence[str]) -> None:

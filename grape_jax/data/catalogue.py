@@ -56,6 +56,15 @@ def prepare(config: ConfigDict) -> None:
             local.prepare(config.local, config.data_dir)
 
 
+def prepare_corpus(config: ConfigDict) -> None:
+    """Writes the pictures of a run where they are missing, for a use that reads no queries."""
+    match config.benchmark:
+        case "emoji":
+            emoji.prepare(Path(config.data_dir), shifts=())
+        case "local" if not (data_folder(config) / local.CORPUS).exists():
+            local.prepare(config.local, config.data_dir)
+
+
 def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
     """Returns the queries of one split, in a fixed order.
 

@@ -87,6 +87,7 @@ BENCHMARK = Benchmark(
     shifts=("edits",),
     galleries={"train": "train", "validation": "validation", "test1": "test1"},
     test_sets={"validation": "validation split"},
+    composed=True,
     withheld=WITHHELD,
     version="1.0.0",
     about=__doc__,

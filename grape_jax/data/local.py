@@ -8,7 +8,8 @@ second is a queries file itself: it can be copied, edited, and given as `local.q
 Queries (.jsonl, .csv, .tsv, .parquet): `text`; `image`, or `images` (a list; in a table of text
 separated by `;`), ids or file names; optionally `id`, `language`, `reference` (a text that is known
 to describe the picture) and `split`. Of a picture whose name stands once in the corpus, the name is
-enough, without its folders or its ending.
+enough, without its folders or its ending. Splits that no query names are taken from the training
+queries, by picture; without the column `split` that is all of them.
 
 Pictures: a directory, searched through; a picture's id is its path in it. Instead of it, or beside
 it, precomputed embeddings (`grape_jax.data.embedded`), which have ids of their own.
@@ -223,14 +224,8 @@ def prepare(config: ConfigDict, data_dir: str | Path) -> None:
     checked = embedded.check(given, mistakes.add) if given else None
     mistakes.refuse()
 
-    made = not any(record["split"] for record in records)
-    if made:
-        shares = (config.validation_share, config.test_share)
-        splits = split_by_picture(
-            [record["images"] for record in records], *shares, config.split_seed
-        )
-        records = [r | {"split": name} for r, name in zip(records, splits, strict=True)]
-    said = _counts(records)
+    taken = take_splits(records, config)
+    counts = _counts(records)
     corpus = {
         "ids": ids,
         "files": _files_of(ids, pictures) if given else list(map(str, pictures.values())),
@@ -243,9 +238,9 @@ def prepare(config: ConfigDict, data_dir: str | Path) -> None:
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     files.replace(directory / QUERIES, "".join(lines))
     files.replace(directory / READABLE, readable)
-    how = "split by picture into " if made else ""
+    how = f"; {' and '.join(taken)} taken from train by picture" if taken else ""
     print(
-        f"your data: {len(ids)} pictures; queries {how}{said} ({directory / QUERIES})", flush=True
+        f"your data: {len(ids)} pictures; queries {counts}{how} ({directory / QUERIES})", flush=True
     )
 
 
@@ -445,13 +440,33 @@ def _counts(records: list[dict]) -> str:
     for name in SPLITS:
         if not counts[name]:
             raise UserError(
-                f"no query falls in the split {name}: give more queries, or a column split that "
-                f"says {', '.join(SPLITS)}."
+                f"no query falls in the split {name}: give more queries, a column split that names "
+                f"all of {', '.join(SPLITS)}, or other shares (local.validation_share, "
+                "local.test_share)."
             )
     return ", ".join(f"{counts[name]} {name}" for name in SPLITS)
 
 
 # Splits
+
+
+def take_splits(records: list[dict], config: ConfigDict) -> list[str]:
+    """Takes the splits that no query names from the training queries, by picture, in place.
+
+    Without any split all queries are training queries at first.
+
+    Returns:
+      The names of these splits.
+    """
+    named = {record["split"] for record in records} - {""}
+    taken = [name for name in SPLITS if name not in named | {"train"}]
+    share = lambda split: config[f"{split}_share"] if split in taken else 0.0
+    train = [record for record in records if record["split"] in ("", "train")]
+    images = [record["images"] for record in train]
+    splits = split_by_picture(images, share("validation"), share("test"), config.split_seed)
+    for record, split in zip(train, splits, strict=True):
+        record["split"] = split
+    return taken
 
 
 def split_by_picture(

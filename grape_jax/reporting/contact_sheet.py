@@ -25,6 +25,7 @@ class Row(NamedTuple):
     images: Sequence[Image.Image]  # what was found, best first
     highlighted: int | None  # which of `images` is right, framed in green
     caption: str  # a short line above the rewrite: the method and the rank
+    picture: Image.Image | None = None  # of a composed query: what the title changes
 
 
 def contact_sheet(
@@ -66,10 +67,11 @@ def contact_sheet(
 
 
 def _groups(rows: list[Row], columns: int) -> list[list[Row]]:
-    """Rows that share a title. A full line ends its group: the next query may be worded alike."""
+    """Rows of one query. A full line ends its group: the next query may be worded alike."""
     groups: list[list[Row]] = []
     for row in rows:
-        is_same = bool(groups) and groups[-1][0].title == row.title
+        last = groups[-1][0] if groups else None
+        is_same = last is not None and last.title == row.title and last.picture == row.picture
         if is_same and (columns == 1 or len(groups[-1]) < columns):
             groups[-1].append(row)
         else:
@@ -84,15 +86,15 @@ def _group_tile(
     columns: int,
     wanted: tuple[Image.Image, str] | None,
 ) -> Image.Image:
-    """One query: its text, the right picture at the left, its searches in columns."""
-    title = _Text(group[0].title, 17, width, lines=3, bold=True)
+    """One query: what is asked, the right picture at the left, its searches in columns."""
+    asked = _asked_tile(group[0], width)
     cells = [_search_tile(row) for row in group]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in line) for line in lines]
-    height = title.height + GAP + sum(heights) + GAP * (len(lines) - 1) + 2 * GAP
+    height = asked.height + GAP + sum(heights) + GAP * (len(lines) - 1) + 2 * GAP
     tile = Image.new("RGB", (width, height), "white")
-    title.draw(tile, (0, 0), INK)
-    top = title.height + GAP
+    tile.paste(asked, (0, 0))
+    top = asked.height + GAP
     for line, line_height in zip(lines, heights, strict=True):
         for i, cell in enumerate(line):
             # Aligned at the foot, so that pictures stand in one line whatever the text's length.
@@ -105,6 +107,23 @@ def _group_tile(
             wanted = None
         top += line_height + GAP
     ImageDraw.Draw(tile).line([(0, height - 1), (width, height - 1)], fill=RULE)
+    return tile
+
+
+def _asked_tile(row: Row, width: int) -> Image.Image:
+    """A query's text; of a composed query its picture and beside it the text that changes it."""
+    if row.picture is None:
+        title = _Text(row.title, 17, width, lines=3, bold=True)
+        tile = Image.new("RGB", (width, title.height), "white")
+        title.draw(tile, (0, 0), INK)
+        return tile
+    left = THUMB + 2 * GAP
+    title = _Text(f"+ {row.title}", 17, width - left, lines=3, bold=True)
+    label = _Text("query picture", 12, THUMB, lines=1)
+    tile = Image.new("RGB", (width, label.height + THUMB), "white")
+    label.draw(tile, (0, 0), FAINT)
+    _draw_picture(tile, row.picture, (0, label.height), framed=False)
+    title.draw(tile, (left, label.height + (THUMB - title.height) // 2), INK)
     return tile
 
 

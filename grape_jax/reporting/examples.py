@@ -103,9 +103,12 @@ def draw(path: Path, examples: Sequence[Examples], rules: Sequence[str]) -> bool
         for index in example.chosen:
             query = example.test_set.queries[index]
             target = query.targets[0]
-            wanted.append((example.test_set.image(target), example.test_set.names[target]))
+            name = example.test_set.names[target] if example.test_set.named else "right picture"
+            wanted.append((example.test_set.image(target), name))
             rows += [_row(example, answers, index) for answers in (example.before, example.after)]
     note = "At the left the right picture, framed in green where it was found. "
+    if any(example.test_set.composed for example, _ in shown):
+        note += "The query picture is what the words beside it change; it is never a result. "
     contact_sheet(
         rows, path, columns=2, wanted=wanted, note=note + " ".join(rule for _, rule in shown)
     )
@@ -152,4 +155,5 @@ def _row(example: Examples, answers: Answers, index: int) -> Row:
     right = next((place for place, row in enumerate(nearest) if row in query.targets), None)
     images = [test_set.image(row) for row in nearest]
     caption = f"{answers.label}: rank {rank_of(answers, index)}"
-    return Row(title, answers.texts[index], images, right, caption)
+    picture = test_set.image(query.image) if query.image >= 0 else None
+    return Row(title, answers.texts[index], images, right, caption, picture)

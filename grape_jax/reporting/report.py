@@ -14,7 +14,21 @@ import numpy as np
 
 from grape_jax.reporting import examples, figures
 from grape_jax.reporting.examples import Examples
-from grape_jax.reporting.results import CUTOFFS, METHODS, SUBSET_CUTOFFS, TestSet, numbers_of
+from grape_jax.reporting.results import (
+    CONSTANT,
+    CUTOFFS,
+    GRPO,
+    HYDE,
+    METHODS,
+    MULTI_QUERY,
+    RAW,
+    SUBSET_CUTOFFS,
+    UNTRAINED,
+    WARM_UP,
+    TestSet,
+    fused,
+    numbers_of,
+)
 from grape_jax.runtime import files
 
 SHIFTS = {
@@ -70,6 +84,52 @@ def write(
     as_json = json.dumps(numbers, indent=1, ensure_ascii=False, default=_plain)
     files.replace(workdir / "report.json", as_json.encode(errors="replace"))
     return numbers
+
+
+# The end of a run on the terminal.
+
+NAME_WIDTH = 16  # of a row's name
+BASELINES = (RAW, UNTRAINED, fused(UNTRAINED), HYDE, MULTI_QUERY, CONSTANT)  # nothing is trained
+
+
+def summary(numbers: dict) -> list[str]:
+    """At most six lines: greedy Recall@10 of the main test sets, a column for each shift.
+
+    Args:
+      numbers: from `write`.
+
+    Returns:
+      Nothing where all right answers are withheld.
+    """
+    first = numbers["test_sets"][:1]
+    main = [t for t in numbers["test_sets"] if t["name"] == first[0]["name"] and t["judged"]]
+    if not main:
+        return []
+    columns = [_summary_of(test_set) for test_set in main]
+    rows = [["", *(f"{t['shift']}, {t['judged']} queries" for t in main)]]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        rows.append([name, *(column.get(name, "") for column in columns)])
+    widths = [NAME_WIDTH, *(max(map(len, cells)) for cells in [*zip(*rows, strict=True)][1:])]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [f"Recall@10 in per cent with 95 % intervals, {main[0]['name']}:", *lines]
+
+
+def _summary_of(test_set: dict) -> dict[str, str]:
+    scores = {
+        m["method"]: m["recall_at_10"]
+        for m in test_set["methods"]
+        if m["decoding"] in ("", "greedy")
+    }
+    rows = {"raw query": RAW, "untrained": UNTRAINED}
+    trained = next((method for method in (GRPO, WARM_UP) if method in scores), None)
+    if trained:
+        rows[f"trained ({trained})"] = trained
+    found = {row: _percent(scores[method]) for row, method in rows.items() if method in scores}
+    known = [method for method in BASELINES if method in scores]
+    if known:
+        best = max(known, key=lambda method: scores[method]["mean"])
+        found["best baseline"] = f"{_percent(scores[best])} {best}"
+    return found
 
 
 def _present(found) -> list[Examples]:
@@ -296,17 +356,21 @@ def _part_table(test_set: dict, key: str, parts: str) -> str:
 
 def _example_table(example: Examples) -> str:
     queries, before, after = example.test_set.queries, example.before, example.after
+    names, composed = example.test_set.names, example.test_set.composed
+    own_picture = lambda query: [_cell(names[query.image]) if query.image >= 0 else ""]
     rank = examples.rank_of
     rows = [
         [
+            *(own_picture(queries[i]) if composed else []),
             _cell(queries[i].text),
             f"{_cell(before.texts[i])} ({rank(before, i)})",
             f"{_cell(after.texts[i])} ({rank(after, i)})",
-            _cell(example.test_set.names[queries[i].targets[0]]),
+            _cell(names[queries[i].targets[0]]),
         ]
         for i in example.chosen
     ]
-    head = ["query", f"{before.label} (rank)", f"{after.label} (rank)", "right picture"]
+    head = ["query picture"] if composed else []
+    head += ["query", f"{before.label} (rank)", f"{after.label} (rank)", "right picture"]
     return _table(head, rows)
 
 

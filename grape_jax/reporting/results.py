@@ -79,6 +79,7 @@ class TestSet:
     answers: tuple[Answers, ...]
     names: Sequence[str]  # what a reader calls each row of the corpus
     image: Callable[[int], Image.Image] | None  # the picture of a corpus row; None: there are none
+    named: bool = True  # False: `names` are ids, which tell a reader nothing of a picture
 
     @property
     def groups(self) -> np.ndarray:
@@ -89,6 +90,11 @@ class TestSet:
     def judged(self) -> np.ndarray:
         """bool [n], False where the right items are withheld."""
         return np.array([bool(query.targets) for query in self.queries], bool)
+
+    @property
+    def composed(self) -> bool:
+        """Whether queries have a picture of their own, which their text changes."""
+        return any(query.image >= 0 for query in self.queries)
 
     @property
     def in_order(self) -> list[Answers]:

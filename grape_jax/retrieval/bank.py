@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -43,9 +44,12 @@ def corpus_bank(
         twice where they are new.
 
     Raises:
-      UserError: a file is missing or not a picture.
+      UserError: a file is missing or not a picture; the processes have different ones.
     """
     digests = processes.together(lambda: _digests(retriever, items))
+    if jax.process_count() > 1:
+        # Each process embeds a part for all of them.
+        processes.refuse_differences({"pictures of the corpus": digest_of(digests)})
     rows_of: dict[bytes, list[int]] = {}
     for row, digest in enumerate(digests):
         rows_of.setdefault(digest, []).append(row)

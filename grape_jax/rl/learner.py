@@ -57,17 +57,32 @@ class Lesson:
 
 def init_state(learner: Learner, key: jax.Array, base) -> TrainState:
     """A state at step 0: a new adapter, or a copy of the base where all parameters are trained."""
-
-    def start(key, base) -> TrainState:
-        if learner.lora is None:
-            trained = jax.tree.map(jnp.copy, base)
-        else:
-            trained = nn.unbox(policy.init(learner.policy, key, learner.lora)["lora"])
-        reference = jax.tree.map(jnp.copy, trained) if learner.grpo.keeps_reference else None
-        optimizer = make_optimizer(learner.optimizer).init(trained)
-        return TrainState(jnp.int32(0), trained, reference, optimizer)
-
+    start = functools.partial(_start, learner)
     return jax.jit(start, out_shardings=state_shardings(learner))(key, base)
+
+
+def state_shapes(learner: Learner, base) -> TrainState:
+    """`init_state` as shapes with shardings; allocates nothing.
+
+    Args:
+      base: the frozen parameters, or their shapes.
+    """
+    shapes = jax.eval_shape(lambda base: _start(learner, jax.random.key(0), base), base)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        state_shardings(learner),
+    )
+
+
+def _start(learner: Learner, key: jax.Array, base) -> TrainState:
+    if learner.lora is None:
+        trained = jax.tree.map(jnp.copy, base)
+    else:
+        trained = nn.unbox(policy.init(learner.policy, key, learner.lora)["lora"])
+    reference = jax.tree.map(jnp.copy, trained) if learner.grpo.keeps_reference else None
+    optimizer = make_optimizer(learner.optimizer).init(trained)
+    return TrainState(jnp.int32(0), trained, reference, optimizer)
 
 
 def begin_grpo(learner: Learner, state: TrainState) -> TrainState:

@@ -1,6 +1,7 @@
 """Prompts out, answers in: chat template, output format, and the policy's tokenizer."""
 
 import dataclasses
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
 
 FORMATS = ("line", "answer")
+PROMPT_UNIT = 16  # chosen lengths of prompts are multiples of it
+BUCKET_SHARES = (0.9, 0.99)  # of the prompts that fit the buckets below the longest
 ANSWER = re.compile(
     r"\s*(?:<think>(?:(?!<think>|<answer>).)*</think>\s*)?"
     r"<answer>((?:(?!</?answer>|</?think>).)*)</answer>\s*",
@@ -72,10 +75,29 @@ def stop_tokens(tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
     return tuple(ids[0] for ids in found)
 
 
+def prompt_lengths(tokenizer, config: PromptConfig, queries: Sequence[str]) -> list[int]:
+    """Tokens of the prompt of each query, whatever `max_tokens` is."""
+    unbounded = dataclasses.replace(config, max_tokens=2**31)
+    return [len(_prompt_ids(tokenizer, unbounded, query)) for query in queries]
+
+
 def longest_prompt(tokenizer, config: PromptConfig, queries: Sequence[str]) -> int:
     """Tokens of the longest prompt among these queries."""
-    unbounded = dataclasses.replace(config, max_tokens=2**31)
-    return max(len(_prompt_ids(tokenizer, unbounded, query)) for query in queries)
+    return max(prompt_lengths(tokenizer, config, queries))
+
+
+def choose_lengths(lengths: Sequence[int], most: int) -> tuple[int, ...]:
+    """Up to three lengths, in rising order, to pad prompts of these lengths to.
+
+    Multiples of PROMPT_UNIT, or `most`: every length compiles its own steps.
+
+    Args:
+      lengths: tokens of each prompt, none above `most`.
+    """
+    ordered = sorted(lengths)
+    tails = [ordered[math.ceil(share * len(ordered)) - 1] for share in BUCKET_SHARES]
+    rounded = {-(-length // PROMPT_UNIT) * PROMPT_UNIT for length in (*tails, ordered[-1])}
+    return tuple(sorted({min(length, most) for length in rounded}))
 
 
 def _prompt_ids(tokenizer, config: PromptConfig, query: str) -> list[int]:
@@ -99,16 +121,17 @@ def encode_references(tokenizer, texts: Sequence[str], output_format: str, max_t
 
     Returns:
       tokens_Bx1xT int32 and mask_Bx1xT bool (numpy): the text in the output format and the end
-      token, cut at `max_tokens`.
+      token. The mask is empty where they are more than `max_tokens`: a text that is cut off would
+      teach the policy not to end.
     """
     tokens = np.full((len(texts), 1, max_tokens), tokenizer.pad_token_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, text in enumerate(texts):
         answer = f"<answer>{text}</answer>" if output_format == "answer" else text
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        ids = [*ids, tokenizer.eos_token_id][:max_tokens]
-        tokens[row, 0, : len(ids)] = ids
-        mask[row, 0, : len(ids)] = True
+        ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) <= max_tokens:
+            tokens[row, 0, : len(ids)] = ids
+            mask[row, 0, : len(ids)] = True
     return tokens, mask
 
 

@@ -19,6 +19,7 @@ from grape_jax.run.policy import with_room, with_system
 from grape_jax.run.queries import Queries
 from grape_jax.run.rewriting import rewrite
 from grape_jax.runtime import files, processes
+from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
 SEED_STEP = 10_000  # between the seeds of a query's samples
@@ -141,8 +142,18 @@ def missing_tasks(config: ConfigDict, queries: Queries, workdir: Path, method: s
 
 
 def read_answers(path: Path, queries: Sequence[Query]) -> list[str]:
-    """The texts of an answers file, in the order of the queries."""
-    texts = json.loads(path.read_text())
+    """The texts of an answers file, in the order of the queries.
+
+    Raises:
+      UserError: the file holds answers to other queries.
+    """
+    texts, ids = json.loads(path.read_text()), {query.id for query in queries}
+    if texts.keys() != ids:
+        missing, unknown = len(ids - texts.keys()), len(texts.keys() - ids)
+        raise UserError(
+            f"{path} holds answers to other queries ({missing} of {len(ids)} have none, and "
+            f"{unknown} answers have no query): restore the data, or begin in another --workdir."
+        )
     return [texts[query.id] for query in queries]
 
 

@@ -1,6 +1,7 @@
 """What a config must not say, told in one sentence before anything is loaded."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: what the first of them may be instead.
     """
+    _check_finite(config)
     _check_data(config)
     _check_prompt(config.prompt)
     _check_policy(config.policy, config.lora)
@@ -63,6 +65,14 @@ def _at_least(least: int, section: str, config: ConfigDict, *names: str) -> None
             raise UserError(f"{key} must be {least} or more.")
 
 
+def _check_finite(config: ConfigDict, prefix: str = "") -> None:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{key}={value} must be a finite number.")
+
+
 def _check_data(config: ConfigDict) -> None:
     shifts = catalogue.find(config.benchmark).shifts
     for shift in config.shifts:
@@ -88,7 +98,13 @@ def _check_prompt(prompt: ConfigDict) -> None:
         raise UserError(f"there is no caption bank {prompt.caption_bank}: give a text file.")
     if prompt.format == "answer" and prompt.answer_start:
         raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
-    buckets = (0, *prompt.buckets, prompt.max_tokens)
+    _at_least(0, "prompt", prompt, "max_tokens")
+    if prompt.buckets and not prompt.max_tokens:
+        raise UserError(
+            "prompt.buckets need a prompt.max_tokens that is set: with 0 both are chosen from the "
+            "queries."
+        )
+    buckets = (0, *prompt.buckets, prompt.max_tokens or 1)
     if any(short >= long for short, long in itertools.pairwise(buckets)):
         raise UserError(
             f"prompt.buckets={tuple(prompt.buckets)} must be lengths from 1 that rise and stay "
@@ -212,4 +228,4 @@ def _check_survival(config: ConfigDict) -> None:
     _at_least(0, "checkpoint", config.checkpoint, "keep_best")
     _at_least(1, "log", config.log, "sample_every")
     _at_least(1, "", config, "max_skipped")
-    _at_least(0, "", config, "step_timeout")
+    _at_least(0, "", config, "step_timeout", "compilation_cache_gib")

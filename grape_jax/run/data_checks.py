@@ -88,14 +88,19 @@ def reference_texts(config: ConfigDict, queries: Sequence[Query]) -> list[str]:
     return [text.lower() for text in texts] if config.warm_up.lowercase else texts
 
 
-def count_long_references(
-    config: ConfigDict, policy: RewritePolicy, queries: Queries
-) -> tuple[int, int]:
-    """How many reference texts are too long to be taught, and how many there are."""
+def long_references(config: ConfigDict, policy: RewritePolicy, queries: Queries) -> str:
+    """A note of how many reference texts are too long for the warm-up; "" if there are none."""
     if not config.warm_up.steps or config.warm_up.towards != "references":
-        return 0, 0
+        return ""
     pairs = [query for shift in config.shifts for query in queries.supervised_pairs(shift)]
-    return len(pairs) - _count_taught(config, policy.tokenizer, pairs), len(pairs)
+    long = len(pairs) - _count_taught(config, policy.tokenizer, pairs)
+    if not long:
+        return ""
+    limit = config.rollout.max_tokens
+    return (
+        f"; {long} of {len(pairs)} reference texts have more than rollout.max_tokens={limit} tokens "
+        "and are left out of the warm-up"
+    )
 
 
 def _count_taught(config: ConfigDict, tokenizer, pairs: Sequence[Query]) -> int:

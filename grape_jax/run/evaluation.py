@@ -93,7 +93,8 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
         image = None if gallery.corpus.images is None else gallery.image
         answers = _search_methods(context, workdir, one, gallery)
         names = gallery.corpus.names
-        found.append(TestSet(title, one.shift, one.queries, tuple(answers), names, image))
+        named = names != gallery.corpus.ids
+        found.append(TestSet(title, one.shift, one.queries, tuple(answers), names, image, named))
     return found
 
 

@@ -21,6 +21,12 @@ def write_report(context: Context, workdir: Path) -> None:
     """Writes the report from the answers and logs in the workdir. All processes search together."""
     sets = search_test_sets(context, workdir)
     write_submissions(context, workdir)
+    counted = context.retriever.cut_texts
+    if counted.cut:
+        processes.say(
+            f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
+            "reads, and were truncated."
+        )
     processes.at("the report", limited=False)
     if processes.is_writer():
         _write_tables_and_figures(context.config, workdir, sets)
@@ -49,7 +55,8 @@ def write_submissions(context: Context, workdir: Path) -> None:
 def _write_tables_and_figures(config: ConfigDict, workdir: Path, sets: list[TestSet]) -> None:
     path = workdir / "metrics.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    report.write(workdir, sets, log, _about(config, workdir, sets, log))
+    numbers = report.write(workdir, sets, log, _about(config, workdir, sets, log))
+    print(*report.summary(numbers), sep="\n")
     print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
 
 

@@ -99,6 +99,11 @@ def report(config: ConfigDict, topology: str, corpus_size: int) -> bool:
       UserError: the config, or a mesh or a batch that does not divide, or an unknown slice.
     """
     checks.check(config)
+    if not config.prompt.max_tokens:
+        raise UserError(
+            "prompt.max_tokens=0 takes the length of prompts from the queries, which are not read "
+            "here: add --config.prompt.max_tokens=64, or whatever yours need."
+        )
     mesh = sharding.make_mesh(**config.mesh, devices=slice_of(topology))
     checks.check_batches(config, mesh)
     chip = CHIPS[mesh.devices.flat[0].device_kind]
@@ -247,12 +252,11 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
     )
     dtype = jnp.dtype(settings.base_dtype(config))
     base = placed(_boxed(model), sharding.of_parameters(mesh, _boxed(model)), dtype)
-    state = jax.eval_shape(lambda: learner.init_state(made, jax.random.key(0), base))
     return Shapes(
         learner=made,
         scorer=scorer,
         base=base,
-        state=placed(state, learner.state_shardings(made)),
+        state=learner.state_shapes(made, base),
         retriever=placed(towers.shapes(tower), towers.shardings(tower, mesh)),
         index=ranking.index_shapes(
             mesh, corpus_size, tower.projection, config.retriever.corpus_dtype

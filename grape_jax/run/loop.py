@@ -15,7 +15,7 @@ from orbax.checkpoint import CheckpointManager
 from grape_jax.data import pipeline
 from grape_jax.reporting.results import UNTRAINED, WARM_UP
 from grape_jax.rl.learner import TrainState, begin_grpo
-from grape_jax.run import checks, context, steps
+from grape_jax.run import checks, context, data_checks, steps
 from grape_jax.run.answers import evaluate_policy, trained_method
 from grape_jax.run.context import Context
 from grape_jax.run.evaluation import validate
@@ -64,6 +64,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Context:
         f"{len(run.galleries.open('train'))} pictures, policy of {run.policy.model.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
         f"process(es), ready in {time.perf_counter() - started:.0f} s"
+        f"{data_checks.long_references(config, run.policy, run.queries)}"
     )
     return run
 

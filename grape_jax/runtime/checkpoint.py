@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -34,7 +36,17 @@ FREE_KEYS = (
     "step_timeout",
     "max_skipped",
     "data_dir",
+    "compilation_cache_gib",
     "wordnet_dir",
+)
+RETRY_WAITS = (1.0, 5.0, 20.0)  # seconds before each further attempt to read a checkpoint
+# Errors that say that the content is missing. Any other OSError is the disk's.
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# Tensorstore raises a ValueError for everything; its message begins with one of absl's statuses.
+# NOT_FOUND, DATA_LOSS, OUT_OF_RANGE, FAILED_PRECONDITION and INVALID_ARGUMENT are of the content.
+DISK_STATUS = re.compile(
+    r"\b(UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED): "
 )
 
 
@@ -60,6 +72,7 @@ def open_manager(
     by = lambda metrics: metrics[BEST_BY]
     best = policies.BestN(get_metric_fn=by, n=keep_best, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
+        save_interval_steps=1 if keep else 0,
         create=keep > 0,
         read_only=keep == 0,
         cleanup_tmp_directories=keep > 0,
@@ -68,11 +81,12 @@ def open_manager(
     )
     # Named beforehand: what a checkpoint holds is asked for before it is read.
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for kind in (ocp.args.StandardSave, ocp.args.StandardRestore):
+    for kind in (ocp.args.StandardSave, ocp.args.PyTreeRestore):
         registry.add("state", kind)
     for kind in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add("run", kind)
-    manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+    with contextlib.nullcontext() if keep else _without_remarks():
+        manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
     try:
         yield manager
     except BaseException:
@@ -83,6 +97,18 @@ def open_manager(
         raise
     wait(manager)
     manager.close()
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Hides Orbax's warning that a manager opened to read cannot write."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def holds_any(workdir: Path) -> bool:
@@ -126,13 +152,17 @@ def restore(
 ) -> tuple[object, dict] | None:
     """The newest complete checkpoint, placed as `like` is, and what was saved with it, or None.
 
-    One that cannot be read is left out, with a warning.
+    One with damaged content is left out, with a warning. A disk that fails is tried again.
 
     Args:
-      about: what must be as it was; None: whatever it was.
+      like: the state, or its shapes with shardings, from which nothing is allocated twice. Parts
+        made with `skipped` are not read.
+      about: what must be as it was; None: whatever it was. Of "data" (`Job.data_digests`) only the
+        parts named here are compared.
 
     Raises:
-      UserError: the checkpoint is of another model or config; none of them can be read.
+      UserError: the checkpoint is of another model, config or data; none of them can be read; the
+        disk stays unreadable.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if any(seen != steps for seen in processes.gather(steps)):
@@ -141,17 +171,12 @@ def restore(
             "that all of them share, on one disk or as gs://bucket/run."
         )
     for step in steps:
-        found, problem = None, None
-        try:
-            found = _read(manager, step, like, about)
-        except (OSError, ValueError, KeyError) as error:
-            problem = _first_line(error)
-        problems = [said for said in processes.gather(problem) if said]
-        if not problems:
+        found, damage = _read_with_retries(manager, step, like, about)
+        if damage is None:
             return found
         if processes.is_writer():
             warnings.warn(
-                f"the checkpoint of step {step} cannot be read ({problems[0]}): "
+                f"the checkpoint of step {step} cannot be read ({damage}): "
                 "the one before it is taken.",
                 stacklevel=2,
             )
@@ -161,6 +186,48 @@ def restore(
             "in another --workdir."
         )
     return None
+
+
+def skipped(tree):
+    """A part of a state that `restore` leaves on disk."""
+    return jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+
+
+def _read_with_retries(
+    manager: ocp.CheckpointManager, step: int, like, about: dict | None
+) -> tuple[tuple | None, str | None]:
+    """`_read`, repeated where the disk fails; all processes repeat it together.
+
+    Returns:
+      What was read, and None; or None, and what is wrong with the content.
+
+    Raises:
+      UserError: the disk stays unreadable.
+    """
+    for wait in (*RETRY_WAITS, None):
+        found, failure = None, None
+        try:
+            found = _read(manager, step, like, about)
+        except (OSError, ValueError, KeyError) as error:
+            failure = _first_line(error), _is_of_the_disk(error)
+        failures = [one for one in processes.gather(failure) if one]
+        of_the_disk = [line for line, is_of_the_disk in failures if is_of_the_disk]
+        if not of_the_disk:
+            return (None, failures[0][0]) if failures else (found, None)
+        if wait is not None:
+            time.sleep(wait)
+    raise UserError(
+        f"the disk does not give the checkpoint of step {step} in {manager.directory} "
+        f"({of_the_disk[0]}): no checkpoint was changed; give the same command again once the disk "
+        "can be read."
+    )
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether reading failed, rather than what was read being wrong."""
+    if isinstance(error, OSError):
+        return not isinstance(error, MISSING)
+    return bool(DISK_STATUS.search(_first_line(error)))
 
 
 def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
@@ -209,25 +276,54 @@ def _read(manager: ocp.CheckpointManager, step: int, like, about: dict | None):
     run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
     where = f"the checkpoint of step {step} in {manager.directory}"
     if about is not None:
-        _refuse_differences(where, run["about"], about)
+        before, now = dict(run["about"]), dict(about)
+        _refuse_other_data(where, before.pop("data", {}), now.pop("data", {}))
+        _refuse_differences(where, before, now)
     saved = manager.item_metadata(step).state
     if saved is None:
         raise ValueError("what it holds is not written down")
     _refuse_other_shapes(where, saved.tree, like)
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    target = jax.tree.map(
+        lambda x: x if x is ocp.PLACEHOLDER else ocp.utils.to_shape_dtype_struct(x), like
+    )
+    # Of a PyTree, because a standard restore takes no placeholders; the files are the same.
+    how = ocp.checkpoint_utils.construct_restore_args(target)
     restored = manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, restore_args=how))
     )
     return restored.state, run
+
+
+def _refuse_other_data(where: str, before: dict, now: dict) -> None:
+    """Refuses a checkpoint whose queries or corpora are not those of now."""
+
+    def difference(name: str) -> str:
+        old, new = before[name]["count"], now[name]["count"]
+        if old == new:
+            return f"{name} has other content or another order ({new} entries)"
+        return f"{name} had {old} entries and now has {new}"
+
+    differs = [
+        difference(name) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
+    ]
+    if differs:
+        raise UserError(
+            f"{where} was made with other data: {'; '.join(differs)}. Restore the data, or begin "
+            "in another --workdir."
+        )
 
 
 def _refuse_other_shapes(where: str, saved, like) -> None:
     """Refuses a checkpoint of a model with other parameters."""
     shapes = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            None if leaf is ocp.PLACEHOLDER else tuple(leaf.shape)
+        )
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
     old, new = shapes(saved), shapes(like)
+    # Parts that are skipped have no shapes to compare.
+    old = {name: shape for name, shape in old.items() if new.get(name, ()) is not None}
     differs = [
         f"{name} was {old.get(name, 'missing')} and is now {new.get(name, 'missing')}"
         for name in sorted(old.keys() | new.keys())
@@ -348,6 +444,11 @@ def _refuse_differences(where: str, before: dict, now: dict) -> None:
 def resolved(config) -> dict:
     """The config as JSON has it."""
     return json.loads(config.to_json_best_effort())
+
+
+def flat_config(config) -> dict:
+    """`resolved`, with dotted keys."""
+    return _flat(resolved(config))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

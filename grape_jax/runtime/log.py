@@ -47,6 +47,13 @@ class Log:
         for name, value in metrics.items():
             self.events.add_scalar(f"{phase}/{name}", value, step)
 
+    def lines(self) -> list[dict]:
+        """The lines of metrics.jsonl so far; none on a process that does not write."""
+        path = self.workdir / "metrics.jsonl"
+        if self.events is None or not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
     def keep_rewrites(self, step: int, table: list[dict]) -> None:
         if self.events is None:
             return

@@ -7,6 +7,7 @@ asked to stop, a file is there, a step hangs) is agreed on here. A process alone
 import contextlib
 import faulthandler
 import glob
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -92,6 +93,23 @@ def _on_tpu() -> bool:
     return bool("tpu" in wanted and chips and importlib.util.find_spec("libtpu"))
 
 
+def skip_absent_tpu() -> None:
+    """Keeps libtpu from reporting that this machine has no TPU.
+
+    Where libtpu is installed, JAX tries it before the CPU, and it prints an error and a source
+    trace. The CPU is chosen beforehand only where nothing else can come of it: the user has set no
+    platform, there are no TPU chips (with them, JAX has set the platform at its import), and no
+    plugin for a GPU or another device is installed.
+    """
+    if jax.config.jax_platforms is not None or importlib.util.find_spec("libtpu") is None:
+        return
+    plugins = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(
+        group="jax_plugins"
+    )
+    if not plugins and not _on_tpu():
+        jax.config.update("jax_platforms", "cpu")
+
+
 def is_writer() -> bool:
     """Whether this process writes what is written once: files, logs, what the user reads."""
     return jax.process_index() == 0
@@ -161,6 +179,31 @@ def together(work: Callable[[], Any]) -> Any:
     if mistakes:
         raise UserError(mistakes[0])
     return result
+
+
+def refuse_differences(found: dict[str, Any]) -> None:
+    """Compares what each process has read with what process 0 has. All must call it together.
+
+    Args:
+      found: JSON values by name; large ones as digests.
+
+    Raises:
+      UserError: on all processes; it names the first that differs, and the names.
+    """
+    first, *others = gather(found)
+    for process, other in enumerate(others, start=1):
+        names = [n for n in sorted(first.keys() | other.keys()) if first.get(n) != other.get(n)]
+        if names:
+            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+            told = "; ".join(
+                f"{name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on process "
+                f"{process}"
+                for name in names[:3]
+            )
+            raise UserError(
+                f"process {process} does not read what process 0 reads: {told}{more}. Give all "
+                "processes the same config, data and weights."
+            )
 
 
 class _Watch:

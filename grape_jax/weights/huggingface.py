@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import safetensors.numpy
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from grape_jax.models.lora import LoraConfig
@@ -50,14 +49,15 @@ OUTSIDE = {
 }
 
 
-def load(directory: str | Path, mesh: Mesh, dtype: np.dtype):
-    """Reads a checkpoint onto a mesh.
+def open_model(directory: str | Path):
+    """Reads everything of a checkpoint but its weights.
 
     Returns:
       config: PolicyConfig.
-      params: tree of jax arrays of `dtype`, placed where their logical axes say.
       tokenizer: PreTrainedTokenizerFast, or None where the directory has none.
       end_tokens: ids, any of which ends an answer.
+      place: from a mesh and a dtype to the parameters, a tree of jax arrays placed where their
+        logical axes say.
 
     Raises:
       UserError: a file is missing, damaged or pickled, or the files do not fit each other.
@@ -78,7 +78,7 @@ def load(directory: str | Path, mesh: Mesh, dtype: np.dtype):
         return block.T if turned else block
 
     end_tokens = _end_tokens(directory, tokenizer)
-    return config, place(config, mesh, dtype, read), tokenizer, end_tokens
+    return config, tokenizer, end_tokens, lambda mesh, dtype: place(config, mesh, dtype, read)
 
 
 def _end_tokens(directory: Path, tokenizer) -> tuple[int, ...]:

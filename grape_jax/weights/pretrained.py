@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from grape_jax.weights import gguf, hub, huggingface, policy_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+DIGEST_BLOCKS, DIGEST_BLOCK = 128, 1 << 20  # of each file, in its digest; bytes of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,35 @@ class Policy:
         return _logits(self.config, self.params, Prompts(tokens.astype(np.int32), mask))
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedPolicy:
+    """A policy whose weights are not read yet."""
+
+    config: PolicyConfig
+    tokenizer: PreTrainedTokenizerFast | None
+    end_tokens: tuple[int, ...]
+    place: Callable[[Mesh, np.dtype], dict]  # reads the parameters onto a mesh
+
+    def load(self, dtype: str, mesh: Mesh) -> Policy:
+        """Reads the weights; see `load_policy`."""
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+        params = self.place(mesh, DTYPES[dtype])
+        return Policy(self.config, params, self.tokenizer, self.end_tokens)
+
+
+def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
+    """Reads everything of a model but its weights.
+
+    Raises:
+      UserError: as `load_policy`.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file() or path.suffix == ".gguf":
+        return OpenedPolicy(*gguf.open_model(path))
+    return OpenedPolicy(*huggingface.open_model(hub.directory(path_or_hub_id, HUB_FILES)))
+
+
 def load_policy(
     path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Policy:
@@ -75,10 +107,7 @@ def load_policy(
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_file() or path.suffix == ".gguf":
-        return Policy(*gguf.load(path, mesh, DTYPES[dtype]))
-    return Policy(*huggingface.load(hub.directory(path_or_hub_id, HUB_FILES), mesh, DTYPES[dtype]))
+    return open_policy(path_or_hub_id).load(dtype, mesh)
 
 
 def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
@@ -109,6 +138,27 @@ def policy_path(path: str) -> str | Path:
             "or name a model with --config.policy.path=PATH."
         )
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def files_digest(path_or_hub_id: str | Path) -> str:
+    """A hash of the files that `load_policy` reads; of large ones, of blocks spread over them."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file():
+        found = [path]
+    else:
+        directory = hub.directory(path_or_hub_id, HUB_FILES)
+        found = sorted(file for pattern in HUB_FILES for file in directory.glob(pattern))
+    total = hashlib.sha256()
+    for file in found:
+        size = file.stat().st_size
+        total.update(f"{file.suffix} {size}\n".encode())
+        with file.open("rb") as content:
+            # Each process of a large model reads its own shards alone: reading all of every file
+            # for the hash would cost more than loading.
+            for block in range(DIGEST_BLOCKS):
+                content.seek(max(0, size - DIGEST_BLOCK) * block // (DIGEST_BLOCKS - 1))
+                total.update(content.read(DIGEST_BLOCK))
+    return total.hexdigest()[:32]
 
 
 @functools.partial(jax.jit, static_argnums=0)

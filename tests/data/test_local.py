@@ -13,12 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
+from grape_jax import evaluate
 from grape_jax.data import embedded, local
 from grape_jax.retrieval import encoder, ranking
+from grape_jax.rl import prompts as text
 from grape_jax.run import context, loop
 from grape_jax.runtime import command_line, sharding
 from grape_jax.runtime.errors import UserError, exit_with_sentence
+from grape_jax.weights import gguf
 
 COUNT = 24
 
@@ -95,6 +99,53 @@ def test_pictures_joined_by_a_query_stay_together():
     assert set(splits) == set(local.SPLITS)
     # One more picture moves none of the others.
     assert local.split_by_picture([*images, ["another"]], 0.2, 0.3, seed=0)[:-1] == splits
+
+
+def with_splits(mine, folder, split_of):
+    """A copy of the queries with a column `split`, of each picture as `split_of` names it."""
+    with (mine / "queries.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    number = {name: i for i, name in enumerate(sorted({row["image"] for row in rows}))}
+    path = folder / "queries.jsonl"
+    lines = (json.dumps(row | {"split": split_of(number[row["image"]])}) for row in rows)
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("split_of", "taken"),
+    [
+        (lambda i: "test" if i % 3 == 0 else "train", ["validation"]),
+        (lambda i: "val" if i % 3 == 0 else "train", ["test"]),
+        (lambda i: "train", ["validation", "test"]),
+    ],
+)
+def test_splits_that_no_query_names_are_taken_from_train(mine, tmp_path, capsys, split_of, taken):
+    """By picture, the same ones each time; what the user put into another split stays there."""
+    config = settings(mine, queries=with_splits(mine, tmp_path, split_of))
+    corpus, queries = prepared(config, tmp_path)
+    said = capsys.readouterr().out
+    assert f"{' and '.join(taken)} taken from train by picture" in said, said
+    for split in local.SPLITS:
+        assert f"{len(queries[split])} {split}" in said
+    number = {Path(name).name: i for i, name in enumerate(sorted(corpus.ids, key=file_name))}
+    pictures = {
+        split: {number[file_name(corpus.ids[row])] for q in queries[split] for row in q.targets}
+        for split in local.SPLITS
+    }
+    assert all(pictures.values()) and sum(map(len, pictures.values())) == COUNT
+    given = {i: split_of(i).replace("val", "validation") for i in range(COUNT)}
+    for split, found in pictures.items():
+        want = {i for i in given if given[i] == split}
+        assert {given[i] for i in found} == {"train"} if split in taken else found <= want
+        assert split in [*taken, "train"] or found == want
+    assert prepared(config, tmp_path / "again")[1] == queries
+    config.split_seed = 1
+    assert prepared(config, tmp_path)[1] != queries
+
+
+def file_name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "tsv", "parquet"])
@@ -259,6 +310,151 @@ def test_a_run_is_built_from_pictures_or_from_their_embeddings(mine, tmp_path):
     assert run.gallery("test").image(0).size == (128, 128)
 
 
+@pytest.fixture(scope="module")
+def trained(mine, tmp_path_factory):
+    """A finished run of two steps, its config and its data; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(mine / "pictures", folder / "pictures")
+    shutil.copy(mine / "queries.csv", folder)
+    config = load_config(mine, folder)
+    config.local.images, config.local.queries = (
+        str(folder / name) for name in ("pictures", "queries.csv")
+    )
+    settings = {
+        "warm_up.steps": 0, "grpo.steps": 2, "grpo.group_size": 2, "rollout.max_tokens": 6,
+        "evaluation.max_tokens": 6, "evaluation.every": 0, "evaluation.batch_size": 8,
+    }  # fmt: skip
+    config.update_from_flattened_dict(settings)
+    loop.train(config, folder / "run")
+    return folder, config
+
+
+def one_more_query(folder):
+    with (folder / "queries.csv").open("a", encoding="utf-8") as file:
+        file.writelines(f"something new {i},{name},en\n" for i, name in enumerate(names_in(folder)))
+
+
+def names_in(folder):
+    return sorted(path.name for path in (folder / "pictures").rglob("*.*"))
+
+
+def another_text(folder):
+    path = folder / "queries.csv"
+    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text(head + "".join(f"other {line}" for line in lines), encoding="utf-8")
+
+
+def one_more_picture(folder):
+    Image.new("RGB", (96, 96), "red").save(folder / "pictures" / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (one_more_query, r"queries\.local\.train"),
+        (another_text, r"queries\.local\.train"),
+        (one_more_picture, rf"gallery\.corpus.* {COUNT} .* {COUNT + 1}\b"),
+    ],
+)
+def test_a_run_does_not_go_on_with_changed_data(trained, change, named):
+    folder, config = trained
+    kept = folder.with_name(f"{folder.name}-kept")
+    shutil.copytree(folder, kept)
+    try:
+        change(folder)
+        with pytest.raises(UserError, match=named):
+            loop.train(config, folder / "run")
+        # The answers are all there; evaluation restores nothing.
+        if change is one_more_query:
+            with pytest.raises(UserError, match=r"answers.*other queries"):
+                evaluate.evaluate(None, folder / "run", None)
+    finally:
+        shutil.rmtree(folder)
+        kept.rename(folder)
+    loop.train(config, folder / "run")
+
+
+def test_prompts_are_as_long_as_the_queries_need(mine, tmp_path):
+    """Japanese queries take many tokens; the length and its buckets come from them."""
+    path = tmp_path / "queries.csv"
+    long = "赤いりんごの写真を見せてください" * 3 + ","
+    path.write_text(re.sub("keycap ,|keycap #,", long, (mine / "queries.csv").read_text()))
+    config = load_config(mine, tmp_path)
+    config.local.queries = str(path)
+    run = context.build(config)
+    counts = text.prompt_lengths(
+        run.tokenizer,
+        run.prompts["local"],
+        [query.text for split in local.SPLITS for query in run.queries("local", split)],
+    )
+    longest = run.prompts["local"].max_tokens
+    assert 64 < max(counts) <= longest < max(counts) + text.PROMPT_UNIT
+    assert run.buckets and max(run.buckets) < longest and len(run.buckets) <= 2
+    again = context.build(config)
+    assert (again.prompts, again.buckets) == (run.prompts, run.buckets)
+    config.prompt.max_tokens = max(counts) + 1
+    bounded = context.build(config)
+    assert (bounded.prompts["local"].max_tokens, bounded.buckets) == (max(counts) + 1, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompt.max_tokens": 20}, r"prompt\.max_tokens=20"),
+        ({"grpo.batch_size": 4096, "grpo.microbatches": 1}, r"grpo\.batch_size=4096"),
+        ({"rollout.max_tokens": 2**31}, r"max_tokens"),
+        ({"warm_up.towards": "references"}, r"reference texts.*own_best"),
+    ],
+)
+def test_what_the_user_decides_is_asked_before_weights_are_read(
+    mine, tmp_path, monkeypatch, change, sentence
+):
+    def read(*args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(gguf, "place", read)
+    monkeypatch.setattr(encoder, "load", read)
+    config = load_config(mine, tmp_path)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=sentence):
+        context.build(config)
+
+
+def test_references_keep_their_case_and_those_too_long_are_counted(mine, tmp_path, capsys):
+    with (mine / "queries.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    path = tmp_path / "queries.jsonl"
+    texts = ["Keycap FIVE", "a very long reference text " * 9]
+    lines = [json.dumps(row | {"reference": texts[i % 2]}) for i, row in enumerate(rows)]
+    path.write_text("\n".join(lines))
+    config = load_config(mine, tmp_path)
+    config.local.queries = str(path)
+    config.warm_up.towards = "references"
+    (tmp_path / "run").mkdir()
+    run = loop.prepare(config, tmp_path / "run")
+    lessons = run.lessons("local")
+    long = sum(query.reference != texts[0] for query in lessons)
+    assert 0 < long < len(lessons)
+    said = [line for line in capsys.readouterr().out.splitlines() if "rollout.max_tokens" in line]
+    assert len(said) == 1 and f"{long} of {len(lessons)} reference texts" in said[0]
+    batch = [("local", query) for query in lessons[:8]]
+    taught = []
+
+    def step(learner, state, base, prompts, tokens, mask):
+        for row, kept in zip(np.asarray(tokens)[:, 0], np.asarray(mask)[:, 0], strict=True):
+            taught.extend([run.tokenizer.decode(row[kept])] if kept.any() else [])
+        return state, {}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "warm_up_step", step)
+        _, metrics = loop.warm_up(run, None, batch, 0)
+    assert taught == ["Keycap FIVE<|im_end|>"] * len(taught)
+    assert metrics["pairs"] == len(taught) == sum(q.reference == texts[0] for q in lessons[:8])
+    config.rollout.max_tokens = 2
+    with pytest.raises(UserError, match=r"rollout\.max_tokens=2"):
+        context.build(config)
+
+
 def broken_line(text):
     """An edit of the queries: this line is added."""
 
@@ -391,6 +587,10 @@ BROKEN = {
     "empty split": (
         broken_queries("q.csv", b"text,image,split\na,002A-FE0F-20E3,test\n"),
         "no query falls in the split train",
+    ),
+    "nothing left to take": (
+        broken_queries("q.csv", b"text,image,split\na,002A-FE0F-20E3,train\n"),
+        r"no query falls in the split .*local\.(validation|test)_share",
     ),
     "ids twice": (
         broken_queries("q.csv", b"id,text,image\n7,a,002A-FE0F-20E3\n7,b,002A-FE0F-20E3\n"),

@@ -14,7 +14,7 @@ from grape_jax.models import lora, policy
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
-from grape_jax.weights import huggingface
+from grape_jax.weights import huggingface, pretrained
 
 TINY = policy.PolicyConfig(
     vocab_size=97, width=32, mlp_width=48, layers=3, heads=6, kv_heads=2, head_dim=8,

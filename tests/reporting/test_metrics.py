@@ -4,6 +4,7 @@ import ir_measures as ir
 import numpy as np
 import pytest
 import scipy.stats
+import thorough
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +59,7 @@ def test_metrics_match_numbers_worked_by_hand():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=thorough.examples(60), deadline=None)
 def test_ranks_among_all_match_a_list_that_is_walked(data):
     """Ranks that leave other targets out, made of a random order, and back."""
     size = data.draw(st.integers(1, 12))

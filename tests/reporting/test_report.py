@@ -25,6 +25,7 @@ def _queries(languages=("en",)):
             group=f"c{i // 2}",
             targets=(i,),
             reference=f"name {i}",
+            image=-1,
         )
         for i in range(QUERIES)
     ]
@@ -138,6 +139,44 @@ def test_headline_compares_with_no_rewriting_at_all(tmp_path, raw, said):
     _write(tmp_path, [results.TestSet("unseen", "long", _queries(), answers, NAMES, _picture)])
     headline = (tmp_path / "report.md").read_text().split("##")[0]
     assert said in headline.split("GRPO − raw query is")[1]
+
+
+def test_the_summary_has_raw_untrained_trained_and_the_best_baseline(tmp_path):
+    """With the intervals of report.json, in six lines; the oracle is no baseline."""
+    test_set = _test_set()
+    hyde = _answers("HyDE", "", np.where(np.arange(QUERIES) % 4, 3, 30))
+    fused = _answers("GRPO + query", "greedy", np.ones(QUERIES, int))
+    first = dataclasses.replace(test_set, answers=(*test_set.answers, hyde, fused))
+    second = dataclasses.replace(test_set, shift="long")
+    seen = dataclasses.replace(first, name="seen concepts")
+    numbers = _write(tmp_path, [first, second, seen])
+    lines = report.summary(numbers)
+    assert len(lines) <= 6 and all(len(line) <= 100 for line in lines)
+    assert "unseen concepts" in lines[0] and "95 %" in lines[0]
+    assert "noisy" in lines[1] and "long" in lines[1]
+    table = {line[: report.NAME_WIDTH].strip(): line for line in lines[2:]}
+    assert [*table] == ["raw query", "untrained", "trained (GRPO)", "best baseline"]
+    methods = {"raw query": "raw query", "untrained": "untrained", "trained (GRPO)": "GRPO"}
+    for found in numbers["test_sets"][:2]:
+        scores = {(m["method"], m["decoding"]): m["recall_at_10"] for m in found["methods"]}
+        for line, method in methods.items():
+            score = scores.get((method, "greedy")) or scores[method, ""]
+            shown = [f"{100 * score[key]:.1f}" for key in ("mean", "low", "high")]
+            assert "{} [{}, {}]".format(*shown) in table[line]
+    best = table["best baseline"]
+    assert "75.0 [" in best and "HyDE" in best and "reference text" not in best
+    assert "GRPO" not in best and ("raw query" in best) != ("untrained" in best)
+
+
+def test_the_summary_before_training_and_without_known_answers(tmp_path):
+    test_set = _test_set()
+    untrained = tuple(a for a in test_set.answers if a.method in ("raw query", "untrained"))
+    before = dataclasses.replace(test_set, answers=untrained)
+    lines = report.summary(_write(tmp_path, [before], log=[]))
+    assert len(lines) == 5 and not any("trained (" in line for line in lines)
+    for query in before.queries:
+        query.targets = ()
+    assert report.summary(_write(tmp_path, [before], log=[])) == []
 
 
 def test_an_evaluation_before_training(tmp_path):
@@ -349,6 +388,42 @@ def test_contact_sheet_frames_the_right_picture_in_green(tmp_path):
         last.max() == contact_sheet.MARGIN + contact_sheet.STRIP - 1
         and np.ptp(last) == contact_sheet.THUMB - 1
     )
+
+
+def test_a_composed_query_is_drawn_with_its_own_picture(tmp_path):
+    """Once for a query, above its searches; the same words about another picture are another."""
+    purple, other = (Image.new("RGB", (64, 64), colour) for colour in ("purple", "olive"))
+    found = [Image.new("RGB", (64, 64), "white")] * 5
+    # A corpus opens its pictures anew whenever they are asked for.
+    row = lambda picture: contact_sheet.Row("in red", "a rewrite", found, None, "", picture.copy())
+    rows = [row(purple), row(purple), row(other), row(other)]
+    assert [len(group) for group in contact_sheet._groups(rows, columns=1)] == [2, 2]
+    contact_sheet.contact_sheet(rows, tmp_path / "composed.png")
+    sheet = np.asarray(Image.open(tmp_path / "composed.png").convert("RGB"))
+    for colour in ((128, 0, 128), (128, 128, 0)):
+        drawn = (sheet == colour).all(axis=-1)
+        assert drawn.any(axis=0).sum() == drawn.any(axis=1).sum() == contact_sheet.THUMB - 12
+
+
+def _composed(named):
+    test_set = _test_set()
+    queries = [types.SimpleNamespace(**vars(q) | {"image": 49}) for q in test_set.queries]
+    return dataclasses.replace(test_set, queries=queries, named=named)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_ids_are_no_titles_and_the_query_picture_is_shown(tmp_path, monkeypatch, named):
+    drawn = {}
+    keep = lambda rows, path, wanted, **_: drawn.update({path.name: (rows, wanted)})
+    monkeypatch.setattr(examples, "contact_sheet", keep)
+    _write(tmp_path, [_composed(named)])
+    for name in ("before_after.png", "gains_and_losses.png"):
+        rows, wanted = drawn[name]
+        assert all(row.picture.getpixel((0, 0)) == (200, 5 * 49, 90) for row in rows)
+        titles = {title for _, title in wanted}
+        assert titles <= set(NAMES) if named else titles == {"right picture"}
+    text = (tmp_path / "report.md").read_text()
+    assert "| query picture | query |" in text and "| name 49 | query" in text
 
 
 def test_queries_that_are_worded_alike_stay_apart():

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import thorough
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,7 @@ def searches(draw):
 
 
 @given(searches())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=thorough.examples(150), deadline=None)
 def test_fusion_and_its_ranks_match_a_dictionary(search):
     size, lists, excluded, targets, subset = search
     fused = fusion.reciprocal_rank_fusion(lists)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import thorough
 import xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,7 +72,7 @@ SHAPES = [  # Q, N, P, X; X = 0 leaves the argument out
 ]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=thorough.examples(20), deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(SHAPES),
@@ -114,7 +115,7 @@ def nearest(emb, corpus, depth, excluded=None, devices=1, dtype="float32"):
     return jax.device_get(rows)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=thorough.examples(12), deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([(7, 1, 1, 0), (65, 300, 40, 2), (3, 300, 300, 3)]),

@@ -6,6 +6,7 @@ import pytest
 from grape_jax.rl.prompts import (
     PromptConfig,
     Prompts,
+    choose_lengths,
     encode_prompts,
     encode_references,
     read_answer,
@@ -13,7 +14,7 @@ from grape_jax.rl.prompts import (
     to_bucket,
 )
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights import gguf
+from grape_jax.weights import gguf, pretrained
 
 PROMPT = PromptConfig("Correct.", "{query}", "", 40, "line")
 
@@ -99,6 +100,20 @@ def test_a_batch_is_cut_to_the_shortest_bucket_that_holds_it(tokenizer):
         assert to_bucket(prompts, none_fits).tokens_BxS.shape == (2, 40)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "most", "chosen"),
+    [
+        ([30, 31, 32], 400, (32,)),
+        ([33], 400, (48,)),
+        ([20] * 90 + [40] * 9 + [125], 400, (32, 48, 128)),
+        ([20] * 99 + [125], 120, (32, 120)),  # not a multiple where the context ends
+        ([125] + [20] * 99, 125, (32, 125)),  # in any order
+    ],
+)
+def test_lengths_of_prompts_are_few_and_hold_the_longest(lengths, most, chosen):
+    assert choose_lengths(lengths, most) == chosen
+
+
 def test_a_stop_is_one_token(tokenizer):
     (newline,) = stop_tokens(tokenizer, ["\n"])
     assert tokenizer.decode([newline]) == "\n"
@@ -118,7 +133,9 @@ def test_bad_queries_are_refused(tokenizer):
 def test_references_end_with_the_end_token(tokenizer):
     tokens, mask = encode_references(tokenizer, ["red apple", "apple " * 30], "line", 8)
     assert tokenizer.decode(tokens[0, 0][mask[0, 0]]) == "red apple<|im_end|>"
-    assert mask[1, 0].all() and tokens[1, 0, -1] != tokenizer.eos_token_id
+    assert not mask[1].any()  # cut off, it would teach not to end
+    tokens, mask = encode_references(tokenizer, ["apple " * 30], "line", 80)
+    assert tokens[mask][-1] == tokenizer.eos_token_id
     tokens, mask = encode_references(tokenizer, ["red"], "answer", 12)
     answer = tokenizer.decode(tokens[0, 0][mask[0, 0]][:-1])
     assert read_answer(answer, True, "answer") == ("red", True)

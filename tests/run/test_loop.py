@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import re
@@ -20,10 +21,11 @@ import pytest
 import xla_flags
 
 from grape_jax import Rewriter, load_policy
+from grape_jax.data import catalogue
 from grape_jax.rl import prompts as text
-from grape_jax.run import checks, context, loop
+from grape_jax.run import checks, context, loop, rewriter
 from grape_jax.run.rewriter import encode, ranks_of
-from grape_jax.runtime import command_line, log, sharding
+from grape_jax.runtime import checkpoint, command_line, log, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
 
@@ -86,7 +88,7 @@ def last_state(folder, workdir):
 
 def assert_same_run(folder, one, other):
     assert lines(folder, one, "rewrites.jsonl") == lines(folder, other, "rewrites.jsonl")
-    of_the_process = ("seconds", "compilations")
+    of_the_process = ("seconds", "validation_seconds", "compilations")
     forget = lambda line: {k: v for k, v in line.items() if k not in of_the_process}
     assert [forget(x) for x in lines(folder, one, "metrics.jsonl")] == [
         forget(x) for x in lines(folder, other, "metrics.jsonl")
@@ -113,6 +115,28 @@ def test_a_run_leaves_everything_behind(folder, undisturbed):
     assert any(line["reward_in_group_std"] > 0 for line in grpo)
     report = json.loads((workdir / "report.json").read_text())
     assert report["test_sets"][0]["shift"] == "noisy"
+
+
+def test_the_last_lines_are_the_result(folder, undisturbed):
+    """The four numbers with their intervals, then the paths."""
+    *_, raw, untrained, trained, best, paths = undisturbed.stdout.splitlines()
+    assert paths.startswith("report: ")
+    shown = [line.split("  ")[0] for line in (raw, untrained, trained, best)]
+    assert shown == ["raw query", "untrained", "trained (GRPO)", "best baseline"]
+    assert all(re.search(r" \d+\.\d \[\d+\.\d, \d+\.\d\]", x) for x in (raw, trained, best))
+
+
+def test_the_bar_estimates_what_is_left(undisturbed):
+    """Of the warm-up, then of everything; the estimate knows the validations."""
+    bar = re.split(r"[\r\n]", undisturbed.stderr)
+    at = lambda step: [line for line in bar if f"| {step}/{sum(STEPS)} [" in line][-1]
+    time_left = r"\[.*, \d\d:\d\d"
+    assert re.search(f"{time_left} of the warm-up left", at(2))
+    assert " left" not in at(3) and " left" not in at(4)  # no GRPO step, then one that compiled
+    for step in (5, 6, 7):
+        assert re.search(f"{time_left} left", at(step)), at(step)
+    assert "at least" not in undisturbed.stderr
+    assert "s/step" not in undisturbed.stderr and "step/s" not in undisturbed.stderr
 
 
 def test_nothing_compiles_once_every_length_was_seen(folder, undisturbed):
@@ -348,6 +372,18 @@ def test_a_run_that_is_still_preparing_stops_at_once(folder):
     assert said.splitlines()[-1] == "stopped between steps; the same command goes on."
 
 
+def test_a_second_launch_is_refused_while_the_first_lives(folder):
+    first = subprocess.Popen(
+        command(folder, "shared"), env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert "preparing" in first.stdout.readline()
+    assert f"pid {first.pid}" in refused(command(folder, "shared"))
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert not (folder / "shared" / "run.lock").exists()
+
+
 def wait_for(workdir, moment):
     """Until the run has reached a moment, seen from the files that it writes."""
     deadline = time.monotonic() + 300
@@ -520,9 +556,93 @@ def test_an_exported_run_is_a_policy_to_train(folder, undisturbed):
     assert "holds weights already" in refused([*argv, f"--out={exported}"])
 
 
+def size_of(arrays):
+    return sum(array.nbytes for array in arrays)
+
+
+def test_a_rewriter_is_loaded_without_moments_reference_and_queries(
+    folder, undisturbed, monkeypatch
+):
+    """Only parameters are alive when it is loaded, and only the run and the gallery are read."""
+
+    def refuse(*_, **__):
+        raise AssertionError("queries were read")
+
+    alive = {}
+
+    def merged(run, trained):
+        gc.collect()
+        new = [array for array in jax.live_arrays() if id(array) not in before]
+        alive["held"] = size_of(new)
+        alive["known"] = size_of(jax.tree.leaves((run.base, run.retriever.params, trained)))
+        alive["trained"] = size_of(jax.tree.leaves(trained))
+        return merge(run, trained)
+
+    merge = rewriter.merged_variables
+    monkeypatch.setattr(rewriter, "merged_variables", merged)
+    monkeypatch.setattr(catalogue, "load_queries", refuse)
+    monkeypatch.setattr(catalogue, "prepare", refuse)
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    loaded = Rewriter.load(folder / "one")
+    assert alive["known"] <= alive["held"] < alive["known"] + alive["trained"] / 4
+    assert loaded.find(["red apple"], 3).shape == (1, 3)
+
+
+def test_a_run_is_resumed_from_shapes(folder, undisturbed, monkeypatch):
+    """No fresh state lies beside the one that is restored."""
+
+    class SeenError(Exception):
+        pass
+
+    def restore(manager, like, about):
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like))
+        gc.collect()
+        live = [array for array in jax.live_arrays() if id(array) not in before]
+        assert size_of(live) < size_of(jax.tree.leaves(loaded.state_shapes().trained)) / 4
+        raise SeenError
+
+    size_of = lambda leaves: sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    config = checkpoint.read_config(folder / "one")
+    loaded = context.build(context.on_these_devices(config))
+    monkeypatch.setattr(checkpoint, "restore", restore)
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    with pytest.raises(SeenError), checkpoint.open_manager(folder / "one") as manager:
+        loop.learn(loaded, folder / "one", manager, stop=None)
+
+
+def test_few_queries_are_not_padded_to_a_batch_of_an_evaluation(folder, undisturbed, monkeypatch):
+    def watched(config, sampling, variables, prompts, key):
+        sizes.append(len(prompts.tokens_BxS))
+        return sample(config, sampling, variables, prompts, key)
+
+    sizes, sample = [], rewriter.sample
+    monkeypatch.setattr(rewriter, "sample", watched)
+    loaded = Rewriter.load(folder / "one")
+    queries = [query.text for query in loaded.job.queries("noisy", "test")[:70]]
+    many, few = loaded.rewrite(queries), loaded.rewrite(queries[:3])
+    assert sizes == [64, 64, 8]
+    assert few == many[:3]
+
+
+def test_nothing_is_printed_that_was_not_asked_for(folder, undisturbed):
+    """By the Python interface nothing at all; by the command what it finds."""
+    workdir = folder / "one"
+    program = f"from grape_jax import Rewriter; r = Rewriter.load({str(workdir)!r}); r.find(['x'])"
+    for argv in (["-c", program], ["-m", "grape_jax.rewrite", f"--workdir={workdir}", "rde aple"]):
+        done = subprocess.run(
+            [sys.executable, *argv], env=environment(), capture_output=True, text=True, check=True
+        )
+        assert done.stderr == ""
+        assert done.stdout.startswith("'rde aple' -> " if "-m" in argv else "")
+        assert ("-m" in argv) == bool(done.stdout)
+
+
 def test_using_what_is_not_there_is_one_sentence(folder, undisturbed):
     argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={folder / 'none'}"]
     assert "there is no run" in refused([*argv, "red aple"])
     assert "no query is given" in refused(argv)
     argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={folder / 'one'}"]
     assert "choose one of noisy" in refused([*argv, "red aple", "--shift=long"])
+    assert "words alone" in refused([*argv, "red aple", "--image=apple.png"])

@@ -1,13 +1,17 @@
 """Checkpoints that are complete, damaged, half written, of another model; disks that fail."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from grape_jax.run import checks
@@ -51,6 +55,26 @@ def test_the_newest_comes_back_to_the_bit(tmp_path):
     state, run = restored(tmp_path)
     assert_same(state, 2)
     assert run == {"positions": 2, "about": ABOUT}
+
+
+def test_parts_that_are_skipped_stay_on_disk(tmp_path):
+    saved_run(tmp_path, [1])
+    shapes = jax.eval_shape(lambda: some_state(0))
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    wanted = jax.tree.map(place, shapes)
+    wanted["moments"] = checkpoint.skipped(wanted["moments"])
+    before = {id(array) for array in jax.live_arrays()}
+    with checkpoint.open_manager(tmp_path) as manager:
+        state, _ = checkpoint.restore(manager, wanted, ABOUT)
+    expected = some_state(1)
+    for name in ("w", "step"):
+        np.testing.assert_array_equal(state[name], expected[name])
+        assert state[name].dtype == expected[name].dtype
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state["moments"]))
+    del expected
+    new = [array for array in jax.live_arrays() if id(array) not in before]
+    assert sorted(array.shape for array in new) == [(), (16, 6)]
 
 
 def test_no_checkpoint_is_none(tmp_path):
@@ -123,6 +147,78 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_taken(tmp_path, damage
     assert (directory / "damaged-2-2").exists()
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    """The pauses between attempts to read a checkpoint, which take no time here."""
+    waits = []
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=waits.append))
+    return waits
+
+
+@pytest.mark.parametrize("item", ["state", "run"])
+def test_a_read_error_of_the_disk_is_retried(tmp_path, monkeypatch, waits, item):
+    saved_run(tmp_path, [1, 2])
+    restore, failures = ocp.CheckpointManager.restore, [errno.EIO, errno.ESTALE]
+
+    def fail_twice(manager, step, args=None, **rest):
+        if item in args and failures:
+            code = failures.pop(0)
+            raise OSError(code, os.strerror(code))
+        return restore(manager, step, args=args, **rest)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail_twice)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state, run = restored(tmp_path)
+    assert_same(state, 2)
+    assert run["positions"] == 2 and not failures and len(waits) == 2
+
+
+def test_a_read_error_inside_tensorstore_is_retried(tmp_path, monkeypatch):
+    """A symbolic link to itself is an error of the file system, which tensorstore reports."""
+    directory = saved_run(tmp_path, [1, 2])
+    path = directory / "2" / "state" / "manifest.ocdbt"
+    path.rename(tmp_path / "kept")
+    path.symlink_to(path.name)
+    waits = []
+
+    def mend(seconds):
+        waits.append(seconds)
+        path.unlink()
+        (tmp_path / "kept").rename(path)
+
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=mend))
+    assert_same(restored(tmp_path)[0], 2)
+    assert len(waits) == 1
+
+
+def test_a_disk_that_stays_unreadable_costs_no_checkpoint(tmp_path, monkeypatch, waits):
+    directory = saved_run(tmp_path, [1, 2])
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    before = sorted(path.name for path in directory.iterdir())
+    with pytest.raises(UserError, match=r"step 2 .*Input/output error"):
+        restored(tmp_path)
+    assert 2 <= len(waits) <= 10 and 1 <= sum(waits) <= 120 and waits == sorted(waits)
+    monkeypatch.undo()
+    assert sorted(path.name for path in directory.iterdir()) == before
+    assert_same(restored(tmp_path)[0], 2)
+
+
+def test_damaged_content_is_not_waited_for(tmp_path, waits):
+    directory = saved_run(tmp_path, [1, 2])
+    for path in (directory / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\x17" * path.stat().st_size)
+    with pytest.warns(UserWarning, match="step 2 cannot be read"):
+        state, _ = restored(tmp_path)
+    assert_same(state, 1)
+    assert not waits
+
+
 def test_a_damaged_config_is_one_sentence(tmp_path):
     (tmp_path / checkpoint.CONFIG_FILE).write_bytes(b"\0" * 40)
     with pytest.raises(UserError, match=r"is damaged .* begin in another --workdir"):
@@ -171,6 +267,32 @@ def test_another_model_or_config_is_refused_with_the_difference(tmp_path):
         pytest.raises(UserError, match=r"step was .* and is now missing"),
     ):
         checkpoint.restore(manager, smaller, ABOUT)
+
+
+def test_other_data_is_refused_with_the_difference(tmp_path):
+    data = {
+        "queries.noisy.train": {"count": 3, "digest": "ab"},
+        "queries.noisy.test": {"count": 2, "digest": "cd"},
+        "gallery.corpus": {"count": 9, "digest": "ef"},
+    }
+    about = ABOUT | {"data": data}
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        checkpoint.save(manager, 1, some_state(1), {"about": about}, {})
+    assert_same(restored(tmp_path, about)[0], 1)
+    more = data | {"gallery.corpus": {"count": 10, "digest": "12"}}
+    with pytest.raises(UserError, match=r"gallery\.corpus.* 9 .* 10\b") as error:
+        restored(tmp_path, ABOUT | {"data": more})
+    assert "queries" not in str(error.value)
+    edited = data | {"queries.noisy.train": {"count": 3, "digest": "34"}}
+    with pytest.raises(UserError, match=r"queries\.noisy\.train.* order"):
+        restored(tmp_path, ABOUT | {"data": edited})
+    # Whoever reads a part of the data, or none, answers for that part alone.
+    part = {"queries.noisy.test": data["queries.noisy.test"]}
+    for less in (ABOUT, ABOUT | {"data": part}):
+        assert_same(restored(tmp_path, less)[0], 1)
+    # A checkpoint from before data belonged to it.
+    saved_run(tmp_path / "older", [1])
+    assert_same(restored(tmp_path / "older", about)[0], 1)
 
 
 def test_a_fingerprint_is_of_every_bit_and_of_no_mesh():

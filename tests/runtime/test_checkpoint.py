@@ -270,7 +270,7 @@ def run(checkpoint):
         stop_ids=base.end_tokens,
         config=SimpleNamespace(policy=SimpleNamespace(path=str(checkpoint))),
     )
-    return job, SimpleNamespace(trained=adapter)
+    return job, adapter
 
 
 def our_greedy(job, trained, prompts):
@@ -303,7 +303,7 @@ def test_an_exported_run_says_the_same(run, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    job, state = run
+    job, trained = run
     monkeypatch.setattr(export, "restore", lambda workdir: run)
     export.export(tmp_path / "run", tmp_path / "merged", adapter=False)
     export.export(tmp_path / "run", tmp_path / "adapter", adapter=True)
@@ -321,7 +321,7 @@ def test_an_exported_run_says_the_same(run, tmp_path, monkeypatch):
 
     prompts = [f"{'a quick fox ' * (i % 3)}says {i}" for i in range(50)]
     assert tokenizer(prompts)["input_ids"] == job.tokenizer(prompts)["input_ids"]
-    tokens, mask, texts = our_greedy(job, state.trained, prompts)
+    tokens, mask, texts = our_greedy(job, trained, prompts)
     assert len(set(texts)) > 5
     assert their_greedy(merged, tokenizer, tokens, mask) == texts
     assert their_greedy(adapted, tokenizer, tokens, mask) == texts
@@ -330,14 +330,14 @@ def test_an_exported_run_says_the_same(run, tmp_path, monkeypatch):
 def test_an_adapter_over_a_gguf_file_brings_its_base(run, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
 
-    job, state = run
+    job, trained = run
     (tmp_path / "model.gguf").touch()
     config = SimpleNamespace(policy=SimpleNamespace(path=str(tmp_path / "model.gguf")))
     of_gguf = SimpleNamespace(**vars(job) | {"config": config})
-    monkeypatch.setattr(export, "restore", lambda workdir: (of_gguf, state))
+    monkeypatch.setattr(export, "restore", lambda workdir: (of_gguf, trained))
     export.export(tmp_path / "run", tmp_path / "adapter", adapter=True)
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    merged = {"params": lora.merge(job.base, state.trained, LORA)}
+    merged = {"params": lora.merge(job.base, trained, LORA)}
     prompts = Prompts(jnp.asarray(TOKENS), jnp.ones(TOKENS.shape, bool))
     ours = policy.logits(merged, policy.prompt_states(job.policy, merged, prompts))
     theirs = tiny_decoders.logits(adapted, TOKENS)
@@ -347,7 +347,7 @@ def test_an_adapter_over_a_gguf_file_brings_its_base(run, tmp_path, monkeypatch)
 def test_a_run_without_an_adapter_has_none_to_export(run, tmp_path, monkeypatch):
     job, _ = run
     full = SimpleNamespace(**vars(job) | {"lora": None})
-    monkeypatch.setattr(export, "restore", lambda workdir: (full, SimpleNamespace(trained={})))
+    monkeypatch.setattr(export, "restore", lambda workdir: (full, {}))
     with pytest.raises(UserError, match="without --adapter"):
         export.export(tmp_path / "run", tmp_path / "out", adapter=True)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Real processes on this machine: what they hold, what they agree on, and what ends a wait."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import local_files
 import numpy as np
 import one_of_several
 import pytest
@@ -74,6 +76,26 @@ def test_two_processes_agree_and_share_batches_and_corpora(tmp_path, monkeypatch
         assert code == 0, err[-3000:]
         said = [line for line in out.splitlines() if line.endswith("done")]  # Gloo speaks too
         assert said == ["together done", "batches done", "gallery done"]
+
+
+@pytest.fixture
+def two_disks(tmp_path, shared):
+    """The same pictures, queries and policy once for each process."""
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        local_files.write(tmp_path / name, 24)
+        shutil.copy(shared / "tiny.gguf", tmp_path / name)
+    return tmp_path
+
+
+def test_processes_that_read_different_files_are_refused(two_disks):
+    for code, out, err in play("build", two_disks):
+        assert code == 0 and "build done" in out, err[-3000:]
+
+
+def test_a_batch_with_pictures_on_one_process_only_is_prepared_by_both(two_disks):
+    for code, out, err in play("mixed", two_disks):
+        assert code == 0 and "mixed done" in out, err[-3000:]
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(tmp_path):
