@@ -30,6 +30,11 @@ PARITY = [
     "torch==2.13.0",
     "trl==1.16.0",
 ]
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.6,<10",
+    "mkdocstrings[python]>=1,<2",
+]
 
 setup(
     name="grape_jax",
@@ -72,6 +77,7 @@ setup(
         "demo": DEMO,
         "test": TEST + DEMO,
         "parity": PARITY,
+        "docs": DOCS,
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "gcs": ["gcsfs>=2025.3"],
     },
