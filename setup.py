@@ -32,7 +32,6 @@ PARITY = [
 ]
 DOCS = [
     "mkdocs>=1.6,<2",
-    "mkdocs-material>=9.6,<10",
     "mkdocstrings[python]>=1,<2",
 ]
 
