@@ -29,6 +29,10 @@ PARITY = [
     "torch==2.13.0",
     "trl==1.16.0",
 ]
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocstrings[python]>=1,<2",
+]
 
 setup(
     name="grape_jax",
@@ -72,6 +76,7 @@ setup(
         "demo": DEMO,
         "test": TEST + DEMO,
         "parity": PARITY,
+        "docs": DOCS,
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "gcs": ["gcsfs>=2025.3"],
     },
