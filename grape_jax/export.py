@@ -48,7 +48,7 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
 
 
 def _base(run: Context, out: Path) -> str:
-    """The path or hub id of the model below the adapter; a GGUF file is converted to a directory."""
+    """The path or hub id of the base model; a GGUF file is converted to a directory."""
     path, policy = run.config.policy.path, run.policy
     if path and not Path(path).is_file():
         return str(Path(path).resolve()) if Path(path).exists() else path

@@ -188,7 +188,7 @@ def _warn_of_chance(context: Context) -> None:
         if mean > 0.5 - 3 / math.sqrt(12 * len(queries)):
             warnings.warn(
                 f"the targets of {len(queries)} queries rank at {100 * mean:.0f} % of the corpus "
-                "on average, no better than chance: either the retriever cannot read such queries, or "
-                "another model made the embeddings.",
+                "on average, no better than chance: either the retriever cannot read such queries, "
+                "or another model made the embeddings.",
                 stacklevel=2,
             )

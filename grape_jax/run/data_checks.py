@@ -98,8 +98,8 @@ def long_references(config: ConfigDict, policy: RewritePolicy, queries: Queries)
         return ""
     limit = config.rollout.max_tokens
     return (
-        f"; {long} of {len(pairs)} reference texts have more than rollout.max_tokens={limit} tokens "
-        "and are left out of the warm-up"
+        f"; {long} of {len(pairs)} reference texts have more than rollout.max_tokens={limit} "
+        "tokens and are left out of the warm-up"
     )
 
 

@@ -135,5 +135,6 @@ class Monitor:
         saved = f"the last checkpoint before them is step {good}" if good else "none was saved"
         raise UserError(
             f"{self.skipped[0]} steps in a row had a loss or gradient that was not finite; "
-            f"{saved}: lower {self.phase.replace('-', '_')}.learning_rate and begin in another --workdir."
+            f"{saved}: lower {self.phase.replace('-', '_')}.learning_rate and begin in another "
+            "--workdir."
         )

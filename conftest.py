@@ -94,7 +94,7 @@ def folder(shared, tmp_path_factory):
 
 
 # Files that start whole runs, the longest first: two workers then end at about the same time.
-LONGEST = ("test_train", "test_compare", "test_learner", "test_benchmarks", "test_evaluate")
+LONGEST = ("test_loop", "test_compare", "test_learner", "test_paper_benchmarks", "test_evaluation")
 
 
 def pytest_collection_modifyitems(items):
