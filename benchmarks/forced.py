@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import memory
-from grape_jax.rl.learner import begin_grpo
+from grape_jax.rl.learner import start_grpo
 from grape_jax.run import context, steps
 from grape_jax.run.context import Context
 from grape_jax.runtime.errors import exit_with_sentence
@@ -55,7 +55,7 @@ def timed_steps(run: Context, batches: list) -> Iterator[dict]:
     Yields:
       The step from 1, its seconds, its peak of memory, and some of what a step logs.
     """
-    state = begin_grpo(run.learner("grpo"), run.initial_state("grpo"))
+    state = start_grpo(run.learner("grpo"), run.initial_state("grpo"))
     for step, batch in enumerate(batches):
         memory.forget_peak()
         began = time.perf_counter()

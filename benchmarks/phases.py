@@ -6,7 +6,7 @@
 Each part of a step runs by itself, five times after it was compiled; the median is printed, with
 the operations of its products of matrices and their speed; those of attention and adapter, some
 hundredths more, are not counted. The last row is a product with the policy's widest projection
-alone. Reference and gradient are the functions that `grpo_step` is made of; a step compiles them as
+alone. Reference and gradient are the functions that `grpo_train_step` is made of; a step compiles them as
 one program.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import comparison, forced, task
-from grape_jax.rl.learner import policy_gradient, read_lesson
+from grape_jax.rl.learner import make_train_batch, policy_gradient
 from grape_jax.rl.rollout import sample
 from grape_jax.run import checks, loop, steps
 from grape_jax.run.context import Context
@@ -65,7 +65,7 @@ def parts(run: Context) -> list[tuple[str, float, float]]:
     variables = sampling_variables(run.policy, state.trained)
     found = steps.rollout_and_score(run, variables, batch, key)
     sampling = run.sampling(K, config.rollout.temperature, T)
-    lesson_of = jax.jit(functools.partial(read_lesson, learner))
+    lesson_of = jax.jit(functools.partial(make_train_batch, learner))
     lesson = lesson_of(state, run.policy.base, found.prompts, found.rollout, found.scores)
     gradient_of = jax.jit(functools.partial(policy_gradient, learner))
 

@@ -47,9 +47,9 @@ def compare(config: ConfigDict, workdir: Path) -> None:
         one = ConfigDict(config.to_dict())
         one.grpo.reward_shape = shape
         train(one, workdir / shape)
-        if processes.is_writer():
+        if processes.is_main():
             curves[shape] = read_curve(workdir / shape, config.warm_up.steps)
-    if not processes.is_writer():
+    if not processes.is_main():
         return
     files.replace(workdir / "score_inflation.png", draw(curves))
     files.replace(workdir / "score_inflation.md", table(curves).encode())

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.pytorch.settings import teach_padding
 from grape_jax import load_policy
 from grape_jax.rl.grpo import GrpoConfig
-from grape_jax.rl.learner import Learner, grpo_step, init_state
+from grape_jax.rl.learner import Learner, grpo_train_step, init_state
 from grape_jax.rl.optimizer import OptimizerConfig
 from grape_jax.rl.prompts import PromptConfig, encode_prompts
 from grape_jax.rl.rollout import SamplingConfig, sample
@@ -163,7 +163,7 @@ def our_steps(learner: Learner, policy: Policy, records: list[Recorded]):
     losses = []
     for recorded in records:
         scores = paid(recorded.reward_BxK)
-        state, metrics = grpo_step(
+        state, metrics = grpo_train_step(
             learner, state, policy.params, recorded.prompts, recorded.rollout, scores
         )
         losses.append(float(metrics["loss"]))

@@ -34,8 +34,8 @@ def together(folder: Path) -> None:
     assert processes.gather({"process": me}) == [{"process": 0}, {"process": 1}]
     assert processes.gather("x" * me) == ["", "x"]
     assert processes.any_of(me == 1) and not processes.any_of(False)
-    assert processes.agreed(f"of {me}") == "of 0"
-    assert processes.writer_first(lambda: f"work of {me}") == f"work of {me}"
+    assert processes.from_main(f"of {me}") == "of 0"
+    assert processes.main_process_first(lambda: f"work of {me}") == f"work of {me}"
     for culprit in (0, 1):
 
         def fail(culprit=culprit):
@@ -43,7 +43,7 @@ def together(folder: Path) -> None:
                 raise UserError(f"process {culprit} could not")
 
         try:
-            processes.writer_first(fail)
+            processes.main_process_first(fail)
         except UserError as error:
             assert str(error) == f"process {culprit} could not"
         else:
@@ -51,21 +51,21 @@ def together(folder: Path) -> None:
     values = np.arange(ROWS * 3, dtype=np.float32).reshape(ROWS, 3)
     for data, fsdp, tensor in MESHES:
         mesh = sharding.make_mesh(data, fsdp, tensor)
-        rows = sharding.own_rows(mesh, ROWS)
+        rows = sharding.local_rows(mesh, ROWS)
         assert len(rows) == (ROWS if tensor == 8 else ROWS // 2), (data, fsdp, tensor)
         placed = sharding.batch(mesh, {"a": values[rows], "b": rows})
         assert placed["a"].shape == values.shape
-        back = sharding.whole(mesh, placed)
+        back = sharding.replicated_to_host(mesh, placed)
         np.testing.assert_array_equal(back["a"], values)
         np.testing.assert_array_equal(back["b"], np.arange(ROWS))
         # Whatever sharding the compiler has chosen.
         spread = jax.device_put(placed, sharding.logical(mesh, "corpus"))
-        np.testing.assert_array_equal(sharding.own(mesh, spread)["a"], values[rows])
-        assert sharding.all_rows(mesh, [f"row {row}" for row in rows]) == [
+        np.testing.assert_array_equal(sharding.local_to_host(mesh, spread)["a"], values[rows])
+        assert sharding.gather_rows(mesh, [f"row {row}" for row in rows]) == [
             f"row {row}" for row in range(ROWS)
         ]
         corpus = sharding.place(values, sharding.logical(mesh, "corpus"))
-        np.testing.assert_array_equal(sharding.whole(mesh, corpus), values)
+        np.testing.assert_array_equal(sharding.replicated_to_host(mesh, corpus), values)
 
 
 def batches(folder: Path) -> None:
@@ -73,9 +73,9 @@ def batches(folder: Path) -> None:
     mesh = sharding.make_mesh(data=2, fsdp=4)
     prompt = types.SimpleNamespace(buckets=(4, 9))
     run = types.SimpleNamespace(mesh=mesh, config=types.SimpleNamespace(prompt=prompt))
-    own = sharding.own_rows(mesh, ROWS)
+    own = sharding.local_rows(mesh, ROWS)
     # Three tokens here and seven there are of one bucket.
-    real = np.arange(12) >= (9 if processes.is_writer() else 5)
+    real = np.arange(12) >= (9 if processes.is_main() else 5)
     mine = Prompts(np.zeros((len(own), 12), np.int32), np.tile(real, (len(own), 1)))
     rewriter._encode = lambda job, queries, shifts: mine
     assert rewriter.encode(run, [], []).mask_BxS.sum(1).tolist() == [real.sum()] * len(own)
@@ -86,7 +86,7 @@ def batches(folder: Path) -> None:
         for i in range(ROWS)
     ]
     parts = [queries[row] for row in own]
-    pictures = sharding.whole(mesh, sharding.batch(mesh, loop.own_pictures(parts)))
+    pictures = sharding.replicated_to_host(mesh, sharding.batch(mesh, loop.own_pictures(parts)))
     assert pictures[:, 0].tolist() == [query.image for query in queries]
     assert loop.own_pictures(queries[:2]) is None
     known = loop.all_queries(run, parts)
@@ -99,13 +99,13 @@ def batches(folder: Path) -> None:
     good = [100 + row for row in range(ROWS) if row % 3]
     rows = [row if row % 2 else good[row // 2] for row in range(ROWS)]
     assert replaced == ROWS // 2 and [query for _, query in filled.batch] == rows
-    assert sharding.whole(mesh, filled.scores.rank_BxK)[:, 0].tolist() == rows
-    assert sharding.whole(mesh, filled.prompts.tokens_BxS)[:, -1].tolist() == rows
+    assert sharding.replicated_to_host(mesh, filled.scores.rank_BxK)[:, 0].tolist() == rows
+    assert sharding.replicated_to_host(mesh, filled.prompts.tokens_BxS)[:, -1].tolist() == rows
 
 
 def experience(mesh, first: int, flat: int) -> loop.Experience:
     """Numbered from `first`; groups whose row `flat` divides have no variance."""
-    own = sharding.own_rows(mesh, ROWS)
+    own = sharding.local_rows(mesh, ROWS)
     numbers = np.repeat(first + own[:, None], 2, axis=1)
     rewards = np.stack([np.zeros(len(own)), own % flat], axis=1).astype(np.float32)
     length = 1 + first // 100
@@ -157,7 +157,7 @@ def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.nda
 def gallery(folder: Path) -> None:
     """What one process on one device found, to the bit, with half of the pictures for each."""
     encoder.BATCH, encoder.PART = BATCH, PART
-    mesh, first = sharding.make_mesh(data=2, fsdp=4), processes.is_writer()
+    mesh, first = sharding.make_mesh(data=2, fsdp=4), processes.is_main()
     pictures = Pictures(folder / "pictures")
     with np.load(folder / "alone.npz") as alone:
         for name, array in embed_and_search(folder / "banks", mesh, pictures).items():
@@ -241,14 +241,14 @@ def mixed(folder: Path) -> None:
     os.chdir(folder / str(jax.process_index()))
     run = job.build(own_data(**{"prompt.max_tokens": 192}))
     queries = run.queries("local", "train")[:ROWS]
-    part = [queries[row] for row in sharding.own_rows(run.mesh, ROWS)]
-    assert {query.image >= 0 for query in part} == {processes.is_writer()}
+    part = [queries[row] for row in sharding.local_rows(run.mesh, ROWS)]
+    assert {query.image >= 0 for query in part} == {processes.is_main()}
     with processes.watched(60):
         try:
-            processes.at("the prompts")
-            told = sharding.all_rows(run.mesh, run.prompt_texts(part, "train"))
+            processes.set_stage("the prompts")
+            told = sharding.gather_rows(run.mesh, run.prompt_texts(part, "train"))
         except Exception as error:
-            processes.end_all(error)
+            processes.exit_on_error(error)
     for query, words in zip(queries, told, strict=True):
         assert words.endswith(query.text) and (words != query.text) == (query.image >= 0)
 
@@ -260,12 +260,12 @@ def restore(folder: Path) -> None:
     like = {"w": sharding.place(np.zeros_like(saved), sharding.logical(mesh, "embed"))}
     with checkpoint.open_manager(folder, keep=3) as manager:
         state, run = checkpoint.restore(manager, like)
-        np.testing.assert_array_equal(sharding.whole(mesh, state["w"]), saved)
+        np.testing.assert_array_equal(sharding.replicated_to_host(mesh, state["w"]), saved)
         more = jax.tree.map(lambda w: w + 1, state)
         checkpoint.save(manager, 7, more, run, {})
         checkpoint.wait(manager)
         state, _ = checkpoint.restore(manager, like)
-    np.testing.assert_array_equal(sharding.whole(mesh, state["w"]), saved + 1)
+    np.testing.assert_array_equal(sharding.replicated_to_host(mesh, state["w"]), saved + 1)
 
 
 def lost(folder: Path) -> None:
@@ -282,14 +282,14 @@ def in_steps(limit: float, at_three) -> None:
     with processes.watched(limit):
         try:
             for step in range(1, 2000):
-                processes.at(f"step {step}")
+                processes.set_stage(f"step {step}")
                 if jax.process_index() == 1 and step == 3:
                     time.sleep(2 * processes.BEAT)  # so that the others have heard of it
-                    processes.at("a long sleep")
+                    processes.set_stage("a long sleep")
                     at_three()
                 processes.any_of(False)
         except Exception as error:
-            processes.end_all(error)
+            processes.exit_on_error(error)
 
 
 if __name__ == "__main__":

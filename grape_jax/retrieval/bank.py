@@ -46,7 +46,7 @@ def corpus_bank(
     Raises:
       UserError: a file is missing or not a picture; the processes have different ones.
     """
-    digests = processes.together(lambda: _digests(retriever, items))
+    digests = processes.raise_together(lambda: _digests(retriever, items))
     if jax.process_count() > 1:
         # Each process embeds a part for all of them.
         processes.refuse_differences({"pictures of the corpus": digest_of(digests)})
@@ -65,7 +65,7 @@ def corpus_bank(
     batches = text_batches if retriever.preprocess is None else image_batches
     together = rows_together(retriever)
     part = -(-PART // together) * together
-    silent = not len(new) or not processes.is_writer()
+    silent = not len(new) or not processes.is_main()
     with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
         for start in range(0, len(new), part):
             processes.preparing(f"embedding the corpus, {start} of {len(new)} new items")
@@ -76,7 +76,7 @@ def corpus_bank(
                 bar.update(len(emb_NxE))
             emb_NxE = np.concatenate(parts)
             keys = [digests[row] for row in rows]
-            processes.writer_first(functools.partial(_write_part, folder, keys, emb_NxE))
+            processes.main_process_first(functools.partial(_write_part, folder, keys, emb_NxE))
             for key, emb_E in zip(keys, emb_NxE, strict=True):
                 bank_NxE[rows_of[key]] = emb_E
     return bank_NxE
@@ -126,5 +126,5 @@ def bank_digest(rows_NxE: np.ndarray) -> str:
     total = hashlib.sha256(str(rows_NxE.shape).encode())
     for start in range(0, len(rows_NxE), DIGEST_ROWS):
         total.update(np.ascontiguousarray(rows_NxE[start : start + DIGEST_ROWS]))
-    files.let_go(rows_NxE)
+    files.release(rows_NxE)
     return total.hexdigest()[:32]

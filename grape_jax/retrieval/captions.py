@@ -43,7 +43,7 @@ def embed_bank(retriever: Retriever, captions: Sequence[str], cache_dir: str | P
     # Processes embed together, also what one alone does not find on its disk.
     if processes.any_of(missing):
         bank_CxE = retriever.embed_texts(captions)
-        processes.writer_first(lambda: _keep(path, bank_CxE) if missing else None)
+        processes.main_process_first(lambda: _keep(path, bank_CxE) if missing else None)
     return bank_CxE
 
 

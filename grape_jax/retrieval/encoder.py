@@ -318,8 +318,8 @@ def _embedded(
       float32 [n, E], batch by batch in the order of the rows.
     """
     mesh, step = retriever.mesh, rows_together(retriever)
-    mine = np.arange(step) if mesh is None else sharding.own_rows(mesh, step, "corpus")
-    whole = np.asarray if mesh is None else functools.partial(sharding.whole, mesh)
+    mine = np.arange(step) if mesh is None else sharding.local_rows(mesh, step, "corpus")
+    whole = np.asarray if mesh is None else functools.partial(sharding.replicated_to_host, mesh)
     running = None
     for start in range(0, len(rows_N), step):
         chunk = rows_N[start : start + step]
@@ -381,7 +381,7 @@ def image_batches(
     pixels = lambda row: preprocessing.preprocess(how, pictures.open_picture(images[row]))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         decoded = lambda rows: (np.stack(list(threads.map(pixels, rows))),)
-        read = lambda rows: processes.together(lambda: decoded(rows))
+        read = lambda rows: processes.raise_together(lambda: decoded(rows))
         yield from _embedded(retriever, towers.embed_images, np.asarray(rows), read)
 
 

@@ -74,7 +74,7 @@ def _stream_shard(corpus_NxE: np.ndarray, start: int, stop: int, dtype, device):
         block_RxE = np.zeros((min(STREAM_BLOCK, stop - first), corpus_NxE.shape[1]), np.float32)
         real = corpus_NxE[first : first + len(block_RxE)]
         block_RxE[: len(real)] = real
-        files.let_go(corpus_NxE)
+        files.release(corpus_NxE)
         finite_R = np.isfinite(block_RxE).all(axis=1)
         if not finite_R.all():
             row = first + int(np.argmin(finite_R))

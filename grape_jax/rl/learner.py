@@ -43,7 +43,7 @@ class Learner:
 
 
 @flax.struct.dataclass
-class Lesson:
+class TrainBatch:
     """A batch as the loss reads it."""
 
     prompts: Prompts
@@ -85,7 +85,7 @@ def _start(learner: Learner, key: jax.Array, base) -> TrainState:
     return TrainState(jnp.int32(0), trained, reference, optimizer)
 
 
-def begin_grpo(learner: Learner, state: TrainState) -> TrainState:
+def start_grpo(learner: Learner, state: TrainState) -> TrainState:
     """What the warm-up reached becomes the reference policy, and the moments start anew.
 
     The reference is what GRPO begins with, not the base: a penalty for what the warm-up taught
@@ -120,11 +120,11 @@ def policy_variables(learner: Learner, base, trained) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def warm_up_step(learner: Learner, state: TrainState, base, prompts: Prompts, tokens, mask):
+def warm_up_train_step(learner: Learner, state: TrainState, base, prompts: Prompts, tokens, mask):
     """One supervised step: raises the likelihood of the references, tokens and mask `[B, 1, T]`."""
-    lesson = Lesson(prompts, tokens, mask, mask / jnp.maximum(mask.sum(), 1))
+    lesson = TrainBatch(prompts, tokens, mask, mask / jnp.maximum(mask.sum(), 1))
 
-    def loss_of(trained, part: Lesson):
+    def loss_of(trained, part: TrainBatch):
         variables = policy_variables(learner, base, trained)
         logprobs, entropy = token_logprobs(learner, variables, part.prompts, part.tokens_BxKxT, 1.0)
         return -jnp.sum(jnp.where(part.mask_BxKxT, logprobs, 0) * part.weight_BxKxT), entropy
@@ -136,7 +136,7 @@ def warm_up_step(learner: Learner, state: TrainState, base, prompts: Prompts, to
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def grpo_step(
+def grpo_train_step(
     learner: Learner, state: TrainState, base, prompts: Prompts, rollout: Rollout, scores: Scores
 ):
     """One GRPO step: advantages, and one or more passes of loss, gradient and update.
@@ -150,7 +150,7 @@ def grpo_step(
       metrics: scalars; those of an update are means over the passes.
     """
     config = learner.grpo
-    lesson = read_lesson(learner, state, base, prompts, rollout, scores)
+    lesson = make_train_batch(learner, state, base, prompts, rollout, scores)
     flat_B = grpo.flat_groups(scores.reward_BxK)
 
     taught = lesson.weight_BxKxT > 0
@@ -186,9 +186,9 @@ def grpo_step(
     }
 
 
-def read_lesson(
+def make_train_batch(
     learner: Learner, state: TrainState, base, prompts: Prompts, rollout: Rollout, scores: Scores
-) -> Lesson:
+) -> TrainBatch:
     """All that the passes over a batch share: weights, advantages, reference log-probs."""
     config = learner.grpo
     mask = rollout.mask_BxKxT
@@ -197,7 +197,7 @@ def read_lesson(
     counted_B = jnp.ones(mask.shape[0], bool)
     if config.drop_flat_groups:
         counted_B = ~grpo.flat_groups(scores.reward_BxK)
-    lesson = Lesson(
+    lesson = TrainBatch(
         prompts=prompts,
         tokens_BxKxT=rollout.tokens_BxKxT,
         mask_BxKxT=mask,
@@ -212,7 +212,7 @@ def read_lesson(
         variables, lora = policy_variables(learner, base, state.reference), learner.lora
     as_reference = dataclasses.replace(learner, lora=lora)
 
-    def logprobs_of(part: Lesson):
+    def logprobs_of(part: TrainBatch):
         return token_logprobs(
             as_reference, variables, part.prompts, part.tokens_BxKxT, config.temperature
         )[0]
@@ -221,11 +221,11 @@ def read_lesson(
     return lesson.replace(reference_BxKxT=_join(reference))
 
 
-def policy_gradient(learner: Learner, trained, base, lesson: Lesson):
+def policy_gradient(learner: Learner, trained, base, lesson: TrainBatch):
     """Loss, its gradient in `trained`, and log-probs and entropy of every token `[B, K, T]`."""
     config = learner.grpo
 
-    def loss_of(trained, part: Lesson):
+    def loss_of(trained, part: TrainBatch):
         variables = policy_variables(learner, base, trained)
         logprobs, entropy = token_logprobs(
             learner, variables, part.prompts, part.tokens_BxKxT, config.temperature
@@ -243,7 +243,7 @@ def policy_gradient(learner: Learner, trained, base, lesson: Lesson):
     return accumulate(learner, loss_of, trained, lesson)
 
 
-def accumulate(learner: Learner, loss_of, trained, lesson: Lesson):
+def accumulate(learner: Learner, loss_of, trained, lesson: TrainBatch):
     """Loss and gradient of a whole batch, one microbatch's activations at a time.
 
     The tokens' weights are those of the whole batch, so the microbatches' losses and gradients add
@@ -257,7 +257,7 @@ def accumulate(learner: Learner, loss_of, trained, lesson: Lesson):
       loss, gradients, and the arrays of the whole batch.
     """
 
-    def add(total, part: Lesson):
+    def add(total, part: TrainBatch):
         (loss, seen), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
         return jax.tree.map(jnp.add, total, (loss, grads)), seen
 

@@ -94,7 +94,7 @@ def evaluate_policy(
     if not tasks:
         return None
     total = sum(len(task.set.queries) for task in tasks)
-    processes.at(f"the test of the {method} policy")
+    processes.set_stage(f"the test of the {method} policy")
     paces: list[float] = []
     with progress_bar(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
         began = time.perf_counter()
@@ -104,7 +104,7 @@ def evaluate_policy(
             paces.append((time.perf_counter() - began) / done)
             began = time.perf_counter()
             bar.update(done)
-            processes.at(f"the test of the {method} policy after {bar.n} rewrites")
+            processes.set_stage(f"the test of the {method} policy after {bar.n} rewrites")
             if stop.asked_anywhere():
                 raise Interrupted(step)
 
@@ -137,7 +137,7 @@ def missing_tasks(config: ConfigDict, queries: Queries, workdir: Path, method: s
         Task(answers_path(workdir, one, method, name), one, *settings)
         for one, (name, *settings) in wanted
     ]
-    present = processes.agreed([task.path.exists() for task in tasks])
+    present = processes.from_main([task.path.exists() for task in tasks])
     return [task for task, there in zip(tasks, present, strict=True) if not there]
 
 
@@ -169,7 +169,7 @@ def numbered(name: str, number: int) -> str:
 
 def progress_bar(**settings) -> tqdm:
     """A progress bar on process 0."""
-    return tqdm(**settings, disable=not processes.is_writer())
+    return tqdm(**settings, disable=not processes.is_main())
 
 
 def _write_answers(context: Context, variables: dict[str, Any], task: Task, after_batch) -> None:
@@ -191,7 +191,7 @@ def _write_answers(context: Context, variables: dict[str, Any], task: Task, afte
         seed=task.seed,
         after_batch=after_batch,
     )
-    if processes.is_writer():
+    if processes.is_main():
         task.path.parent.mkdir(parents=True, exist_ok=True)
         by_id = {query.id: text for query, text in zip(one.queries, rewrites, strict=True)}
         files.replace(task.path, json.dumps(by_id, ensure_ascii=False, indent=1))

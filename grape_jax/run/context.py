@@ -96,7 +96,7 @@ def build(config: ConfigDict) -> Context:
       UserError: the config, the files or the devices need a change by the user.
     """
     checks.check(config)
-    processes.writer_first(lambda: catalogue.prepare(config))
+    processes.main_process_first(lambda: catalogue.prepare(config))
     mesh = sharding.make_mesh(**config.mesh)
     checks.check_batches(config, mesh)
     opened, queries = policy.open_model(config), Queries(config)

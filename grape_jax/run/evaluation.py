@@ -113,13 +113,13 @@ def _search_methods(
         paths = [answers_path(workdir, one, method, name) for name in names]
         complete = all(path.exists() for path in paths)
         texts = [read_answers(path, queries) for path in paths] if complete else []
-        return processes.agreed(texts)
+        return processes.from_main(texts)
 
     def several(method: str, name: str) -> list[list[str]]:
         return written(method, *(numbered(name, i) for i in range(config.evaluation.samples)))
 
     def add(method: str, decoding: str, texts: Sequence[str], found: Found) -> None:
-        processes.at(f"the report of {one.shift} {one.split} after {method}")
+        processes.set_stage(f"the report of {one.shift} {one.split} after {method}")
         subset = None if found.subset_QxP is None else among_all(found.subset_QxP)
         nearest = found.rows_QxD[:, :TOP]
         result = Answers(
@@ -166,7 +166,7 @@ def _search_methods(
 
 
 def _write_run(workdir, one: QuerySet, gallery: Gallery, label: str, rows_QxD, depth: int) -> None:
-    if not depth or not processes.is_writer():
+    if not depth or not processes.is_main():
         return
     folder = workdir / "trec"
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def _write_run(workdir, one: QuerySet, gallery: Gallery, label: str, rows_QxD, d
 
 
 def _write_qrels(workdir, one: QuerySet, gallery: Gallery, depth: int) -> None:
-    wanted = depth and processes.is_writer()
+    wanted = depth and processes.is_main()
     if not wanted or not any(query.targets for query in one.queries):
         return
     ids, targets = zip(*((query.id, query.targets) for query in one.queries), strict=True)

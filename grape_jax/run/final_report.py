@@ -23,12 +23,12 @@ def write_report(context: Context, workdir: Path) -> None:
     write_submissions(context, workdir)
     counted = context.retriever.cut_texts
     if counted.cut:
-        processes.say(
+        processes.announce(
             f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
             "reads, and were truncated."
         )
-    processes.at("the report", limited=False)
-    if processes.is_writer():
+    processes.set_stage("the report", limited=False)
+    if processes.is_main():
         _write_tables_and_figures(context.config, workdir, sets)
     # The others wait here: drawing takes longer than JAX's shutdown waits for process 0.
     processes.gather(None)
@@ -40,15 +40,15 @@ def write_submissions(context: Context, workdir: Path) -> None:
         gallery = context.galleries.open(one.split)
         paths = {m: answers_path(workdir, one, m, "greedy") for m in (UNTRAINED, WARM_UP, GRPO)}
         texts = {RAW: [query.text for query in one.queries]}
-        texts |= processes.agreed(
+        texts |= processes.from_main(
             {m: read_answers(path, one.queries) for m, path in paths.items() if path.exists()}
         )
         for method, answers in texts.items():
-            processes.at(f"the submission of {one.shift} {one.split} for {method}")
+            processes.set_stage(f"the submission of {one.shift} {one.split} for {method}")
             emb_QxE = context.retriever.embed_texts(answers)
             where = (gallery.corpus.ids, gallery.bank_NxE, emb_QxE)
             name = f"{one.split}-{file_name(method)}"
-            if processes.is_writer():
+            if processes.is_main():
                 submission.write(workdir / "submission", one.queries, *where, name)
 
 

@@ -191,7 +191,7 @@ def advice(config: ConfigDict, largest: Needs) -> str:
             keys.append("train an adapter with lora.rank=16")
         if config.retriever.corpus_dtype != "int8":
             keys.append("set retriever.corpus_dtype='int8' where the corpus is what fills it")
-    elif largest.name == "grpo_step":
+    elif largest.name == "grpo_train_step":
         keys = ["raise grpo.microbatches", "raise mesh.data or mesh.fsdp"]
         if not config.policy.remat:
             keys.insert(0, "set policy.remat=True")
@@ -319,14 +319,14 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     read = {name: part for name, part in held.items() if name not in moved}
     lower_sample = lambda: sample.lower(model, sampling, variables, prompts, key, made.lora)
     lower_score = lambda: score_rewrites.lower(shapes.scorer, *ranked)
-    lower_step = lambda: learner.grpo_step.lower(made, state, base, prompts, rollout, scores)
+    lower_step = lambda: learner.grpo_train_step.lower(made, state, base, prompts, rollout, scores)
     # Without an adapter the step does not touch the base, unless that is its reference.
     reads_base = made.lora or (made.grpo.kl_weight and made.grpo.reference == "base")
     return [
         *programs,
         Program("sample", lower_sample, (read,)),
         Program("score_rewrites", lower_score, (shapes.retriever, shapes.index), (copied,)),
-        Program("grpo_step", lower_step, (state, base) if reads_base else (state,)),
+        Program("grpo_train_step", lower_step, (state, base) if reads_base else (state,)),
     ]
 
 

@@ -14,7 +14,7 @@ from orbax.checkpoint import CheckpointManager
 
 from grape_jax.data import pipeline
 from grape_jax.reporting.results import UNTRAINED, WARM_UP
-from grape_jax.rl.learner import TrainState, begin_grpo
+from grape_jax.rl.learner import TrainState, start_grpo
 from grape_jax.run import checks, context, data_checks, steps
 from grape_jax.run.answers import evaluate_policy, trained_method
 from grape_jax.run.context import Context
@@ -57,10 +57,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Context:
     """Loads everything that the run needs, then writes its config to the workdir."""
     started = time.perf_counter()
     processes.preparing("preparing the run")
-    processes.say("preparing data, policy and retriever ...")
+    processes.announce("preparing data, policy and retriever ...")
     run = context.build(config)
-    processes.writer_first(lambda: checkpoint.claim(workdir, config))
-    processes.say(
+    processes.main_process_first(lambda: checkpoint.write_config(workdir, config))
+    processes.announce(
         f"{len(run.galleries.open('train'))} pictures, policy of {run.policy.model.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
         f"process(es), ready in {time.perf_counter() - started:.0f} s"
@@ -104,7 +104,7 @@ def train_policy(
                     variables = sampling_variables(run.policy, state.trained)
                     evaluate_policy(run, workdir, variables, WARM_UP, step, stop)
                     del variables
-                state = begin_grpo(run.learner("grpo"), state)
+                state = start_grpo(run.learner("grpo"), state)
 
             monitor.start_step(step + 1)
             if step < config.warm_up.steps:
@@ -162,7 +162,7 @@ def resume(
 
     Sets the iterators to the positions that belong to the state.
     """
-    processes.at("restoring the newest checkpoint")
+    processes.set_stage("restoring the newest checkpoint")
     restored = checkpoint.restore(manager, run.state_shapes(), identity)
     if restored is None:
         return run.initial_state("warm_up"), (0, 0)

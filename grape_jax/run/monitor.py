@@ -57,7 +57,7 @@ class Monitor:
         """Starts the clock of a step, numbered from 1."""
         self.step, self.began = step, time.perf_counter()
         self.phase = "warm-up" if step <= self.config.warm_up.steps else "grpo"
-        processes.at(f"step {step}")
+        processes.set_stage(f"step {step}")
 
     def share(self, entries: list[dict], stop: StopSignal) -> tuple[list[dict], bool]:
         """Gathers the step's record of all processes: the loop's only exchange on the host.
@@ -69,7 +69,7 @@ class Monitor:
           The entries of the whole batch, and whether any process was asked to stop.
         """
         size = self.config.grpo.batch_size
-        rows = sharding.own_rows(self.mesh, size).tolist() if entries else []
+        rows = sharding.local_rows(self.mesh, size).tolist() if entries else []
         records = processes.gather([list(zip(rows, entries, strict=True)), bool(stop.received)])
         by_row = {row: entry for part, _ in records for row, entry in part}
         return [by_row[row] for row in sorted(by_row)], any(asked for _, asked in records)
@@ -84,12 +84,12 @@ class Monitor:
         self.measured[self.phase].append(seconds)
         if table:
             self.log.keep_rewrites(self.step - 1, table)
-            if (self.step - 1) % self.config.log.sample_every == 0 and processes.is_writer():
+            if (self.step - 1) % self.config.log.sample_every == 0 and processes.is_main():
                 tqdm.write(sample_table(self.step - 1, table))
 
     def validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Runs a validation and adds its seconds to its metrics."""
-        processes.at(f"the validation after step {self.step}")
+        processes.set_stage(f"the validation after step {self.step}")
         began = time.perf_counter()
         metrics = validate()
         metrics["validation_seconds"] = time.perf_counter() - began
@@ -106,7 +106,7 @@ class Monitor:
 
     def saving(self, save: Callable[[], None]) -> None:
         """Runs a save and measures it."""
-        processes.at(f"saving step {self.step}")
+        processes.set_stage(f"saving step {self.step}")
         began = time.perf_counter()
         save()
         self.measured[eta.SAVING].append(time.perf_counter() - began)

@@ -40,7 +40,7 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
         checkpoint.refuse_other_config(workdir, chosen)
         compilation_cache.enable(chosen)
         run = context.build(chosen)
-        checkpoint.claim(workdir, chosen)
+        checkpoint.write_config(workdir, chosen)
     with StopSignal() as stop:
         evaluate_policy(run, workdir, untrained_variables(run.policy), UNTRAINED, 0, stop)
         _evaluate_trained(run, workdir, stop)

@@ -38,7 +38,7 @@ class Rewriter:
           UserError: there is no run, or it has no checkpoint yet.
         """
         loaded, trained = restore(files.path(workdir))
-        processes.writer_first(lambda: catalogue.prepare_corpus(loaded.config))
+        processes.main_process_first(lambda: catalogue.prepare_corpus(loaded.config))
         return cls(loaded, sampling_variables(loaded.policy, trained))
 
     @property

@@ -40,14 +40,14 @@ def rewrite(
         chunk = order[start : start + batch_size]
         short = prompts.to_bucket(jax.tree.map(lambda x, rows=chunk: x[rows], encoded), buckets)
         # The last text is repeated up to a whole batch; each process takes its devices' rows.
-        rows = np.minimum(sharding.own_rows(policy.mesh, batch_size), len(chunk) - 1)
+        rows = np.minimum(sharding.local_rows(policy.mesh, batch_size), len(chunk) - 1)
         placed = sharding.batch(policy.mesh, jax.tree.map(lambda x, rows=rows: x[rows], short))
         key = jax.random.fold_in(jax.random.key(seed), start)
         rollout = sample(policy.model, sampling, variables, placed, key, policy.lora)
         answers = read_answers(
-            policy, *sharding.own(policy.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
+            policy, *sharding.local_to_host(policy.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
         )
-        found = sharding.all_rows(policy.mesh, [answer.text for [answer] in answers])
+        found = sharding.gather_rows(policy.mesh, [answer.text for [answer] in answers])
         for i, text in zip(chunk, found[: len(chunk)], strict=True):
             rewrites[i] = text
         after_batch(len(chunk))

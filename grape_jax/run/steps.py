@@ -18,7 +18,7 @@ from grape_jax.data.benchmark import Query, excluded_of
 from grape_jax.retrieval.encoder import Retriever, tokenize
 from grape_jax.rl import grpo
 from grape_jax.rl import prompts as prompting
-from grape_jax.rl.learner import TrainState, grpo_step, warm_up_step
+from grape_jax.rl.learner import TrainState, grpo_train_step, warm_up_train_step
 from grape_jax.rl.rollout import filtered_mass, sample
 from grape_jax.rl.scoring import score_rewrites
 from grape_jax.run.context import Context
@@ -65,10 +65,12 @@ def warm_up(
     mask &= np.asarray([bool(goal) for goal in goals])[:, None, None]
     pairs = float(mask.any(axis=(1, 2)).sum())
     tokens, mask = place_rows(context.mesh, (tokens, mask))
-    state, metrics = warm_up_step(
+    state, metrics = warm_up_train_step(
         context.learner("warm_up"), state, policy.base, prompts, tokens, mask
     )
-    metrics = {name: float(x) for name, x in sharding.whole(context.mesh, metrics).items()}
+    metrics = {
+        name: float(x) for name, x in sharding.replicated_to_host(context.mesh, metrics).items()
+    }
     return state, metrics | {"prompt_length": prompts.tokens_BxS.shape[1], "pairs": pairs}
 
 
@@ -91,9 +93,9 @@ def own_best_rewrites(
     )
     variables = untrained_variables(policy)
     rollout = sample(policy.model, sampling, variables, prompts, key, policy.lora)
-    tokens, mask = sharding.own(context.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
+    tokens, mask = sharding.local_to_host(context.mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     rewrites = [[answer.text for answer in row] for row in read_answers(policy, tokens, mask)]
-    rewrites = sharding.all_rows(context.mesh, rewrites)
+    rewrites = sharding.gather_rows(context.mesh, rewrites)
     # The query comes first: a rewrite that only ties with it teaches nothing.
     candidates = [[query.text, *row] for query, row in zip(queries, rewrites, strict=True)]
     texts = [text for row in candidates for text in row]
@@ -131,7 +133,7 @@ def grpo_update(
         ranked, replaced = refill(context.mesh, ranked, more)
         rollouts, refilled = rollouts + 1, refilled + replaced
     del variables  # the update needs the memory of a gathered copy
-    state, metrics = grpo_step(  # jit, state donated
+    state, metrics = grpo_train_step(  # jit, state donated
         context.learner("grpo"),
         state,
         context.policy.base,
@@ -141,7 +143,7 @@ def grpo_update(
     )
     if ranked.rollout.filtered_logprobs_BxKxT is not None:
         metrics["sampler_filtered_mass"] = filtered_mass(ranked.rollout)
-    metrics, scores = sharding.whole(context.mesh, (metrics, ranked.scores))
+    metrics, scores = sharding.replicated_to_host(context.mesh, (metrics, ranked.scores))
     metrics |= {"rollouts": rollouts, "groups_refilled": refilled}
     metrics["prompt_length"] = ranked.prompts.tokens_BxS.shape[1]
     metrics = {name: float(value) for name, value in metrics.items()}
@@ -167,7 +169,7 @@ def rollout_and_score(
     )
     rollout = sample(policy.model, sampling, variables, prompts, key, policy.lora)  # jit
     # The host hop: completions to texts, texts to the retriever's tokens.
-    tokens, mask = sharding.own(mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
+    tokens, mask = sharding.local_to_host(mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(policy, tokens, mask)
     rewrites = retriever_tokens(context.retriever, answers, config.retriever.text_length)
     scores = score_rewrites(  # jit
@@ -205,7 +207,7 @@ def raw_ranks(context: Context, queries: Sequence[Query]) -> jax.Array | None:
 
 def flat_groups(mesh: Mesh, ranked: RankedRollout) -> np.ndarray:
     """Which groups have no variance in their rewards: bool `[B]`, on the host."""
-    return np.asarray(grpo.flat_groups(sharding.whole(mesh, ranked.scores.reward_BxK)))
+    return np.asarray(grpo.flat_groups(sharding.replicated_to_host(mesh, ranked.scores.reward_BxK)))
 
 
 def refill(mesh: Mesh, ranked: RankedRollout, more: RankedRollout) -> tuple[RankedRollout, int]:
@@ -223,14 +225,16 @@ def refill(mesh: Mesh, ranked: RankedRollout, more: RankedRollout) -> tuple[Rank
     prompts, rollout, scores = _choose_rows(mesh, arrays_of(ranked), arrays_of(more), row_B)
     batch = [(ranked.batch + more.batch)[row] for row in row_B]
     # A chosen row may come from another process.
-    answers = [answer for one in (ranked, more) for answer in sharding.all_rows(mesh, one.answers)]
-    chosen = [[Answer(*one) for one in answers[row_B[i]]] for i in sharding.own_rows(mesh, size)]
+    answers = [
+        answer for one in (ranked, more) for answer in sharding.gather_rows(mesh, one.answers)
+    ]
+    chosen = [[Answer(*one) for one in answers[row_B[i]]] for i in sharding.local_rows(mesh, size)]
     return RankedRollout(batch, chosen, prompts, rollout, scores), replaced
 
 
 def place_rows(mesh: Mesh, tree):
     """Places numpy arrays of a whole batch, known to every process, by the rows of its devices."""
-    rows = sharding.own_rows(mesh, len(jax.tree.leaves(tree)[0]))
+    rows = sharding.local_rows(mesh, len(jax.tree.leaves(tree)[0]))
     return sharding.batch(mesh, jax.tree.map(lambda x: x[rows], tree))
 
 
@@ -267,7 +271,7 @@ def _log_entries(mesh: Mesh, ranked: RankedRollout, scores: Scores) -> list[dict
     """A log entry for each query whose row this process holds; scores on the host."""
     entries = []
     for row, answers in zip(
-        sharding.own_rows(mesh, len(ranked.batch)), ranked.answers, strict=True
+        sharding.local_rows(mesh, len(ranked.batch)), ranked.answers, strict=True
     ):
         shift, query = ranked.batch[row]
         group = zip(answers, scores.rank_BxK[row], scores.reward_BxK[row], strict=True)

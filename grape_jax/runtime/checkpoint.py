@@ -174,7 +174,7 @@ def restore(
         found, damage = _read_with_retries(manager, step, like, about)
         if damage is None:
             return found
-        if processes.is_writer():
+        if processes.is_main():
             warnings.warn(
                 f"the checkpoint of step {step} cannot be read ({damage}): "
                 "the one before it is taken.",
@@ -242,7 +242,7 @@ def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
             if (directory / str(number)).exists():
                 (directory / str(number)).rename(_free_name(directory, f"damaged-{number}"))
 
-    processes.writer_first(move)
+    processes.main_process_first(move)
     manager.reload()
 
 
@@ -360,7 +360,7 @@ def _report_half_written(directory: Path) -> None:
     if not directory.exists():
         return
     for path in sorted(directory.iterdir()):
-        if "orbax-checkpoint-tmp" in path.name and processes.is_writer():
+        if "orbax-checkpoint-tmp" in path.name and processes.is_main():
             warnings.warn(
                 f"{path} was only half written when a run ended: it is left out.", stacklevel=4
             )
@@ -386,17 +386,17 @@ def refuse_other_config(workdir: Path, config) -> None:
         ) from error
 
 
-def claim(workdir: Path, config, patience: float = 60.0) -> None:
+def write_config(workdir: Path, config, patience: float = 60.0) -> None:
     """Writes the resolved config beside the run, once everything that it names was found.
 
     Process 0 writes; another sees that it is there, for which a shared disk may take `patience`
-    seconds. Several processes call it in the order of `processes.writer_first`.
+    seconds. Several processes call it in the order of `processes.main_process_first`.
 
     Raises:
       UserError: it is not there.
     """
     path = workdir / CONFIG_FILE
-    if processes.is_writer():
+    if processes.is_main():
         text = json.dumps(resolved(config), indent=2, ensure_ascii=False)
         files.replace(path, f"{text}\n")
         return

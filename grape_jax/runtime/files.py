@@ -97,7 +97,7 @@ def failures_told():
         ) from error
 
 
-def let_go(array: np.ndarray) -> None:
+def release(array: np.ndarray) -> None:
     """Gives back the memory of what was read of a memory-mapped file; of other arrays, nothing."""
     mapped = isinstance(array.base, mmap.mmap) and not array.flags.writeable
     if mapped and hasattr(mmap, "MADV_DONTNEED"):

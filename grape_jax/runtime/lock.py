@@ -33,7 +33,9 @@ def held(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another run holds it and lives.
     """
-    lock = processes.together(lambda: _acquire(workdir / NAME) if processes.is_writer() else None)
+    lock = processes.raise_together(
+        lambda: _acquire(workdir / NAME) if processes.is_main() else None
+    )
     try:
         yield
     finally:
@@ -144,7 +146,7 @@ def _refuse_living(path: Path, found: str) -> None:
     """
     lives = _lives_here(_parse(found))
     if lives is None:
-        processes.say(f"waiting up to {LIMIT:g} s for a heartbeat of {_holder(found)} ...")
+        processes.announce(f"waiting up to {LIMIT:g} s for a heartbeat of {_holder(found)} ...")
         lives = _beats(path, found)
     if lives:
         raise UserError(

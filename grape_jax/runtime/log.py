@@ -27,7 +27,7 @@ class Log:
         self.events = None
         self.compiled = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
-        if processes.is_writer():
+        if processes.is_main():
             _drop_lines(workdir / "metrics.jsonl", lambda line: line["step"] > first)
             _drop_lines(workdir / "rewrites.jsonl", lambda line: line["step"] > first)
             self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)

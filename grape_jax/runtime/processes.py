@@ -110,14 +110,14 @@ def skip_absent_tpu() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def is_writer() -> bool:
+def is_main() -> bool:
     """Whether this process writes what is written once: files, logs, what the user reads."""
     return jax.process_index() == 0
 
 
-def say(sentence: str) -> None:
+def announce(sentence: str) -> None:
     """Tells the user, once."""
-    if is_writer():
+    if is_main():
         print(sentence, flush=True)
 
 
@@ -145,24 +145,24 @@ def any_of_each(flags_N: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(flags_N)).any(axis=0)
 
 
-def agreed(value: Any) -> Any:
+def from_main(value: Any) -> Any:
     """What process 0 has for this JSON value."""
     return gather(value)[0]
 
 
-def writer_first(work: Callable[[], Any]) -> Any:
+def main_process_first(work: Callable[[], Any]) -> Any:
     """Process 0 works; then the others do, who find its files, or make their own on other disks.
 
     Raises:
       UserError: on all processes, where it was raised on one.
     """
     nothing = lambda: None
-    first = together(work if is_writer() else nothing)
-    then = together(nothing if is_writer() else work)
-    return first if is_writer() else then
+    first = raise_together(work if is_main() else nothing)
+    then = raise_together(nothing if is_main() else work)
+    return first if is_main() else then
 
 
-def together(work: Callable[[], Any]) -> Any:
+def raise_together(work: Callable[[], Any]) -> Any:
     """Every process works by itself; a mistake that one finds is one of all.
 
     Raises:
@@ -212,9 +212,9 @@ class _Watch:
     def __init__(self, limit: float):
         self.limit = limit
         self.ended = threading.Event()
-        self.at("the start", limited=False)
+        self.set_stage("the start", limited=False)
 
-    def at(self, what: str, limited: bool = True) -> None:
+    def set_stage(self, what: str, limited: bool = True) -> None:
         self.what, self.since = what, time.monotonic() if limited else float("inf")
 
     def wait(self) -> None:
@@ -256,25 +256,25 @@ def watched(limit: float):
         _watch = None
 
 
-def at(what: str, limited: bool = True) -> None:
+def set_stage(what: str, limited: bool = True) -> None:
     """Notes what begins now: "step 12". What is not limited may take as long as it takes."""
     if _watch is not None:
-        _watch.at(what, limited)
+        _watch.set_stage(what, limited)
 
 
 def preparing(what: str) -> None:
     """`at` for what others wait for, but which may take its time where there are none."""
-    at(what, limited=distributed.global_state.num_processes > 1)
+    set_stage(what, limited=distributed.global_state.num_processes > 1)
 
 
-def leave_at_once(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Ends this process; beside others without the farewell, for which it would wait."""
     if distributed.global_state.num_processes > 1:
         os._exit(code)
     sys.exit(code)
 
 
-def end_all(error: BaseException) -> None:
+def exit_on_error(error: BaseException) -> None:
     """Ends a process beside others at once, and says why: they notice, and end too.
 
     An ordinary exit would wait for them, while they wait for this process. A process alone has

@@ -93,7 +93,7 @@ def of_parameters(mesh: Mesh, boxed, rules=RULES) -> object:
 
 
 def batch(mesh: Mesh, tree, axis: str = "batch"):
-    """Places host arrays whose first axis is the batch, of which each process gives `own_rows`.
+    """Places host arrays whose first axis is the batch, of which each process gives `local_rows`.
 
     Args:
       axis: the logical axis that the first one is, "batch" or "corpus".
@@ -108,7 +108,7 @@ def batch(mesh: Mesh, tree, axis: str = "batch"):
             f"a batch of {size} does not divide over data x fsdp = {parts} devices: "
             "choose a batch size that is a multiple of it."
         )
-    where, rows = logical(mesh, axis), own_rows(mesh, size, axis)
+    where, rows = logical(mesh, axis), local_rows(mesh, size, axis)
 
     def one(array) -> jax.Array:
         block = lambda index: array[np.searchsorted(rows, np.arange(size)[index[0]])]
@@ -117,14 +117,14 @@ def batch(mesh: Mesh, tree, axis: str = "batch"):
     return jax.tree.map(one, tree)
 
 
-def own_rows(mesh: Mesh, size: int, axis: str = "batch") -> np.ndarray:
+def local_rows(mesh: Mesh, size: int, axis: str = "batch") -> np.ndarray:
     """Which rows of a global batch lie on this process's devices, ascending."""
     held = logical(mesh, axis).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
 
 
-def own(mesh: Mesh, tree):
-    """The `own_rows` of global arrays whose first axis is the batch (numpy)."""
+def local_to_host(mesh: Mesh, tree):
+    """The `local_rows` of global arrays whose first axis is the batch (numpy)."""
 
     def blocks(array: jax.Array) -> list[jax.Array]:
         starts = {
@@ -137,20 +137,20 @@ def own(mesh: Mesh, tree):
     return treedef.unflatten([np.concatenate(parts) for parts in fetched])
 
 
-def whole(mesh: Mesh, tree):
+def replicated_to_host(mesh: Mesh, tree):
     """Global arrays on every process, whole (numpy)."""
     if jax.process_count() > 1:
         tree = jax.device_put(tree, replicated(mesh))
     return jax.device_get(tree)
 
 
-def all_rows(mesh: Mesh, items: Sequence) -> list:
-    """JSON values that each process has for its `own_rows`, brought together in batch order."""
+def gather_rows(mesh: Mesh, items: Sequence) -> list:
+    """JSON values that each process has for its `local_rows`, brought together in batch order."""
     if jax.process_count() == 1:
         return list(items)
     size = _whole_size(mesh, len(items), "batch")
     by_row = {}
-    for rows, part in processes.gather([own_rows(mesh, size).tolist(), list(items)]):
+    for rows, part in processes.gather([local_rows(mesh, size).tolist(), list(items)]):
         by_row |= dict(zip(rows, part, strict=True))
     return [by_row[row] for row in range(size)]
 
@@ -171,7 +171,7 @@ def _parts(mesh: Mesh, axis: str) -> int:
 def _whole_size(mesh: Mesh, own_size: int, axis: str) -> int:
     """How long an axis is of which this process holds so much."""
     parts = _parts(mesh, axis)
-    return own_size * parts // len(own_rows(mesh, parts, axis))
+    return own_size * parts // len(local_rows(mesh, parts, axis))
 
 
 def _divides(mesh: Mesh, axes, size: int) -> bool:

@@ -70,16 +70,16 @@ def interruptible() -> Iterator[None]:
         with files.failures_told():
             yield
     except Interrupted as stopped:
-        processes.say(str(stopped))
+        processes.announce(str(stopped))
     except Unprepared:
         print(BETWEEN_STEPS, flush=True)
-        processes.leave_at_once(0)
+        processes.exit_now(0)
     except KeyboardInterrupt:
         said = "stopped at once; the same command goes on from the last checkpoint."
         print(said, file=sys.stderr, flush=True)
-        processes.leave_at_once(130)
+        processes.exit_now(130)
     except Exception as error:
-        processes.end_all(error)
+        processes.exit_on_error(error)
         raise
     finally:
         for number, handler in before.items():

@@ -446,7 +446,7 @@ def test_references_keep_their_case_and_those_too_long_are_counted(mine, tmp_pat
         return state, {}
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "warm_up_step", step)
+        patched.setattr(loop, "warm_up_train_step", step)
         _, metrics = loop.warm_up(run, None, batch, 0)
     assert taught == ["Keycap FIVE<|im_end|>"] * len(taught)
     assert metrics["pairs"] == len(taught) == sum(q.reference == texts[0] for q in lessons[:8])

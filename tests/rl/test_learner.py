@@ -102,7 +102,7 @@ def scores(found, world):
 
 def step(world, scores, made, state):
     prompts, rollout, *_, base = world
-    return learner.grpo_step(made, state, base, prompts, rollout, scores)
+    return learner.grpo_train_step(made, state, base, prompts, rollout, scores)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def start(world):
     return lambda: jax.device_put(jax.tree.map(np.copy, kept), shardings)
 
 
-read_lesson = jax.jit(learner.read_lesson, static_argnums=0)
+make_train_batch = jax.jit(learner.make_train_batch, static_argnums=0)
 
 
 def traced(group, prompt_length, lora_config=None):
@@ -130,7 +130,7 @@ def traced(group, prompt_length, lora_config=None):
     scores = Scores(**of_one | {"ended_BxK": like(one, bool)})
 
     def both(state, base, prompts, rollout, scores):
-        lesson = learner.read_lesson(made, state, base, prompts, rollout, scores)
+        lesson = learner.make_train_batch(made, state, base, prompts, rollout, scores)
         return learner.policy_gradient(made, state.trained, base, lesson)
 
     return jax.make_jaxpr(both)(state, base, prompts, rollout, scores).jaxpr
@@ -246,7 +246,7 @@ def lesson(world, scores, start):
     made = make()
     state = start()
     state = state.replace(reference=jax.tree.map(lambda x: x * 1.05, base))
-    return jax.device_get(read_lesson(made, state, base, prompts, rollout, scores))
+    return jax.device_get(make_train_batch(made, state, base, prompts, rollout, scores))
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_what_is_masked_or_dropped_weighs_nothing(world, scores):
 
     def weights(**options):
         made = make(kl_weight=0.0, **options)
-        lesson = read_lesson(made, None, base, prompts, rollout, scores)
+        lesson = make_train_batch(made, None, base, prompts, rollout, scores)
         return np.asarray(lesson.weight_BxKxT)
 
     everything = weights()
@@ -444,19 +444,19 @@ def test_warm_up_learns_and_nothing_compiles_twice(world, scores):
     put = lambda tree: sharding.batch(made.mesh, tree)
     args = put((prompts, rollout.tokens_BxKxT[:, :1], rollout.mask_BxKxT[:, :1]))
     state = learner.init_state(made, jax.random.key(0), base)
-    learner.warm_up_step.clear_cache()
+    learner.warm_up_train_step.clear_cache()
     losses = []
     for _ in range(8):
-        state, metrics = learner.warm_up_step(made, state, base, *args)
+        state, metrics = learner.warm_up_train_step(made, state, base, *args)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.3
-    assert learner.warm_up_step._cache_size() == 1
-    learner.grpo_step.clear_cache()
-    state = learner.begin_grpo(made, state)
+    assert learner.warm_up_train_step._cache_size() == 1
+    learner.grpo_train_step.clear_cache()
+    state = learner.start_grpo(made, state)
     placed = (*put((prompts, rollout)), *rest, base)
     for _ in range(3):
         state, _ = step(placed, put(scores), made, state)
-    assert learner.grpo_step._cache_size() == 1
+    assert learner.grpo_train_step._cache_size() == 1
 
 
 @pytest.mark.parametrize("shape", rewards.SHAPES)

@@ -17,7 +17,7 @@ import torch
 from benchmarks import trl_ten_steps as peer
 from grape_jax import load_policy
 from grape_jax.rl import grpo
-from grape_jax.rl.learner import policy_gradient, read_lesson, token_logprobs
+from grape_jax.rl.learner import make_train_batch, policy_gradient, token_logprobs
 from grape_jax.types import Prompts, Rollout
 
 B, K, S, T = 3, 4, 6, 7
@@ -152,7 +152,7 @@ def lesson_of(policy, config, recorded):
     scores = peer.paid(recorded.reward_BxK, ended(recorded))
     config = dataclasses.replace(config, reference="base")
     made = learner_of(policy, config)
-    return read_lesson(made, None, policy.params, recorded.prompts, recorded.rollout, scores)
+    return make_train_batch(made, None, policy.params, recorded.prompts, recorded.rollout, scores)
 
 
 def relative(got, wanted):

@@ -106,7 +106,7 @@ def test_a_step_fits_and_is_described(config, capsys, rank, copy):
     out = capsys.readouterr().out
     assert re.search(r"^fits: 0\.\d of 15\.75 GiB a chip \(\w+\)$", out, re.M)
     assert re.search(r"^A GRPO step: .* scoring [\d.]+ %, in it the ranks [\d.]+ %\.$", out, re.M)
-    for program in (copy, "sample", "score_rewrites", "grpo_step"):
+    for program in (copy, "sample", "score_rewrites", "grpo_train_step"):
         assert re.search(rf"^\| {program} \|( [\d.]+ \|){{5}}$", out, re.M), program
 
 
@@ -142,7 +142,7 @@ def test_a_refusal_of_the_compiler_is_read(config, mesh):
     lower = lambda: jax.jit(lambda x: x + 1).lower(huge)
     needs = aot.compile_one(aot.Program("huge", lower, ()), shapes)
     assert needs.work is None and needs.bytes > 40 * 2**30
-    step = dataclasses.replace(needs, name="grpo_step", before=0)
+    step = dataclasses.replace(needs, name="grpo_train_step", before=0)
     assert "policy.remat=True" in aot.advice(config, step)
 
 

@@ -227,15 +227,15 @@ def test_a_damaged_config_is_one_sentence(tmp_path):
 
 def test_a_workdir_that_another_process_does_not_see_is_refused(tmp_path, monkeypatch):
     config = command_line.load("configs/emoji.py")
-    monkeypatch.setattr(processes, "is_writer", lambda: False)
+    monkeypatch.setattr(processes, "is_main", lambda: False)
     with pytest.raises(
         UserError, match=r"does not see what process 0 wrote .* that all of them share"
     ):
-        checkpoint.claim(tmp_path, config, patience=0.01)
+        checkpoint.write_config(tmp_path, config, patience=0.01)
     monkeypatch.undo()
-    checkpoint.claim(tmp_path, config)
-    monkeypatch.setattr(processes, "is_writer", lambda: False)
-    checkpoint.claim(tmp_path, config, patience=0.01)
+    checkpoint.write_config(tmp_path, config)
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    checkpoint.write_config(tmp_path, config, patience=0.01)
     assert checkpoint.read_config(tmp_path) == checkpoint.resolved(config)
 
 

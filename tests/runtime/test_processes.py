@@ -141,13 +141,13 @@ def test_a_step_that_does_not_return_ends_both_with_its_name(tmp_path):
 
 def test_a_process_alone_agrees_with_itself():
     assert processes.gather([1]) == [[1]] and processes.any_of(True)
-    assert processes.writer_first(lambda: 3) == 3
+    assert processes.main_process_first(lambda: 3) == 3
 
 
 def test_a_process_alone_that_hangs_says_where(tmp_path):
     program = (
         "import time; from grape_jax import processes\n"
-        "with processes.watched(0.5):\n    processes.at('step 12'); time.sleep(60)"
+        "with processes.watched(0.5):\n    processes.set_stage('step 12'); time.sleep(60)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
