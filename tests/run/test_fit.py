@@ -16,8 +16,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import emoji
-from grape_jax.run import context
 from grape_jax.run import fit as aot
+from grape_jax.run import settings
 from grape_jax.runtime import hlo, sharding
 from grape_jax.runtime.errors import UserError
 
@@ -183,7 +183,7 @@ def test_shapes_are_those_of_the_run_itself(config, mesh):
     config.policy.path = ""
     shapes = aot.shapes_of(config, mesh, corpus_size=1000)
     model = shapes.learner.policy
-    assert model == context.policy_settings(config, model, mesh)
+    assert model == settings.with_compute_settings(config, model, mesh)
     assert (model.layers, model.width, model.vocab_size) == (30, 576, 49152)
     kernel = shapes.base["layers"]["q"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (30, 288, 288)

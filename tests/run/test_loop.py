@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,8 @@ import xla_flags
 from grape_jax import Rewriter, load_policy
 from grape_jax.data import catalogue
 from grape_jax.rl import prompts as text
-from grape_jax.run import checks, context, loop, rewriter
-from grape_jax.run.rewriter import encode, ranks_of
+from grape_jax.run import checks, context, loop, policy, rewriter, rewriting, steps
+from grape_jax.run.search import best_ranks
 from grape_jax.runtime import checkpoint, command_line, log, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
@@ -201,20 +200,27 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undis
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.prompt.max_tokens, config.rollout.temperature = 48, 1.0
     loaded = context.build(config)
-    queries = loaded.queries("noisy", "train", 64)
-    prompts = encode(loaded, [query.text for query in queries], ["noisy"] * len(queries))
-    best = loop.best_of_own(loaded, prompts, queries, step=0)
-    assert best == loop.best_of_own(loaded, prompts, queries, step=0)
-    assert best != loop.best_of_own(loaded, prompts, queries, step=1)
+    queries = loaded.queries.split("noisy", "train", 64)
+    asked = [query.text for query in queries]
+    prompts = steps.place_rows(
+        loaded.mesh, policy.encode(loaded.policy, asked, ["noisy"] * len(queries))
+    )
+    best = steps.own_best_rewrites(loaded, prompts, queries, step=0)
+    assert best == steps.own_best_rewrites(loaded, prompts, queries, step=0)
+    assert best != steps.own_best_rewrites(loaded, prompts, queries, step=1)
     taught = [i for i, words in enumerate(best) if words]
     assert 0 < len(taught) < len(queries)
-    tokens, mask = text.encode_references(loaded.tokenizer, [best[i] for i in taught], "line", 8)
+    tokens, mask = text.encode_references(
+        loaded.policy.tokenizer, [best[i] for i in taught], "line", 8
+    )
     last = np.take_along_axis(tokens[:, 0], mask[:, 0].sum(-1, keepdims=True) - 1, axis=-1)
-    assert (last == loaded.tokenizer.eos_token_id).all()  # every one ends within the budget
+    assert (last == loaded.policy.tokenizer.eos_token_id).all()  # every one ends within the budget
 
     def ranks(texts):
         emb_QxE = loaded.retriever.embed_texts(texts)
-        return ranks_of(loaded, emb_QxE, [queries[i] for i in taught], "train")
+        chosen = [queries[i] for i in taught]
+        gallery = loaded.galleries.open("train")
+        return best_ranks(gallery, emb_QxE, chosen, loaded.queries.targets(chosen))
 
     assert (ranks([best[i] for i in taught]) < ranks([queries[i].text for i in taught])).all()
     overrides = ("warm_up.towards=own_best", "grpo.reward_shape=improvement", "grpo.steps=1")
@@ -311,34 +317,34 @@ def test_groups_without_variance_make_way_for_others():
     The longer prompts of another bucket have the shorter ones padded on their left.
     """
 
-    def batch(first: int, reward_BxK, length=1) -> loop.Experience:
+    def batch(first: int, reward_BxK, length=1) -> steps.RankedRollout:
         rows_Bx1 = first + np.arange(4)[:, None]
         reward_BxK = jnp.asarray(reward_BxK, jnp.float32)
         own = jnp.broadcast_to(jnp.asarray(rows_Bx1), reward_BxK.shape)
         names = [field.name for field in dataclasses.fields(Scores)]
-        return loop.Experience(
+        return steps.RankedRollout(
             batch=[("noisy", f"query {row}") for row in rows_Bx1[:, 0]],
-            answers=[f"answers {row}" for row in rows_Bx1[:, 0]],
+            answers=[[(f"answer {row}", True, "", 1)] for row in rows_Bx1[:, 0]],
             prompts=Prompts(*(np.repeat(x, length, axis=1) for x in (rows_Bx1, rows_Bx1 > 0))),
             rollout=Rollout(own[..., None], own[..., None] > 0, own[..., None] * 0.5),
             scores=Scores(**dict.fromkeys(names, own) | {"reward_BxK": reward_BxK}),
         )
 
-    mesh = SimpleNamespace(mesh=sharding.make_mesh(devices=jax.devices()[:2]))
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
     found = batch(10, [[1, 1], [0, 1], [0, 0], [2, 2]])
     more = batch(20, [[0, 0], [3, 1], [5, 5], [4, 6]], length=3)
-    filled, replaced = loop.refill(mesh, found, more)
+    filled, replaced = steps.refill(mesh, found, more)
     rows = [21, 11, 23, 13]
-    assert replaced == 2 and loop.flat_groups(mesh, filled).tolist() == [False, False, False, True]
+    assert replaced == 2 and steps.flat_groups(mesh, filled).tolist() == [False, False, False, True]
     assert filled.batch == [("noisy", f"query {row}") for row in rows]
-    assert filled.answers == [f"answers {row}" for row in rows]
+    assert [one.text for [one] in filled.answers] == [f"answer {row}" for row in rows]
     np.testing.assert_array_equal(filled.prompts.tokens_BxS[:, -1], rows)
     seen = [[True] * 3, [False, False, True]] * 2
     np.testing.assert_array_equal(filled.prompts.mask_BxS, seen)
     np.testing.assert_array_equal(filled.rollout.tokens_BxKxT[:, 1, 0], rows)
     np.testing.assert_array_equal(filled.scores.rank_BxK[:, 0], rows)
     np.testing.assert_array_equal(filled.scores.reward_BxK, [[3, 1], [0, 1], [4, 6], [2, 2]])
-    same, replaced = loop.refill(mesh, filled, batch(30, [[1, 1]] * 4))
+    same, replaced = steps.refill(mesh, filled, batch(30, [[1, 1]] * 4))
     assert replaced == 0 and same.batch == filled.batch
 
 
@@ -570,16 +576,16 @@ def test_a_rewriter_is_loaded_without_moments_reference_and_queries(
 
     alive = {}
 
-    def merged(run, trained):
+    def watched(policy, trained):
         gc.collect()
         new = [array for array in jax.live_arrays() if id(array) not in before]
         alive["held"] = size_of(new)
-        alive["known"] = size_of(jax.tree.leaves((run.base, run.retriever.params, trained)))
+        alive["known"] = size_of(jax.tree.leaves((policy.base, trained)))
         alive["trained"] = size_of(jax.tree.leaves(trained))
-        return merge(run, trained)
+        return sampling_variables(policy, trained)
 
-    merge = rewriter.merged_variables
-    monkeypatch.setattr(rewriter, "merged_variables", merged)
+    sampling_variables = rewriter.sampling_variables
+    monkeypatch.setattr(rewriter, "sampling_variables", watched)
     monkeypatch.setattr(catalogue, "load_queries", refuse)
     monkeypatch.setattr(catalogue, "prepare", refuse)
     gc.collect()
@@ -604,23 +610,23 @@ def test_a_run_is_resumed_from_shapes(folder, undisturbed, monkeypatch):
 
     size_of = lambda leaves: sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     config = checkpoint.read_config(folder / "one")
-    loaded = context.build(context.on_these_devices(config))
+    loaded = context.build(context.on_local_devices(config))
     monkeypatch.setattr(checkpoint, "restore", restore)
     gc.collect()
     before = {id(array) for array in jax.live_arrays()}
     with pytest.raises(SeenError), checkpoint.open_manager(folder / "one") as manager:
-        loop.learn(loaded, folder / "one", manager, stop=None)
+        loop.train_policy(loaded, folder / "one", manager, stop=None)
 
 
 def test_few_queries_are_not_padded_to_a_batch_of_an_evaluation(folder, undisturbed, monkeypatch):
-    def watched(config, sampling, variables, prompts, key):
+    def watched(model, sampling, variables, prompts, key, lora):
         sizes.append(len(prompts.tokens_BxS))
-        return sample(config, sampling, variables, prompts, key)
+        return sample(model, sampling, variables, prompts, key, lora)
 
-    sizes, sample = [], rewriter.sample
-    monkeypatch.setattr(rewriter, "sample", watched)
+    sizes, sample = [], rewriting.sample
+    monkeypatch.setattr(rewriting, "sample", watched)
     loaded = Rewriter.load(folder / "one")
-    queries = [query.text for query in loaded.job.queries("noisy", "test")[:70]]
+    queries = [query.text for query in loaded.context.queries.split("noisy", "test")[:70]]
     many, few = loaded.rewrite(queries), loaded.rewrite(queries[:3])
     assert sizes == [64, 64, 8]
     assert few == many[:3]

@@ -11,7 +11,7 @@ from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.reporting import metrics, results, trec
 from grape_jax.retrieval import encoder, fusion, ranking
 from grape_jax.run import search
-from grape_jax.run.context import Gallery
+from grape_jax.run.galleries import Gallery
 from grape_jax.runtime import sharding
 
 NAMES = ["cat", "red car", "blue car", "house", "tree", "dog", "face", "sun", "fish", "cat"]
@@ -20,7 +20,7 @@ DEPTH = 50
 
 
 @pytest.fixture(scope="module")
-def job():
+def setting():
     """A corpus of embeddings, some of them alike to the bit: ties in every search."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     found = encoder.place(encoder.load(), mesh)
@@ -28,16 +28,16 @@ def job():
     bank = found.embed_texts([f"{NAMES[i % 10]} {i // 40}" for i in range(ITEMS)])
     bank = bank[rng.permutation(ITEMS)]
     corpus = Corpus([f"item {i}" for i in range(ITEMS)], ["" for _ in range(ITEMS)], None)
-    gallery = Gallery(corpus, bank, ranking.shard_corpus(mesh, bank))
-    return types.SimpleNamespace(mesh=mesh, retriever=found, gallery=lambda split: gallery)
+    gallery = Gallery(corpus, bank, ranking.shard_corpus(mesh, bank), mesh)
+    return types.SimpleNamespace(retriever=found, gallery=gallery)
 
 
 @pytest.fixture(scope="module")
-def queries(job):
+def queries(setting):
     """One to three right items, none that is known, an own picture; and an empty text."""
     rng = np.random.default_rng(1)
     texts = [f"{NAMES[i % 10]} {i}" if i % 9 else "" for i in range(40)]
-    nearest = np.argsort(-similarities(job, texts), axis=1, kind="stable")
+    nearest = np.argsort(-similarities(setting, texts), axis=1, kind="stable")
     made = []
     for i, text in enumerate(texts):
         # Half of the queries have their right items near the top.
@@ -50,10 +50,10 @@ def queries(job):
     return made
 
 
-def similarities(job, texts):
+def similarities(setting, texts):
     """[Q, N] in the bits of the ranking kernel: a tile of whole rows of the corpus."""
-    gallery = job.gallery("test")
-    emb = job.retriever.embed_texts(texts)
+    gallery = setting.gallery
+    emb = setting.retriever.embed_texts(texts)
     emb = np.pad(emb, ((0, -len(emb) % ranking.QUERY_TILE), (0, 0)))
     tile = lambda e: ranking._similarities(ranking._Queries(e, None, None, None), gallery.index)
     return np.asarray(jax.jit(tile)(emb)).T[: len(texts), :ITEMS]
@@ -87,13 +87,13 @@ def check_against_ir_measures(found, queries, items, tmp_path):
     return run.read_text()
 
 
-def test_ranks_and_run_files_agree_with_ir_measures(job, queries, tmp_path):
-    emb = job.retriever.embed_texts([query.text for query in queries])
-    found = search.search(job, emb, queries, "test", ITEMS)
-    text = check_against_ir_measures(found, queries, job.gallery("test").corpus.ids, tmp_path)
+def test_ranks_and_run_files_agree_with_ir_measures(setting, queries, tmp_path):
+    emb = setting.retriever.embed_texts([query.text for query in queries])
+    found = search.search(setting.gallery, emb, queries, ITEMS)
+    text = check_against_ir_measures(found, queries, setting.gallery.corpus.ids, tmp_path)
     assert text.startswith("q%200 Q0 item%20")
     assert len(text.splitlines()) == sum(ITEMS - (query.image >= 0) for query in queries)
-    similarity = similarities(job, [query.text for query in queries])
+    similarity = similarities(setting, [query.text for query in queries])
     for i, query in enumerate(queries):
         order = naive_order(similarity[i], query.image)
         assert found.rows_QxD[i, : len(order)].tolist() == order
@@ -102,15 +102,15 @@ def test_ranks_and_run_files_agree_with_ir_measures(job, queries, tmp_path):
     assert (found.ranks_QxP[withheld] == 0).all() and any(withheld)
 
 
-def test_fused_lists_agree_with_ir_measures_and_a_dictionary(job, queries, tmp_path):
+def test_fused_lists_agree_with_ir_measures_and_a_dictionary(setting, queries, tmp_path):
     lists = [
         [query.text for query in queries],
         [f"{query.text} and {NAMES[i % 7]}" for i, query in enumerate(queries)],
         ["" if i % 2 else NAMES[i % 10] for i in range(len(queries))],
     ]
-    found = search.search_fused(job, lists, queries, "test", DEPTH)
-    check_against_ir_measures(found, queries, job.gallery("test").corpus.ids, tmp_path)
-    orders = [similarities(job, texts) for texts in lists]
+    found = search.search_fused(setting.gallery, setting.retriever, lists, queries, DEPTH)
+    check_against_ir_measures(found, queries, setting.gallery.corpus.ids, tmp_path)
+    orders = [similarities(setting, texts) for texts in lists]
     for i, query in enumerate(queries):
         scores = dict.fromkeys(range(ITEMS), 0.0)
         for similarity in orders:
@@ -124,11 +124,11 @@ def test_fused_lists_agree_with_ir_measures_and_a_dictionary(job, queries, tmp_p
             assert found.ranks_QxP[i, place] == 1 + len(ahead)
 
 
-def test_chunks_change_nothing(job, queries, monkeypatch):
+def test_chunks_change_nothing(setting, queries, monkeypatch):
     lists = [[query.text for query in queries], [query.text[::-1] for query in queries]]
-    whole = search.search_fused(job, lists, queries, "test", DEPTH)
+    whole = search.search_fused(setting.gallery, setting.retriever, lists, queries, DEPTH)
     monkeypatch.setattr(search, "FUSED_CHUNK", 7)
-    parts = search.search_fused(job, lists, queries, "test", DEPTH)
+    parts = search.search_fused(setting.gallery, setting.retriever, lists, queries, DEPTH)
     jax.tree.map(np.testing.assert_array_equal, vars(whole), vars(parts))
 
 
@@ -154,10 +154,10 @@ def cirr_recalls(similarity_QxN, queries):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_cirr_has_the_numbers_of_its_protocol(job, fused):
+def test_cirr_has_the_numbers_of_its_protocol(setting, fused):
     rng = np.random.default_rng(2)
     texts = [f"{NAMES[i % 10]} {i % 31}" for i in range(150)]
-    similarity = similarities(job, texts)
+    similarity = similarities(setting, texts)
     queries = []
     for i, text in enumerate(texts):
         members = rng.choice(ITEMS, 6, replace=False).tolist()
@@ -166,9 +166,11 @@ def test_cirr_has_the_numbers_of_its_protocol(job, fused):
         target, image, subset = members[1], members[0], tuple(members[1:])
         queries.append(Query(str(i), text, "en", str(i), (target,), "", image, subset))
     if fused:  # of one list with itself: the same order
-        found = search.search_fused(job, [texts, texts], queries, "test", DEPTH)
+        found = search.search_fused(
+            setting.gallery, setting.retriever, [texts, texts], queries, DEPTH
+        )
     else:
-        found = search.search(job, job.retriever.embed_texts(texts), queries, "test", DEPTH)
+        found = search.search(setting.gallery, setting.retriever.embed_texts(texts), queries, DEPTH)
     ranks, subset = (metrics.among_all(x) for x in (found.ranks_QxP, found.subset_QxP))
     answers = results.Answers("raw query", "", tuple(texts), ranks, found.rows_QxD[:, :5], subset)
     (scores,) = results.numbers_of(results.TestSet("test", "cirr", queries, (answers,), [], None))[
@@ -180,11 +182,13 @@ def test_cirr_has_the_numbers_of_its_protocol(job, fused):
     assert 0 < wanted["subset_recall_at_1"] < wanted["subset_recall_at_3"] <= 1
 
 
-def test_the_mean_of_embeddings_is_searched_like_any_other(job, queries):
+def test_the_mean_of_embeddings_is_searched_like_any_other(setting, queries):
     """The query fused with itself finds what it finds alone, but for the last bits."""
-    emb = job.retriever.embed_texts([query.text for query in queries])
-    alone = search.search(job, emb, queries, "test", DEPTH)
-    both = search.search(job, fusion.mean_embedding(np.stack([emb, emb])), queries, "test", DEPTH)
+    emb = setting.retriever.embed_texts([query.text for query in queries])
+    alone = search.search(setting.gallery, emb, queries, DEPTH)
+    both = search.search(
+        setting.gallery, fusion.mean_embedding(np.stack([emb, emb])), queries, DEPTH
+    )
     assert np.mean(alone.ranks_QxP == both.ranks_QxP) > 0.8
 
 
