@@ -24,7 +24,7 @@ from grape_jax.rl.learner import policy_gradient, read_lesson
 from grape_jax.rl.rollout import sample
 from grape_jax.run import checks, loop
 from grape_jax.run.context import Job
-from grape_jax.run.rewriter import merged_variables
+from grape_jax.run.rewriter import policy_variables
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import exit_with_sentence
 
@@ -62,15 +62,17 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     B, K, T = config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens
     state, key = run.fresh_state("grpo"), jax.random.key(config.seed)
     batch = task.lengthened(run, next(loop.data_iterators(run)["grpo"]), config.prompt.max_tokens)
-    variables = merged_variables(run, state.trained)
+    variables = policy_variables(run, state.trained)
     found = loop.experience(run, variables, batch, key)
     sampling = run.sampling(K, config.rollout.temperature, T)
     lesson_of = jax.jit(functools.partial(read_lesson, learner))
     lesson = lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
     gradient_of = jax.jit(functools.partial(policy_gradient, learner))
 
-    merged = seconds_of(lambda: merged_variables(run, state.trained))
-    sampled = seconds_of(lambda: sample(run.policy, sampling, variables, found.prompts, key))
+    gathered = seconds_of(lambda: policy_variables(run, state.trained))
+    sampled = seconds_of(
+        lambda: sample(run.policy, sampling, variables, found.prompts, key, run.lora)
+    )
     told = seconds_of(lambda: loop.experience(run, variables, batch, key).scores)
     reference = seconds_of(
         lambda: lesson_of(state, run.base, found.prompts, found.rollout, found.scores)
@@ -85,7 +87,7 @@ def parts(run: Job) -> list[tuple[str, float, float]]:
     # Forward, and back to the states; the weights beneath an adapter have no gradient.
     passes = 3 if learner.lora is None else 2
     return [
-        ("merging the adapter", merged, 0),
+        ("gathering weights", gathered, 0),
         ("sampling", sampled, 2 * (body * (prompt_tokens + fed) + head * (B + fed))),
         ("encoding, reading, ranking", max(0.0, told - sampled), 0),
         ("reference", reference, forward),

@@ -22,7 +22,7 @@ from grape_jax.data.benchmark import Query
 from grape_jax.retrieval.encoder import SHIPPED
 from grape_jax.run import context, evaluation, loop
 from grape_jax.run.context import Job
-from grape_jax.run.rewriter import merged_variables, restore
+from grape_jax.run.rewriter import merged, restore
 from grape_jax.runtime import files, shutdown
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import huggingface
@@ -35,10 +35,10 @@ def write(order: dict) -> None:
     config, directory = ConfigDict(order["config"]), Path(order["directory"])
     if (directory / "task.json").exists():
         return
-    run, variables = start(config, directory.parent / "warm_up")
+    run, params = start(config, directory.parent / "warm_up")
     policy = directory.parent / "policy"
     if not (policy / "config.json").exists():
-        huggingface.save(policy, run.policy, variables["params"], run.tokenizer, run.stop_ids)
+        huggingface.save(policy, run.policy, params, run.tokenizer, run.stop_ids)
     pictures = run.gallery("train")
     folder = directory / "gallery"
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,15 +59,15 @@ def write(order: dict) -> None:
 
 
 def start(config: ConfigDict, workdir: Path) -> tuple[Job, dict]:
-    """The run's fixed parts and the policy that GRPO begins with."""
+    """The run's fixed parts and the parameters that GRPO begins with."""
     if not config.warm_up.steps:
         run = context.build(config)
-        return run, {"params": run.base}
+        return run, run.base
     warm_up = ConfigDict(config.to_dict())
     warm_up.grpo.steps = 0
     loop.train(warm_up, workdir)
     run, state = restore(workdir)
-    return dataclasses.replace(run, config=config), merged_variables(run, state.trained)
+    return dataclasses.replace(run, config=config), merged(run, state.trained)
 
 
 def own_batches(run: Job, order: dict) -> list:

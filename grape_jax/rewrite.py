@@ -32,6 +32,7 @@ def main() -> None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     if not queries:
         raise UserError('no query is given: add one in quotes, such as "smilign fcae".')
+    command_line.quiet()
     workdir = files.path(flags.FLAGS.workdir)
     out = files.path(flags.FLAGS.out or workdir / "matches.png")
     images = flags.FLAGS.image
@@ -55,9 +56,9 @@ def show(
     images: Sequence[Picture] | None = None,
 ) -> None:
     """Prints each rewrite and its matches, and writes the contact sheet of both wordings."""
+    rewrites = rewriter.rewrite(queries, shift, images)
     if images is not None:
         images = [open_picture(image) for image in images]
-    rewrites = rewriter.rewrite(queries, shift, images)
     gallery = rewriter.job.gallery("train")
     # One call: the pictures are embedded together.
     twice = None if images is None else [*images, *images]

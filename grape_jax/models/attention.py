@@ -29,7 +29,7 @@ def attend_prompt(
     def rows(start: int, end: int) -> jax.Array:
         """Queries from start to end, which see nothing after them."""
         q, k, v = q_BxGxRxSxd[..., start:end, :], k_BxGxSxd[..., :end, :], v_BxGxSxd[..., :end, :]
-        scores = jnp.einsum("bgrsd,bgud->bgrsu", q, k).astype(jnp.float32)
+        scores = _scores("bgrsd,bgud->bgrsu", q, k)
         behind = jnp.arange(start, end)[:, None] - jnp.arange(end)
         visible = behind >= 0
         if window is not None:
@@ -67,8 +67,8 @@ def attend_completions(
         jnp.moveaxis(y, -2, 1)
         for y in (prompt_k_BxSxGxd, prompt_v_BxSxGxd, own_k_BxKxUxGxd, own_v_BxKxUxGxd)
     )
-    to_prompt = jnp.einsum("bgkrtd,bgsd->bgkrts", q, prompt_k).astype(jnp.float32)
-    to_own = jnp.einsum("bgkrtd,bgkud->bgkrtu", q, own_k).astype(jnp.float32)
+    to_prompt = _scores("bgkrtd,bgsd->bgkrts", q, prompt_k)
+    to_own = _scores("bgkrtd,bgkud->bgkrtu", q, own_k)
     prompt_mask_BxTxS = prompt_mask_BxS[:, None]
     if window is not None:
         queries_Tx1 = first + jnp.arange(q.shape[4])[:, None]
@@ -81,6 +81,11 @@ def attend_completions(
     out = jnp.einsum("bgkrts,bgsd->bgkrtd", weights[..., :S], prompt_v)
     out += jnp.einsum("bgkrtu,bgkud->bgkrtd", weights[..., S:], own_v)
     return jnp.moveaxis(out, (1, 3), (3, 4)).reshape(q_BxKxTxHxd.shape)
+
+
+def _scores(products: str, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Products of queries and keys in float32, never rounded to the dtype of their factors."""
+    return jnp.einsum(products, q, k, preferred_element_type=jnp.float32)
 
 
 def _group_heads(q: jax.Array, groups: int) -> jax.Array:

@@ -7,6 +7,7 @@ model.
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -60,11 +61,15 @@ class Linear(nn.Module):
 
 
 def merge(params, adapter, config: LoraConfig):
-    """The base parameters with the adapter added in: for sampling, and for export."""
+    """The base parameters with the adapter merged in, in float32, for export.
+
+    A bfloat16 sum would lose updates below half an ulp of a weight.
+    """
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
     def merged(layer, low_rank):
         delta = jnp.einsum("ydr,yrf->ydf", low_rank["a"], low_rank["b"]) * config.scale
-        return layer | {"kernel": layer["kernel"] + delta.astype(layer["kernel"].dtype)}
+        return layer | {"kernel": layer["kernel"] + delta}
 
     layers = {
         name: merged(layer, adapter[name]) if name in adapter else layer

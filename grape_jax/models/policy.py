@@ -266,11 +266,16 @@ def embed(config: PolicyConfig, variables, tokens: jax.Array) -> jax.Array:
     return x.astype(config.dtype or x.dtype)
 
 
-def in_compute_dtype(config: PolicyConfig, params):
-    """The parameters as every use of them reads them, cast once; norms are read in float32."""
-    axes = nn.get_partition_spec(jax.eval_shape(lambda: init(config, jax.random.key(0)))["params"])
+def in_compute_dtype(config: PolicyConfig, variables, lora: LoraConfig | None = None):
+    """The variables as every use of them reads them, cast once; norms are read in float32.
+
+    Args:
+      variables: `{"params": ...}`, `{"lora": ...}`, or both.
+    """
+    boxed = jax.eval_shape(lambda: init(config, jax.random.key(0), lora))
+    axes = nn.get_partition_spec({name: boxed[name] for name in variables})
     cast = lambda names, x: x if "norm" in names else x.astype(config.dtype or x.dtype)
-    return jax.tree.map(cast, axes, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(cast, axes, variables, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def logits(variables, hidden: jax.Array) -> jax.Array:

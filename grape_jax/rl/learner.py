@@ -158,8 +158,7 @@ def grpo_step(
     def one_pass(state: TrainState, _):
         loss, grads, (logprobs, entropy) = policy_gradient(learner, state.trained, base, lesson)
         state, applied = _update(learner, state, loss, grads)
-        # How far learner and sampler disagree on the same tokens. In the first pass it is rounding,
-        # with bfloat16 also that of the adapter into the weights that are sampled with.
+        # How far learner and sampler disagree on the same tokens: rounding, in the first pass.
         gap = jnp.abs(logprobs - rollout.logprobs_BxKxT)
         seen = grpo.diagnostics(
             config,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from grape_jax.models import policy
+from grape_jax.models.lora import LoraConfig
 from grape_jax.types import Prompts, Rollout
 
 CDF_BLOCK = 256
@@ -39,19 +40,24 @@ class SamplingConfig:
         return on and self.temperature > 0
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "lora"))
 def sample(
-    config: policy.PolicyConfig, sampling: SamplingConfig, variables, prompts: Prompts, key
+    config: policy.PolicyConfig,
+    sampling: SamplingConfig,
+    variables,
+    prompts: Prompts,
+    key,
+    lora: LoraConfig | None = None,
 ) -> Rollout:
     """Draws K completions of each prompt.
 
     Args:
-      variables: `{"params": ...}`, adapters merged in.
+      variables: `{"params": ...}`, and `"lora"` beside it where `lora` is given.
       key: one key; a token's draw depends on it, K, and the completion's and the token's position
         alone: not on what else is in the batch, on padding or on devices.
     """
     B, K, T = prompts.tokens_BxS.shape[0], sampling.group_size, sampling.max_tokens
-    last_BxD, prompt_k, prompt_v = policy.prefill(config, variables, prompts)
+    last_BxD, prompt_k, prompt_v = policy.prefill(config, variables, prompts, lora)
     own = jnp.zeros((config.layers, B, K, T, config.kv_heads, config.head_dim), prompt_k.dtype)
     stop_ids = jnp.asarray(sampling.stop_ids)
 
@@ -84,7 +90,7 @@ def sample(
     def advance(carry):
         t, tokens_BxK, cache, rollout, ended_BxK = carry
         hidden_BxKxD, cache = policy.decode(
-            config, variables, cache, prompts.mask_BxS, tokens_BxK, t - 1
+            config, variables, cache, prompts.mask_BxS, tokens_BxK, t - 1, lora
         )
         logits_BxKxV = policy.logits(variables, hidden_BxKxD)
         tokens_BxK, rollout, ended_BxK = draw(t, logits_BxKxV, rollout, ended_BxK)

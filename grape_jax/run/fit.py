@@ -33,7 +33,7 @@ from grape_jax.rl import learner
 from grape_jax.rl.rollout import sample
 from grape_jax.rl.scoring import Scorer, score_rewrites
 from grape_jax.run import checks, context
-from grape_jax.run.rewriter import gather, merge
+from grape_jax.run.rewriter import gather, parts_to_gather
 from grape_jax.runtime import command_line, hlo, sharding
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.types import Index, Prompts, Rewrites
@@ -313,14 +313,17 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         stop_ids=shapes.scorer.stop_ids,
         pad_id=0,
     )
-    trained = base if made.lora else state.trained
-    whole = sharding.of_parameters(mesh, _boxed(model), sharding.SAMPLING_RULES)
-    cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x), trained)
-    variables = {"params": placed(cast, whole)}
+    held = learner.policy_variables(made, base, state.trained)
+    moved = parts_to_gather(model, held)
+    boxed = jax.eval_shape(lambda: policy.init(model, jax.random.key(0), made.lora))
+    boxed = {name: boxed[name] for name in moved}
+    cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x, made.lora), moved)
+    copied = placed(cast, sharding.of_parameters(mesh, boxed, sharding.SAMPLING_RULES))
+    variables = held | copied
     result = lambda function: jax.tree.map(
         lambda x: in_batch(*x.shape, dtype=x.dtype), jax.eval_shape(function)
     )
-    rollout = result(lambda: sample(model, sampling, variables, prompts, key))
+    rollout = result(lambda: sample(model, sampling, variables, prompts, key, made.lora))
     ranked = (
         shapes.retriever,
         shapes.index,
@@ -333,23 +336,20 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     scores = result(lambda: score_rewrites(shapes.scorer, *ranked))
 
     programs = []
-    if made.lora:
-        lower = lambda: merge.lower(made.lora, model, base, state.trained)
-        programs.append(Program("merge", lower, (base, state.trained)))
-    elif mesh.shape["fsdp"] > 1 or cast["embedding"].dtype != trained["embedding"].dtype:
-        lower = lambda: gather.lower(model, state.trained)
-        programs.append(Program("gather", lower, (state.trained,)))
-    # Without such a copy it samples from the trained parameters themselves.
-    held, copied = ((), (variables,)) if programs else ((state.trained,), ())
-    lower_sample = lambda: sample.lower(model, sampling, variables, prompts, key)
+    if moved:
+        lower = lambda: gather.lower(model, made.lora, moved)
+        programs.append(Program("gather", lower, (moved,)))
+    # What is not copied is sampled from where it is at rest.
+    read = {name: part for name, part in held.items() if name not in moved}
+    lower_sample = lambda: sample.lower(model, sampling, variables, prompts, key, made.lora)
     lower_score = lambda: score_rewrites.lower(shapes.scorer, *ranked)
     lower_step = lambda: learner.grpo_step.lower(made, state, base, prompts, rollout, scores)
     # Without an adapter the step does not touch the base, unless that is its reference.
     reads_base = made.lora or (made.grpo.kl_weight and made.grpo.reference == "base")
     return [
         *programs,
-        Program("sample", lower_sample, held),
-        Program("score_rewrites", lower_score, (shapes.retriever, shapes.index), copied),
+        Program("sample", lower_sample, (read,)),
+        Program("score_rewrites", lower_score, (shapes.retriever, shapes.index), (copied,)),
         Program("grpo_step", lower_step, (state, base) if reads_base else (state,)),
     ]
 

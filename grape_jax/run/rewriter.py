@@ -37,7 +37,10 @@ class Rewriter:
 
     @classmethod
     def load(cls, workdir: str | Path) -> "Rewriter":
-        """The newest checkpoint of a run.
+        """The newest checkpoint of a run; reads its directory and its gallery alone.
+
+        Turns on JAX's persistent compilation cache below the run's `data_dir`, for the whole
+        process, where no cache is set and the run's `compilation_cache_gib` is not 0.
 
         Raises:
           UserError: there is no run, or nothing is trained yet.
