@@ -26,6 +26,7 @@ def main() -> None:
     command_line.parse()
     if flags.FLAGS.workdir is None or flags.FLAGS.out is None:
         raise UserError("give both --workdir=RUN and --out=DIR.")
+    command_line.quiet()
     export(files.path(flags.FLAGS.workdir), Path(flags.FLAGS.out), flags.FLAGS.adapter)
 
 

@@ -30,6 +30,7 @@ def main() -> None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     if not queries:
         raise UserError('no query is given: add one in quotes, such as "smilign fcae".')
+    command_line.quiet()
     workdir = files.path(flags.FLAGS.workdir)
     out = files.path(flags.FLAGS.out or workdir / "matches.png")
     images = flags.FLAGS.image

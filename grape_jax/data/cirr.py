@@ -64,6 +64,8 @@ def _queries(folder: Path, split: str) -> list[RawQuery]:
         members = archive.field(
             place, archive.field(place, entry, "img_set", dict), "members", list
         )
+        if not all(isinstance(member, str) for member in members):
+            raise UserError(f"{place}: 'members' must be names of pictures.")
         targets: tuple[str, ...] = ()
         if split != WITHHELD:
             targets = (archive.field(place, entry, "target_hard", str),)

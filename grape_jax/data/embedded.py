@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -29,7 +28,6 @@ SUFFIXES = (".npy", ".npz", ".parquet")
 BLOCK = 4096  # rows in memory at a time
 UNIT = 1e-4  # rows whose norms differ more from 1 are scaled
 TEXTS = 16  # captions to check the model with
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pa.ArrowException)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,9 @@ def find(path: str | Path) -> Given:
             given = _parquet(path)
         else:
             raise UserError(f"{path} is none of {', '.join(SUFFIXES)}, and no directory.")
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and pyarrow raise many kinds
         raise UserError(f"{path} cannot be read as embeddings: {error}.") from error
     if not given.ids:
         raise UserError(f"{path} holds no embeddings.")
@@ -93,22 +93,36 @@ def check(given: Given, report: Callable[[str, str], None]) -> Checked:
     """
     digest = hashlib.sha256(repr(given.ids).encode())
     lowest, highest, first = np.inf, 0.0, 0
-    try:
-        for block in given.blocks():
-            digest.update(block.tobytes())
-            rows_NxE = block.astype(np.float32, copy=False)
-            norm_N = np.sqrt(np.einsum("ne,ne->n", rows_NxE, rows_NxE))
-            for row in np.flatnonzero(~np.isfinite(norm_N)):
-                report("embeddings that hold no finite number", repr(given.ids[first + row]))
-            for row in np.flatnonzero(norm_N == 0):
-                report("embeddings that are all zero", repr(given.ids[first + row]))
-            lowest, highest = min(lowest, norm_N.min()), max(highest, norm_N.max())
-            first += len(block)
-    except UNREADABLE as error:
-        raise UserError(f"{given.path} cannot be read as embeddings: {error}.") from error
+    for block in _blocks(given):
+        digest.update(block.tobytes())
+        rows_NxE = block.astype(np.float32, copy=False)
+        norm_N = np.sqrt(np.einsum("ne,ne->n", rows_NxE, rows_NxE))
+        for row in np.flatnonzero(~np.isfinite(norm_N)):
+            report("embeddings that hold no finite number", repr(given.ids[first + row]))
+        for row in np.flatnonzero(norm_N == 0):
+            report("embeddings that are all zero", repr(given.ids[first + row]))
+        lowest, highest = min(lowest, norm_N.min()), max(highest, norm_N.max())
+        first += len(block)
     if first != len(given.ids):
         raise UserError(f"{given.path} holds {first} embeddings and {len(given.ids)} ids.")
     return Checked(digest.hexdigest()[:32], (float(lowest), float(highest)))
+
+
+def _blocks(given: Given) -> Iterator[np.ndarray]:
+    """The blocks of rows.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    blocks = given.blocks()
+    while True:
+        try:
+            block = next(blocks, None)
+        except Exception as error:  # numpy, zipfile and pyarrow raise many kinds
+            raise UserError(f"{given.path} cannot be read as embeddings: {error}.") from error
+        if block is None:
+            return
+        yield block
 
 
 def bank(given: Given, checked: Checked, data_dir: str | Path) -> Path:
@@ -177,7 +191,7 @@ def _of_npy(
 def _is_bank(path: Path, shape: tuple[int, int]) -> bool:
     try:
         header = _header(path)
-    except UNREADABLE as error:
+    except Exception as error:
         warnings.warn(f"{path} is damaged ({error}): it is made anew.", stacklevel=3)
         return False
     return header.shape == shape and header.dtype == np.float32

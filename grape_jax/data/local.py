@@ -360,8 +360,11 @@ def _checked(record: dict, names: Names, mistakes: Mistakes) -> dict:
     where, text = record["where"], " ".join(cell("text").split())
     if not text:
         mistakes.add("queries without a text", where)
-    listed = record.get("images")
-    listed = [listed] if isinstance(listed, str) else list(listed or ())
+    listed = record.get("images") or []
+    listed = [listed] if isinstance(listed, str) else listed
+    if not isinstance(listed, list):
+        mistakes.add("queries whose images are no list of names", where)
+        listed = []
     called = [name for name in (cell("image"), *(str(one).strip() for one in listed)) if name]
     if not called:
         mistakes.add("queries without a picture", where)

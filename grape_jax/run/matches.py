@@ -22,9 +22,9 @@ def show(
       top: number of matches of each text.
       images: the picture of each query, for a run of composed queries.
     """
+    rewrites = rewriter.rewrite(queries, shift, images)
     if images is not None:
         images = [open_picture(image) for image in images]
-    rewrites = rewriter.rewrite(queries, shift, images)
     gallery = rewriter.gallery()
     # One call: the pictures are embedded together.
     twice = None if images is None else [*images, *images]

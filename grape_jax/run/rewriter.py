@@ -32,7 +32,10 @@ class Rewriter:
 
     @classmethod
     def load(cls, workdir: str | Path) -> "Rewriter":
-        """Loads the newest checkpoint of a run.
+        """Loads the newest checkpoint of a run; reads its directory and its gallery only.
+
+        Enables JAX's persistent compilation cache below the run's `data_dir` for the process,
+        unless a cache is set already or the run's `compilation_cache_gib` is 0.
 
         Raises:
           UserError: there is no run, or it has no checkpoint yet.

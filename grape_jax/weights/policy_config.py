@@ -55,6 +55,15 @@ def read(directory: Path) -> PolicyConfig:
     """
     path = directory / CONFIG_FILE
     data = read_json(path)
+    try:
+        return _read(path, data)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} has a field of the wrong type ({error}): download it again."
+        ) from error
+
+
+def _read(path: Path, data: dict) -> PolicyConfig:
     kind = data.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(

@@ -20,6 +20,7 @@ from grape_jax.data import embedded, local
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.rl import prompts as text
 from grape_jax.run import context, loop
+from grape_jax.run.rewriter import Rewriter, sampling_variables
 from grape_jax.runtime import command_line, sharding
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import gguf
@@ -392,6 +393,11 @@ def test_prompts_are_as_long_as_the_queries_need(mine, tmp_path):
     assert run.buckets and max(run.buckets) < longest and len(run.buckets) <= 2
     again = context.build(config)
     assert (again.prompts, again.buckets) == (run.prompts, run.buckets)
+    # A trained run takes longer queries than its data had.
+    taken = Rewriter(run, sampling_variables(run, run.base))
+    assert len(taken.rewrite(["赤いりんご" * 30, "soup"])) == 2
+    with pytest.raises(UserError, match="context"):
+        taken.rewrite(["赤いりんご" * 3000])
     config.prompt.max_tokens = max(counts) + 1
     bounded = context.build(config)
     assert (bounded.prompts["local"].max_tokens, bounded.buckets) == (max(counts) + 1, ())

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,7 +19,9 @@ from grape_jax import prepare
 from grape_jax.data import catalogue, flickr30k_cn, storage, submission, tagged, xm3600
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
-from grape_jax.run import checks, context, loop
+from grape_jax.rl.prompts import PROMPT_UNIT, prompt_lengths
+from grape_jax.run import checks, loop
+from grape_jax.run import context
 from grape_jax.run.rewriter import ranks_of, rewrite
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import UserError
@@ -426,6 +429,23 @@ def composed(folders, tiny):
     return context.build(config_of("cirr", folders[1], tiny))
 
 
+def test_chosen_prompt_lengths_hold_pictures_told_in_captions(folders, tiny):
+    """Chosen before the retriever knows which captions are closest: the longest stand for them."""
+    config = config_of("cirr", folders[1], tiny)
+    config.prompt.max_tokens = 0
+    built = context.build(config)
+    prompt = built.prompts["edits"]
+    counts = [
+        count
+        for split in catalogue.module("cirr").SPLITS
+        for count in prompt_lengths(
+            built.tokenizer, prompt, built.prompt_texts(built.queries("edits", split), split)
+        )
+    ]
+    assert max(counts) <= prompt.max_tokens < 2 * max(counts)
+    assert all(length % PROMPT_UNIT == 0 for length in (*built.buckets, prompt.max_tokens))
+
+
 @pytest.mark.parametrize("name", ["wikipedia", "cirr"])
 def test_a_benchmark_is_a_job(folders, tiny, composed, name):
     """Ranks of the test set's own texts against plain numpy."""
@@ -449,7 +469,9 @@ def test_a_benchmark_is_a_job(folders, tiny, composed, name):
     if name != "cirr":
         assert told == [query.text for query in queries]
     with pytest.raises(UserError, match="have no reference texts: set"):
-        context._check_references(built, shift)
+        config = config_of(name, folders[1], tiny)
+        config.warm_up.towards, config.warm_up.steps = "references", 1
+        context.build(config)
 
 
 def test_a_picture_is_told_in_the_captions_closest_to_it(composed, tmp_path):
@@ -499,9 +521,12 @@ def check_composed_run(config, workdir):
     prompts = rewriter.job.prompt_texts(queries, "train")
     emb = rewriter.job.retriever.embed_images(paths)
     assert rewriter.job.composed_texts(texts, emb) == prompts
+    passed_on = lambda job, variables, prompts, *_, **__: prompts
+    with mock.patch("grape_jax.run.rewriter.rewrite", passed_on):
+        assert rewriter.rewrite(texts, images=paths) == prompts
+        assert rewriter.rewrite(texts, images=opened) == prompts
     wanted = rewrite(rewriter.job, rewriter.variables, prompts, ["edits"] * 3, 0.0)
     assert rewriter.rewrite(texts, images=paths) == wanted
-    assert rewriter.rewrite(texts, images=opened) == wanted
     with pytest.raises(UserError, match="--image"):
         rewriter.rewrite(texts)
     with pytest.raises(UserError, match=r"2 images .* 3 queries"):

@@ -240,7 +240,7 @@ def test_sampling_stops_when_all_rows_have_ended(variables, prompts, monkeypatch
     decode = policy.decode
 
     def counted(*args):
-        jax.debug.callback(lambda t: decoded.append(int(t)), args[-1])
+        jax.debug.callback(lambda t: decoded.append(int(t)), args[5])
         return decode(*args)
 
     monkeypatch.setattr(policy, "decode", counted)
