@@ -14,7 +14,9 @@ DEMO = [
 ]
 TEST = [
     "hypothesis>=6,<7",
+    "import-linter>=2.17,<3",
     "ir-measures>=0.4.3,<0.5",
+    "mypy>=2.4,<3",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.5,<0.18",
@@ -41,7 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grape_jax", "grape_jax.*"]),
-    package_data={"grape_jax": ["assets/**"]},
+    package_data={"grape_jax": ["py.typed", "retrieval/assets/**"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",

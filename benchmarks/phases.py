@@ -6,8 +6,8 @@
 Each part of a step runs by itself, five times after it was compiled; the median is printed, with
 the operations of its products of matrices and their speed; those of attention and adapter, some
 hundredths more, are not counted. The last row is a product with the policy's widest projection
-alone. Reference and gradient are the functions that `grpo_train_step` is made of; a step compiles them as
-one program.
+alone. Reference and gradient are the functions that `grpo_train_step` is made of; a step compiles
+them as one program.
 """
 
 import functools

@@ -6,7 +6,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-CARD = "grape_jax/assets/retriever/README.md"
+CARD = "grape_jax/retrieval/assets/retriever/README.md"
 # Address in the site -> file in the repository.
 OUTSIDE = {
     "contributing.md": "CONTRIBUTING.md",

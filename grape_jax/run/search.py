@@ -102,7 +102,8 @@ def best_ranks(
     gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], targets_QxP: np.ndarray
 ) -> np.ndarray:
     """The best rank of any target, int `[Q]`; `ranking.NO_RANK` where the truth is withheld."""
-    return target_ranks(gallery, emb_QxE, queries, targets_QxP).min(axis=1)
+    rank_QxP = target_ranks(gallery, emb_QxE, queries, targets_QxP)
+    return np.where(rank_QxP > 0, rank_QxP, np.iinfo(rank_QxP.dtype).max).min(axis=1)
 
 
 def nearest(

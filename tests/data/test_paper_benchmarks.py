@@ -20,8 +20,7 @@ from grape_jax.data import catalogue, flickr30k_cn, storage, submission, tagged,
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
 from grape_jax.rl.prompts import PROMPT_UNIT, prompt_lengths
-from grape_jax.run import checks, loop
-from grape_jax.run import context
+from grape_jax.run import checks, context, loop
 from grape_jax.run.rewriter import ranks_of, rewrite
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import UserError
