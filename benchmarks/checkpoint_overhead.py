@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax.run import context, loop, steps
+from grape_jax.run import context, steps
+from grape_jax.run.queries import batch_iterators
 from grape_jax.runtime import checkpoint, command_line
 from grape_jax.runtime.errors import exit_with_sentence
 
@@ -28,7 +29,7 @@ def main() -> None:
     command_line.parse(sys.argv)
     run = context.build(flags.FLAGS.config)
     workdir = Path(flags.FLAGS.workdir)
-    state, batches = run.initial_state("grpo"), loop.batch_iterators(run)["grpo"]
+    state, batches = run.initial_state("grpo"), batch_iterators(run.config, run.queries)["grpo"]
     about, waits, after, others, bytes_written = run.about(), [], [], [], 0
     with checkpoint.open_manager(workdir, keep=1) as manager:
         for step in range(EVERY * SAVES + 2):

@@ -25,8 +25,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import comparison, forced, task
-from grape_jax.run import checks, loop
+from grape_jax.run import checks
 from grape_jax.run.context import Context
+from grape_jax.run.queries import batch_iterators
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 
@@ -96,7 +97,7 @@ def measure_all(
 def measure(run: Context, prompt: int, group: int, completion: int, steps: int) -> list[float]:
     """Seconds of each step but the first."""
     run = forced.of_shape(run, prompt, completion, group)
-    batches = loop.batch_iterators(run)["grpo"]
+    batches = batch_iterators(run.config, run.queries)["grpo"]
     made = [task.lengthened(run, next(batches), prompt) for _ in range(steps)]
     return [line["seconds"] for line in forced.timed_steps(run, made)][1:]
 

@@ -74,7 +74,8 @@ def write(folder: Path, rows: int, dtype: str) -> Path:
 
 
 def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
-    from grape_jax.run import context, loop, steps
+    from grape_jax.run import context, steps
+    from grape_jax.run.queries import batch_iterators
     from grape_jax.runtime import command_line
     from grape_jax.weights import pretrained
 
@@ -92,7 +93,7 @@ def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
     ready, growth = time.perf_counter() - began, peak_bytes() - before
     policy_bytes = sum(leaf.nbytes for leaf in leaves(run.policy.base))
     state = run.initial_state("grpo")
-    steps.grpo_update(run, state, loop.batch_iterators(run)["grpo"], 0)
+    steps.grpo_update(run, state, batch_iterators(run.config, run.queries)["grpo"], 0)
     return {
         "file_bytes": file.stat().st_size,
         "seconds_ready": round(ready, 1),

@@ -22,9 +22,10 @@ from absl import flags
 from benchmarks import comparison, forced, task
 from grape_jax.rl.learner import make_train_batch, policy_gradient
 from grape_jax.rl.rollout import sample
-from grape_jax.run import checks, loop, steps
+from grape_jax.run import checks, steps
 from grape_jax.run.context import Context
 from grape_jax.run.policy import sampling_variables
+from grape_jax.run.queries import batch_iterators
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import exit_with_sentence
 
@@ -61,7 +62,9 @@ def parts(run: Context) -> list[tuple[str, float, float]]:
     config, policy, learner = run.config, run.policy, run.learner("grpo")
     B, K, T = config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens
     state, key = run.initial_state("grpo"), jax.random.key(config.seed)
-    batch = task.lengthened(run, next(loop.batch_iterators(run)["grpo"]), config.prompt.max_tokens)
+    batch = task.lengthened(
+        run, next(batch_iterators(run.config, run.queries)["grpo"]), config.prompt.max_tokens
+    )
     variables = sampling_variables(run.policy, state.trained)
     found = steps.rollout_and_score(run, variables, batch, key)
     sampling = run.sampling(K, config.rollout.temperature, T)

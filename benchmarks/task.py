@@ -23,6 +23,7 @@ from grape_jax.retrieval.encoder import SHIPPED
 from grape_jax.run import answers, context, loop
 from grape_jax.run.context import Context
 from grape_jax.run.policy import merged_parameters
+from grape_jax.run.queries import batch_iterators
 from grape_jax.run.rewriter import restore
 from grape_jax.runtime import files, shutdown
 from grape_jax.runtime.errors import UserError, exit_with_sentence
@@ -75,13 +76,13 @@ def start(config: ConfigDict, workdir: Path) -> tuple[Context, dict]:
 
 def own_batches(run: Context, order: dict) -> list:
     """The batches of GRPO, in the order in which training sees them."""
-    batches = loop.batch_iterators(run)["grpo"]
+    batches = batch_iterators(run.config, run.queries)["grpo"]
     return [next(batches) for _ in range(order["steps"])]
 
 
 def forced_batches(run: Context, order: dict) -> list:
     """Batches of queries whose prompts have exactly `prompt_tokens` tokens."""
-    batches = loop.batch_iterators(run)["grpo"]
+    batches = batch_iterators(run.config, run.queries)["grpo"]
     return [lengthened(run, next(batches), order["prompt_tokens"]) for _ in range(order["steps"])]
 
 

@@ -124,7 +124,7 @@ def missing_tasks(config: ConfigDict, queries: Queries, workdir: Path, method: s
         return [(numbered(name, i), temperature, seed + SEED_STEP * i, system) for i in numbers]
 
     greedy = ("greedy", 0.0, seed, None)
-    kinds = [greedy, ("sampled", temperature, seed, None)]
+    kinds: list[tuple[str, float, int, str | None]] = [greedy, ("sampled", temperature, seed, None)]
     if method == trained_method(config) and "samples" in evaluation.methods:
         kinds += several("sampled", None)
     if method == UNTRAINED and "hyde" in evaluation.methods:

@@ -1,4 +1,4 @@
-"""What a config must not say, told in one sentence before anything is loaded."""
+"""Validates a config before any data or weights are loaded."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def check(config: ConfigDict) -> None:
     """Refuses impossible settings.
 
     Raises:
-      UserError: what the first of them may be instead.
+      UserError: the first invalid key, with the allowed values.
     """
     _check_finite(config)
     _check_data(config)

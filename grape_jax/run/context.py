@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +115,22 @@ def build(config: ConfigDict) -> Context:
     if catalogue.load_precomputed(config) is not None:
         _warn_of_chance(context)
     return context
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Context:
+    """Builds the context of a training run and writes its config to the workdir."""
+    started = time.perf_counter()
+    processes.preparing("preparing the run")
+    processes.announce("preparing data, policy and retriever ...")
+    run = build(config)
+    processes.main_process_first(lambda: checkpoint.write_config(workdir, config))
+    processes.announce(
+        f"{len(run.galleries.open('train'))} pictures, policy of {run.policy.model.layers} layers, "
+        f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
+        f"process(es), ready in {time.perf_counter() - started:.0f} s"
+        f"{data_checks.long_references(config, run.policy, run.queries)}"
+    )
+    return run
 
 
 def load_models(config: ConfigDict) -> Context:

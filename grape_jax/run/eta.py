@@ -45,7 +45,7 @@ def seconds_left(left: Mapping[str, int], measured: Mapping[str, Sequence[float]
 
 def measured_in(log: Sequence[Mapping]) -> dict[str, list[float]]:
     """The measurements in the lines of metrics.jsonl, with which a resumed run starts."""
-    measured = {"warm-up": [], "grpo": [], VALIDATION: [], SAVING: []}
+    measured: dict[str, list[float]] = {"warm-up": [], "grpo": [], VALIDATION: [], SAVING: []}
     for line in log:
         measured[line["phase"]].append(line["seconds"])
         if "validation_seconds" in line:

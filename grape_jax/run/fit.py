@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from grape_jax.models import policy, towers
 from grape_jax.retrieval import encoder as retriever
 from grape_jax.retrieval import ranking
 from grape_jax.rl import learner
+from grape_jax.rl.learner import TrainState
 from grape_jax.rl.rollout import sample
 from grape_jax.rl.scoring import Scorer, score_rewrites
 from grape_jax.run import checks, settings
@@ -51,17 +53,17 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What a run works with, as shapes that say where they live."""
+    """The arrays of a run, as shapes with shardings."""
 
     learner: learner.Learner  # of the GRPO phase
     scorer: Scorer
     base: dict
-    state: learner.TrainState
+    state: TrainState
     retriever: dict
     index: Index
 
     def at_rest(self) -> dict[str, float]:
-        """Bytes a chip of what lives between two steps."""
+        """Bytes a chip of the arrays that live between two steps."""
         parts = {
             "policy": self.base,
             "training state": self.state,
@@ -77,19 +79,19 @@ class Program:
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    holds: tuple  # what of the run at rest is among its arguments
-    beside: tuple = ()  # what lives while it runs, and is neither at rest nor its argument
+    holds: tuple  # its arguments that are alive between steps
+    beside: tuple = ()  # arrays alive while it runs that are neither
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What one program needs of one chip."""
+    """The memory and work of one program on one chip."""
 
     name: str
-    bytes: float  # everything that lives while it runs
-    before: float  # bytes of it that were there before
-    work: hlo.Work | None = None  # None: it was not compiled, or refused for its memory
-    ranking: hlo.Work | None = None  # the part of it that ranks
+    bytes: float  # of everything alive while it runs
+    before: float  # of that, alive before it starts
+    work: hlo.Work | None = None  # None: not compiled, or refused for its memory
+    ranking: hlo.Work | None = None  # the part that ranks
 
 
 def report(config: ConfigDict, topology: str, corpus_size: int) -> bool:
@@ -124,7 +126,7 @@ def report(config: ConfigDict, topology: str, corpus_size: int) -> bool:
 
 
 def compile_all(config: ConfigDict, shapes: Shapes, chip: Chip) -> list[Needs]:
-    """Compiles what a GRPO step runs, and prints a row for each and their sum."""
+    """Compiles the programs of a GRPO step, and prints a row for each and their sum."""
     print("| program | GiB a chip | TFLOP a chip | links, GiB | estimated, s | compiled in, s |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     found = []
@@ -132,15 +134,16 @@ def compile_all(config: ConfigDict, shapes: Shapes, chip: Chip) -> list[Needs]:
         start = time.perf_counter()
         found.append(compile_one(program, shapes))
         print(_row(found[-1], chip, time.perf_counter() - start), flush=True)
-    compiled = [one for one in found if one.work]
-    for one in compiled:
-        for kind, (times, size) in one.work.collectives.items():
-            print(f"{one.name}: {kind} runs {times:,} times, {size / GIB:.3f} GiB a chip")
-    if len(compiled) == len(found):
-        took = {one.name: seconds(one.work, chip) for one in compiled}
-        step = sum(took.values())
-        scoring = 100 * took["score_rewrites"] / step
-        ranks = 100 * sum(seconds(one.ranking, chip) for one in compiled) / step
+    work = {one.name: one.work for one in found if one.work is not None}
+    for name, done in work.items():
+        for kind, (times, size) in done.collectives.items():
+            print(f"{name}: {kind} runs {times:,} times, {size / GIB:.3f} GiB a chip")
+    if len(work) == len(found):
+        estimated = {name: seconds(done, chip) for name, done in work.items()}
+        step = sum(estimated.values())
+        scoring = 100 * estimated["score_rewrites"] / step
+        ranking = [seconds(one.ranking, chip) for one in found if one.ranking is not None]
+        ranks = 100 * sum(ranking) / step
         print(
             f"A GRPO step: {step:.3f} s estimated, of which scoring {scoring:.2f} %, "
             f"in it the ranks {ranks:.2f} %."
@@ -149,7 +152,7 @@ def compile_all(config: ConfigDict, shapes: Shapes, chip: Chip) -> list[Needs]:
 
 
 def compile_one(program: Program, shapes: Shapes) -> Needs:
-    """Compiles it, or reads in the compiler's refusal how much memory it would take."""
+    """Compiles a program; if the compiler refuses it, reads the needed memory from the message."""
     held = sum(bytes_a_chip(part) for part in program.holds)
     beside = sum(shapes.at_rest().values()) - held + sum(map(bytes_a_chip, program.beside))
     try:
@@ -159,7 +162,8 @@ def compile_one(program: Program, shapes: Shapes) -> Needs:
         if wanted is None:
             raise
         return Needs(program.name, wanted + beside, held + beside)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = str(compiled.as_text())
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -177,7 +181,7 @@ def compile_one(program: Program, shapes: Shapes) -> Needs:
 
 
 def seconds(work: hlo.Work, chip: Chip) -> float:
-    """The compiler's cycles, and after them the transfers: nothing is taken to overlap."""
+    """Estimated seconds: the compiler's cycles plus the transfers, without overlap."""
     return work.cycles / chip.clock + work.link_bytes / chip.links
 
 
@@ -205,8 +209,8 @@ def advice(config: ConfigDict, largest: Needs) -> str:
     return "To change: " + ", or ".join(keys) + "."
 
 
-def slice_of(topology: str) -> list:
-    """The devices of a slice that nobody has.
+def slice_of(topology: str) -> list[Any]:
+    """The devices of a slice that need not be present.
 
     Raises:
       UserError: the TPU compiler is not installed, or it knows no such slice.
@@ -229,19 +233,19 @@ def slice_of(topology: str) -> list:
                 "the TPU compiler is not installed: run `pip install 'grape_jax[tpu]'`."
             ) from error
         raise UserError(
-            f"topology={topology!r} is no slice that the compiler knows ({reason}): give one such "
-            "as v5e:16x16."
+            f"topology={topology!r} is unknown to the compiler ({reason}): give a slice such as "
+            "v5e:16x16."
         ) from error
     if devices[0].device_kind not in CHIPS:
         raise UserError(
-            f"topology={topology!r} has chips of the kind {devices[0].device_kind!r}, of which "
-            "nothing is known here: give v4, v5e, v5p or v6e."
+            f"topology={topology!r} has chips of the kind {devices[0].device_kind!r}, which is "
+            "not supported: give v4, v5e, v5p or v6e."
         )
     return devices
 
 
 def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
-    """The run that `job.build` would build, without a weight or a picture."""
+    """The shapes of the run that `context.build` would load."""
     model = pretrained.read_config(pretrained.policy_path(config.policy.path))
     model = settings.with_compute_settings(config, model, mesh)
     tower = retriever.read_config(config.retriever.path or None)
@@ -265,7 +269,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
 
 
 def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
-    """Everything that a GRPO step runs."""
+    """The programs of a GRPO step, in order."""
     made, base, state = shapes.learner, shapes.base, shapes.state
     model, mesh = made.policy, made.mesh
     in_batch = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
@@ -290,7 +294,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         pad_id=0,
     )
     held = learner.policy_variables(made, base, state.trained)
-    moved = parts_to_gather(model, held)
+    moved = parts_to_gather(model, mesh, held)
     boxed = jax.eval_shape(lambda: policy.init(model, jax.random.key(0), made.lora))
     boxed = {name: boxed[name] for name in moved}
     cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x, made.lora), moved)

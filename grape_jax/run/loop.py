@@ -4,24 +4,23 @@ Resumes from the newest checkpoint of the workdir, which holds the state, the po
 iterators and the config.
 """
 
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
-import jax
+import grain
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
-from grape_jax.data import pipeline
 from grape_jax.reporting.results import UNTRAINED, WARM_UP
 from grape_jax.rl.learner import TrainState, start_grpo
-from grape_jax.run import checks, context, data_checks, steps
+from grape_jax.run import checks, context, steps
 from grape_jax.run.answers import evaluate_policy, trained_method
 from grape_jax.run.context import Context
 from grape_jax.run.evaluation import validate
 from grape_jax.run.final_report import write_report
 from grape_jax.run.monitor import Monitor
 from grape_jax.run.policy import sampling_variables, untrained_variables
+from grape_jax.run.queries import batch_iterators
 from grape_jax.runtime import checkpoint, compilation_cache, lock, processes
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
@@ -39,7 +38,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     compilation_cache.enable(config)
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
     with lock.held(workdir):
-        run = prepare(config, workdir)
+        run = context.prepare(config, workdir)
         with StopSignal() as stop:
             variables = untrained_variables(run.policy)
             pace = evaluate_policy(run, workdir, variables, UNTRAINED, 0, stop)
@@ -51,22 +50,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
             evaluate_policy(run, workdir, variables, trained_method(config), step, stop)
             del variables
             write_report(run, workdir)
-
-
-def prepare(config: ConfigDict, workdir: Path) -> Context:
-    """Loads everything that the run needs, then writes its config to the workdir."""
-    started = time.perf_counter()
-    processes.preparing("preparing the run")
-    processes.announce("preparing data, policy and retriever ...")
-    run = context.build(config)
-    processes.main_process_first(lambda: checkpoint.write_config(workdir, config))
-    processes.announce(
-        f"{len(run.galleries.open('train'))} pictures, policy of {run.policy.model.layers} layers, "
-        f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
-        f"process(es), ready in {time.perf_counter() - started:.0f} s"
-        f"{data_checks.long_references(config, run.policy, run.queries)}"
-    )
-    return run
 
 
 def train_policy(
@@ -84,7 +67,7 @@ def train_policy(
     config = run.config
     last = config.warm_up.steps + config.grpo.steps
     identity = run.identity(splits=None)
-    batches = batch_iterators(run)
+    batches = batch_iterators(config, run.queries)
     state, skipped = resume(run, manager, batches, identity)
     monitor = Monitor(run, workdir, int(state.step), last, skipped, pace)
 
@@ -109,7 +92,7 @@ def train_policy(
             monitor.start_step(step + 1)
             if step < config.warm_up.steps:
                 state, metrics = steps.warm_up(run, state, next(batches["warm_up"]), step)
-                entries = []
+                entries: list[dict] = []
             else:
                 state, metrics, entries = steps.grpo_update(run, state, batches["grpo"], step)
             table, stopping = monitor.share(entries, stop)
@@ -134,28 +117,10 @@ def train_policy(
     return state
 
 
-def batch_iterators(run: Context) -> dict[str, Iterator[steps.Batch]]:
-    """An endless iterator over batches of (shift, query) for each phase that has steps.
-
-    A batch is of one shift, and the same on every process.
-    """
-    config = run.config
-    queries = {"warm_up": run.queries.supervised_pairs, "grpo": run.queries.train}
-    return {
-        phase: pipeline.train_iterator(
-            [[(shift, query) for query in queries[phase](shift)] for shift in config.shifts],
-            config[phase].batch_size,
-            config.seed + number,
-        )
-        for number, phase in enumerate(queries)
-        if config[phase].steps
-    }
-
-
 def resume(
     run: Context,
     manager: CheckpointManager,
-    batches: dict[str, Iterator[steps.Batch]],
+    batches: Mapping[str, grain.DatasetIterator],
     identity: dict,
 ) -> tuple[TrainState, tuple[int, int]]:
     """The state of the newest checkpoint, or a new one, with the numbers of skipped steps.

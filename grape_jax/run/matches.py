@@ -23,15 +23,14 @@ def show(
       images: the picture of each query, for a run of composed queries.
     """
     rewrites = rewriter.rewrite(queries, shift, images)
-    if images is not None:
-        images = [open_picture(image) for image in images]
+    pictures = None if images is None else [open_picture(image) for image in images]
     gallery = rewriter.gallery()
     # One call: the pictures are embedded together.
-    twice = None if images is None else [*images, *images]
+    twice = None if pictures is None else [*pictures, *pictures]
     matches = rewriter.find([*queries, *rewrites], top, images=twice)
     rows = []
     for i, (query, rewrite) in enumerate(zip(queries, rewrites, strict=True)):
-        picture = None if images is None else images[i]
+        picture = None if pictures is None else pictures[i]
         for caption, words, found in (
             ("as asked", query, matches[i]),
             ("rewritten", rewrite, matches[len(queries) + i]),

@@ -41,6 +41,7 @@ class RewritePolicy:
 
     @property
     def mesh(self) -> Mesh:
+        assert self.model.mesh is not None  # set by `load`
         return self.model.mesh
 
 
@@ -76,13 +77,14 @@ def load(
       UserError: the weights are damaged, or `rollout.stop` has texts of several tokens.
     """
     found = opened.load(settings.base_dtype(config), mesh)
-    stops = prompts.stop_tokens(found.tokenizer, config.rollout.stop)
+    tokenizer = _check_chat(config, found.tokenizer)
+    stops = prompts.stop_tokens(tokenizer, config.rollout.stop)
     *buckets, longest = lengths
     return RewritePolicy(
         model=settings.with_compute_settings(config, found.config, mesh),
         base=found.params,
         lora=settings.lora_config(config),
-        tokenizer=found.tokenizer,
+        tokenizer=tokenizer,
         stop_ids=found.end_tokens + stops,
         prompts={shift: settings.prompt_config(config, shift, longest) for shift in config.shifts},
         buckets=tuple(buckets),
@@ -140,7 +142,7 @@ def read_answers(policy: RewritePolicy, tokens_BxKxT, mask_BxKxT) -> list[list[A
     def read(tokens, mask) -> Answer:
         kept = tokens[mask]
         ended = bool(len(kept)) and int(kept[-1]) in policy.stop_ids
-        completion = policy.tokenizer.decode(kept[:-1] if ended else kept)
+        completion = str(policy.tokenizer.decode(kept[:-1] if ended else kept))
         text, well_formed = prompts.read_answer(completion, ended, output_format)
         return Answer(text, well_formed, completion, len(kept))
 
@@ -161,7 +163,7 @@ def sampling_variables(policy: RewritePolicy, trained) -> dict[str, Any]:
     variables = {"params": trained}
     if policy.lora is not None:
         variables = {"params": policy.base, "lora": trained}
-    moved = parts_to_gather(policy.model, variables)
+    moved = parts_to_gather(policy.model, policy.mesh, variables)
     return variables | (gather(policy.model, policy.lora, moved) if moved else {})
 
 
@@ -175,9 +177,9 @@ def untrained_variables(policy: RewritePolicy) -> dict[str, Any]:
     return sampling_variables(policy, jax.jit(zeros, out_shardings=where)())
 
 
-def parts_to_gather(model: PolicyConfig, variables: dict[str, Any]) -> dict[str, Any]:
+def parts_to_gather(model: PolicyConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
     """The collections that are split along "fsdp" or not in the compute dtype."""
-    split = model.mesh.shape["fsdp"] > 1
+    split = mesh.shape["fsdp"] > 1
     # The first leaf decides: it is never a norm, and norms keep their dtype.
     other_dtype = lambda part: jax.tree.leaves(part)[0].dtype != model.dtype
     return {name: part for name, part in variables.items() if split or other_dtype(part)}
@@ -204,13 +206,19 @@ def _boxed(model: PolicyConfig, adapter: LoraConfig | None) -> dict[str, Any]:
     return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0), adapter))
 
 
-def _check_chat(config: ConfigDict, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Refuses a policy that cannot be prompted or cannot end."""
-    missing = "tokenizer"
-    if tokenizer is not None:
-        missing = "end token" if tokenizer.eos_token_id is None else "chat template"
-    if tokenizer is None or tokenizer.eos_token_id is None or not tokenizer.chat_template:
-        raise UserError(
-            f"the policy at policy.path={config.policy.path!r} has no {missing}: choose a model "
-            "that was tuned to follow instructions."
-        )
+def _check_chat(
+    config: ConfigDict, tokenizer: PreTrainedTokenizerFast | None
+) -> PreTrainedTokenizerFast:
+    """Refuses a policy that cannot be prompted or cannot end; returns its tokenizer."""
+    if tokenizer is None:
+        missing = "tokenizer"
+    elif tokenizer.eos_token_id is None:
+        missing = "end token"
+    elif not tokenizer.chat_template:
+        missing = "chat template"
+    else:
+        return tokenizer
+    raise UserError(
+        f"the policy at policy.path={config.policy.path!r} has no {missing}: choose a model that "
+        "was tuned to follow instructions."
+    )

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from grape_jax.data import benchmark, catalogue
+from grape_jax.data import benchmark, catalogue, pipeline
 from grape_jax.data.benchmark import Query
 
 
@@ -58,3 +59,20 @@ class Queries:
             )
             self._most_targets = max(1, max(counts, default=1))
         return self._most_targets
+
+
+def batch_iterators(config: ConfigDict, queries: Queries) -> dict[str, grain.DatasetIterator]:
+    """An endless iterator over batches of (shift, query) for each phase that has steps.
+
+    A batch is of one shift, and the same on every process.
+    """
+    sources = {"warm_up": queries.supervised_pairs, "grpo": queries.train}
+    return {
+        phase: pipeline.train_iterator(
+            [[(shift, query) for query in source(shift)] for shift in config.shifts],
+            config[phase].batch_size,
+            config.seed + number,
+        )
+        for number, (phase, source) in enumerate(sources.items())
+        if config[phase].steps
+    }

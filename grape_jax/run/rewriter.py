@@ -165,7 +165,8 @@ def restore_trained(
       UserError: as `checkpoint.restore`.
     """
     shapes = loaded.state_shapes()
-    wanted = shapes.replace(
+    wanted = dataclasses.replace(
+        shapes,
         reference=checkpoint.skipped(shapes.reference),
         optimizer=checkpoint.skipped(shapes.optimizer),
     )
@@ -186,6 +187,8 @@ def rows_of_pictures(
     for i, emb_E in enumerate(retriever.embed_images(opened)):
         candidates = np.flatnonzero(gallery.bank_NxE @ emb_E > SAME_MODEL)
         wanted = pixels(opened[i])
-        same = (row for row in candidates if np.array_equal(pixels(gallery.image(row)), wanted))
+        same = (
+            row for row in candidates if np.array_equal(pixels(gallery.image(int(row))), wanted)
+        )
         rows_Qx1[i] = next(same, -1)
     return rows_Qx1

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 def restore(
     manager: ocp.CheckpointManager, like, about: dict | None = None
-) -> tuple[object, dict] | None:
+) -> tuple[Any, dict] | None:
     """The newest complete checkpoint, placed as `like` is, and what was saved with it, or None.
 
     One with damaged content is left out, with a warning. A disk that fails is tried again.
