@@ -134,8 +134,8 @@ def missing_tasks(config: ConfigDict, queries: Queries, workdir: Path, method: s
     wanted = [(one, kind) for one in test_sets(config, queries) for kind in kinds]
     wanted += [(one, greedy) for one in withheld_sets(config, queries)]
     tasks = [
-        Task(answers_path(workdir, one, method, name), one, *settings)
-        for one, (name, *settings) in wanted
+        Task(answers_path(workdir, one, method, name), one, temperature, seed, system)
+        for one, (name, temperature, seed, system) in wanted
     ]
     present = processes.from_main([task.path.exists() for task in tasks])
     return [task for task, there in zip(tasks, present, strict=True) if not there]

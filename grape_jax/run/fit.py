@@ -225,7 +225,7 @@ def slice_of(topology: str) -> list[Any]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     try:
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+        devices: list[Any] = topologies.get_topology_desc(topology, platform="tpu").devices
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         if "not installed" in reason:

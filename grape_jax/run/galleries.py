@@ -72,14 +72,15 @@ class Galleries:
     def _embed(self, name: str) -> Gallery:
         corpus = self.corpus(name)
         given = catalogue.load_precomputed(self.config)
-        if given is not None:
+        if given is None:
+            assert corpus.images is not None  # a corpus has pictures, embeddings or both
+            cache = Path(self.config.data_dir) / "banks"
+            bank_NxE = corpus_bank(self.retriever, corpus.images, cache)
+        else:
             _check_precomputed(self.retriever, given)
             bank_NxE = given.bank_NxE
             if jax.process_count() > 1:
                 processes.refuse_differences({f"embeddings.{name}": bank_digest(bank_NxE)})
-        else:
-            cache = Path(self.config.data_dir) / "banks"
-            bank_NxE = corpus_bank(self.retriever, corpus.images, cache)
         index = ranking.shard_corpus(self.mesh, bank_NxE, self.config.retriever.corpus_dtype)
         return Gallery(corpus, bank_NxE, index, self.mesh)
 

@@ -4,6 +4,7 @@ Resumes from the newest checkpoint of the workdir, which holds the state, the po
 iterators and the config.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from grape_jax.run.final_report import write_report
 from grape_jax.run.monitor import Monitor
 from grape_jax.run.policy import sampling_variables, untrained_variables
 from grape_jax.run.queries import batch_iterators
-from grape_jax.runtime import checkpoint, compilation_cache, lock, processes
+from grape_jax.runtime import checkpoint, compilation_cache, lock
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
 
@@ -102,7 +103,7 @@ def train_policy(
             validated = bool(config.evaluation.every) and done % config.evaluation.every == 0
             if validated and monitor.healthy:
                 variables = sampling_variables(run.policy, state.trained)
-                metrics |= monitor.validation(lambda v=variables: validate(run, v))
+                metrics |= monitor.validation(functools.partial(validate, run, variables))
                 del variables
             monitor.write(metrics)
             monitor.check_divergence(lambda: newest(manager))
@@ -110,7 +111,7 @@ def train_policy(
             # A step that changed nothing must not push out older checkpoints.
             due = done % config.checkpoint.every == 0 or validated
             if (due and monitor.healthy) or done == last or stopping:
-                monitor.saving(lambda done=done, metrics=metrics: save(done, metrics))
+                monitor.saving(functools.partial(save, done, metrics))
             if stopping:
                 checkpoint.wait(manager)
                 raise Interrupted(done)
@@ -127,7 +128,6 @@ def resume(
 
     Sets the iterators to the positions that belong to the state.
     """
-    processes.set_stage("restoring the newest checkpoint")
     restored = checkpoint.restore(manager, run.state_shapes(), identity)
     if restored is None:
         return run.initial_state("warm_up"), (0, 0)

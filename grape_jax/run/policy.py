@@ -190,6 +190,7 @@ def gather(model: PolicyConfig, adapter: LoraConfig | None, variables) -> dict[s
     """Replicates variables along "fsdp" and casts them to the compute dtype."""
     variables = decoder.in_compute_dtype(model, variables, adapter)
     boxed = {name: _boxed(model, adapter)[name] for name in variables}
+    assert model.mesh is not None
     where = sharding.of_parameters(model.mesh, boxed, sharding.SAMPLING_RULES)
     return jax.lax.with_sharding_constraint(variables, where)
 

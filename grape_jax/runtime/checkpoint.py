@@ -165,6 +165,7 @@ def restore(
       UserError: the checkpoint is of another model, config or data; none of them can be read; the
         disk stays unreadable.
     """
+    processes.set_stage("restoring the newest checkpoint")
     steps = sorted(manager.all_steps(), reverse=True)
     if any(seen != steps for seen in processes.gather(steps)):
         raise UserError(
