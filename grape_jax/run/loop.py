@@ -406,7 +406,7 @@ def experience(run: Job, variables, batch, key) -> Experience:
 
 def flat_groups(run: Job, found: Experience) -> np.ndarray:
     """Which groups have no variance in their rewards: bool `[B]`, on the host."""
-    return np.asarray(grpo.flat_groups(sharding.whole(run.mesh, found.scores.reward_BxK)))
+    return np.asarray(grpo.flat_groups(sharding.whole(run.mesh, found.scores.compared)))
 
 
 def refill(run: Job, found: Experience, more: Experience) -> tuple[Experience, int]:
