@@ -50,6 +50,14 @@ class Scores:
     similarity_BxK: jax.Array  # float32, to the nearest target
     well_formed_BxK: jax.Array  # bool
     ended_BxK: jax.Array  # bool, the completion has its end token; otherwise it is truncated
+    # float32, rewards less that of the group's best rank: small differences between ranks survive
+    # where they round off in the reward itself; None: the rewards
+    relative_BxK: jax.Array | None = None
+
+    @property
+    def compared(self) -> jax.Array:
+        """What completions of one group are compared by."""
+        return self.reward_BxK if self.relative_BxK is None else self.relative_BxK
 
 
 @flax.struct.dataclass

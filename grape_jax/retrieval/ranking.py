@@ -1,11 +1,16 @@
 """Exact ranks of the targets in the whole sharded corpus. Arrays in, arrays out.
 
 The corpus is walked once, tile by tile, and `[rewrites, corpus]` never exists. What a target
-itself scores is known before the walk: its row is gathered into a small tile. Rewrites always come
-in tiles of `QUERY_TILE` and rows in multiples of `ROW_UNIT`. In such products a similarity depends
-neither on the place of its row nor on how many others there are (tests/test_ranking.py holds the
-backend to it), so both come out in the same bits, and a rank depends neither on the batch, nor on
-the tiles, nor on the number of devices. In other shapes the last bits differ, and ranks with them.
+itself scores is known before the walk: its row is gathered into a small tile. The walk leaves out
+targets and excluded items by row index, so that on any backend a target is never counted ahead of
+itself.
+
+Whether near-ties rank the same in every layout is up to the backend. Rewrites always come in tiles
+of `QUERY_TILE` and rows in multiples of `ROW_UNIT`. In such products on CPU a similarity depends
+neither on the place of its row nor on how many others there are (tests/test_ranking.py, at XLA's
+default settings too), so a rank depends neither on the batch, nor on the tiles, nor on the number
+of devices. In other shapes the last bits differ, and ranks with them. int8 needs no such property;
+for float32 and bfloat16 on GPU and TPU it has not been tested.
 
 What a rank is exact for is the stable descending order of these similarities:
 
@@ -253,8 +258,11 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
         if query.others_TxXxQ is not None:
             counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
         scores_CxQ = jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
+        # By row index: a target's product here may differ in its last bits from the gathered one.
+        target_CxQ = (rows_C[:, None, None] == query.targets_TxPxQ).any(1)
+        others_CxQ = jnp.where(target_CxQ, -jnp.inf, scores_CxQ)
         ahead_CxPxQ = _ahead(
-            scores_CxQ[:, None], rows_C[:, None, None], own_PxQ, query.targets_TxPxQ
+            others_CxQ[:, None], rows_C[:, None, None], own_PxQ, query.targets_TxPxQ
         )
         # Counted in float32, exact below 2^24 rows: XLA on CPU sums it faster than integers.
         ahead_PxQ += jnp.where(ahead_CxPxQ, 1.0, 0.0).sum(0).astype(jnp.int32)
@@ -274,7 +282,7 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
     nothing = (jnp.zeros((T, P, Q), jnp.int32), jnp.full((T, Q), -1e30), jnp.zeros((T, Q)))
     (ahead_TxPxQ, top_TxQ, total_TxQ), _ = jax.lax.scan(next_tile, nothing, (blocks, starts))
 
-    ahead_TxPxQ = jax.lax.psum(ahead_TxPxQ, MESH_AXES) - _targets_ahead(queries, own_TxPxQ)
+    ahead_TxPxQ = jax.lax.psum(ahead_TxPxQ, MESH_AXES)
     highest_TxQ = jax.lax.pmax(top_TxQ, MESH_AXES)
     scaled_TxQ = total_TxQ * jnp.exp((top_TxQ - highest_TxQ) / temperature)
     return Ranks(
@@ -320,15 +328,6 @@ def _nearest_in_shard(queries: _Queries, shard: Index, first_row, size: int, dep
     scores_TxQxD, rows_TxQxD = jax.lax.map(lambda x: best(*x), gathered)
     # One row a rewrite for `_over_shards`: [T, D, Q].
     return jnp.where(scores_TxQxD > -jnp.inf, rows_TxQxD, -1).swapaxes(1, 2)
-
-
-def _targets_ahead(queries: _Queries, own_TxPxQ):
-    """How many other targets the walk has counted ahead of each target: int32 `[T, P, Q]`."""
-    targets = queries.targets_TxPxQ
-    counted = (targets >= 0) & ~_repeats(targets)
-    if queries.others_TxXxQ is not None:
-        counted &= (targets[:, :, None] != queries.others_TxXxQ[:, None]).all(2)
-    return _ahead_among(own_TxPxQ, targets, counted, own_TxPxQ, targets)
 
 
 def _rank_in_subset(queries: _Queries, shard: Index, first_row):

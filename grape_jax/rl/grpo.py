@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 ADVANTAGE_EPS = 1e-4  # as in TRL
-FLAT = 1e-6  # rewards that differ by no more than this share of their size are alike
 
 AGGREGATIONS = ("grpo", "dr_grpo", "dapo", "bnpo")
 ADVANTAGE_SCALES = ("group", "batch", "none")
@@ -47,8 +46,17 @@ class GrpoConfig:
         return bool(self.kl_weight) and self.reference == "start"
 
 
-def advantages(reward_BxK: jax.Array, scale: str = "group", baseline: str = "mean") -> jax.Array:
+def advantages(
+    reward_BxK: jax.Array,
+    scale: str = "group",
+    baseline: str = "mean",
+    relative_BxK: jax.Array | None = None,
+) -> jax.Array:
     """Rewards less their group's baseline, divided by a standard deviation (ddof 1) plus 1e-4.
+
+    Where the deviation itself is smaller than 1e-4 it is doubled instead. In a corpus of millions
+    one rank is a millionth of a reward or less, and 1e-4 would hide it; so an advantage is never
+    less than half of what it would be without the added term.
 
     Args:
       scale: "group" divides by the group's own deviation; "batch" by that of all rewards (Liu et
@@ -56,29 +64,36 @@ def advantages(reward_BxK: jax.Array, scale: str = "group", baseline: str = "mea
         groups that differ more weigh more.
       baseline: "mean" of the group; "leave_one_out", the mean of the other completions (RLOO,
         Ahmadian et al. 2024, arXiv 2402.14740), which is the former times K / (K - 1).
+      relative_BxK: the rewards less any one number for each group, where that rounds less.
     """
-    centred = reward_BxK - reward_BxK.mean(axis=1, keepdims=True)
-    centred = jnp.where(flat_groups(reward_BxK)[:, None], 0.0, centred)
+    if relative_BxK is None:
+        relative_BxK = reward_BxK
+    centred = relative_BxK - relative_BxK.mean(axis=1, keepdims=True)
+    centred = jnp.where(flat_groups(relative_BxK)[:, None], 0.0, centred)
     if baseline == "leave_one_out":
         K = reward_BxK.shape[1]
         centred = centred * (K / (K - 1))
     match scale:
         case "group":
-            return centred / (reward_BxK.std(axis=1, ddof=1, keepdims=True) + ADVANTAGE_EPS)
+            return centred / _damped(relative_BxK.std(axis=1, ddof=1, keepdims=True))
         case "batch":
-            return centred / (reward_BxK.std(ddof=1) + ADVANTAGE_EPS)
+            return centred / _damped(reward_BxK.std(ddof=1))
         case "none":
             return centred
     raise ValueError(f"unknown advantage scale {scale!r}")
 
 
-def flat_groups(reward_BxK: jax.Array) -> jax.Array:
-    """Groups whose rewards are all alike, and so say nothing about which completion is better.
+def _damped(std: jax.Array) -> jax.Array:
+    """A deviation as a divisor; one of zero divides zeros only."""
+    return jnp.where(std > 0, std + jnp.minimum(std, ADVANTAGE_EPS), 1.0)
+
+
+def flat_groups(compared_BxK: jax.Array) -> jax.Array:
+    """Groups whose rewards are all the same, and so say nothing about which completion is better.
 
     By their range: the rounded mean of large rewards that are all the same may be none of them.
     """
-    size_B = jnp.maximum(jnp.abs(reward_BxK).max(axis=1), 1.0)
-    return jnp.ptp(reward_BxK, axis=1) <= FLAT * size_B
+    return jnp.ptp(compared_BxK, axis=1) == 0
 
 
 def importance_ratio(

@@ -151,7 +151,7 @@ def grpo_train_step(
     """
     config = learner.grpo
     lesson = make_train_batch(learner, state, base, prompts, rollout, scores)
-    flat_B = grpo.flat_groups(scores.reward_BxK)
+    flat_B = grpo.flat_groups(scores.compared)
 
     taught = lesson.weight_BxKxT > 0
 
@@ -196,14 +196,16 @@ def make_train_batch(
         mask &= scores.ended_BxK[..., None]
     counted_B = jnp.ones(mask.shape[0], bool)
     if config.drop_flat_groups:
-        counted_B = ~grpo.flat_groups(scores.reward_BxK)
+        counted_B = ~grpo.flat_groups(scores.compared)
     lesson = TrainBatch(
         prompts=prompts,
         tokens_BxKxT=rollout.tokens_BxKxT,
         mask_BxKxT=mask,
         weight_BxKxT=grpo.token_weights(mask, counted_B, config.aggregation, config.max_tokens),
         old_BxKxT=rollout.logprobs_BxKxT,
-        advantage_BxK=grpo.advantages(scores.reward_BxK, config.advantage_scale, config.baseline),
+        advantage_BxK=grpo.advantages(
+            scores.reward_BxK, config.advantage_scale, config.baseline, scores.relative_BxK
+        ),
     )
     if not config.kl_weight:
         return lesson

@@ -37,6 +37,24 @@ def reciprocal(rank: jax.Array) -> jax.Array:
     return 1 / rank.astype(jnp.float32)
 
 
+def linear_gain(rank: jax.Array, other: jax.Array, size: int, normalised: bool = True) -> jax.Array:
+    """`linear` of `rank` less that of `other`: 0 only for equal ranks, in a corpus of any size."""
+    gain = (other - rank).astype(jnp.float32)
+    return gain / max(1, size - 1) if normalised else gain
+
+
+def log_gain(rank: jax.Array, other: jax.Array, size: int) -> jax.Array:
+    """`log` of `rank` less that of `other`: 0 only for equal ranks."""
+    worse = (rank - other).astype(jnp.float32) / other.astype(jnp.float32)
+    return -jnp.log1p(worse) / jnp.log(max(2, size))
+
+
+def reciprocal_gain(rank: jax.Array, other: jax.Array) -> jax.Array:
+    """`reciprocal` of `rank` less that of `other`: 0 only for equal ranks."""
+    gain = (other - rank).astype(jnp.float32)
+    return gain / rank.astype(jnp.float32) / other.astype(jnp.float32)
+
+
 def ndcg(rank_P: jax.Array, k: int) -> jax.Array:
     """nDCG@k of all targets, 0 to 1 (Järvelin and Kekäläinen, 2002)."""
     place_P = _places(rank_P)

@@ -73,17 +73,21 @@ def score_rewrites(
     stops = (rollout.tokens_BxKxT[..., None] == jnp.asarray(scorer.stop_ids)).any(-1)
     ended_BxK = (stops & rollout.mask_BxKxT).any(-1)
     reward_BxK = parts["rank"] + parts["format"]
+    penalty_BxK = jnp.where(ended_BxK, 0.0, config.truncated_penalty)
     if config.truncated_penalty:
-        reward_BxK -= jnp.where(ended_BxK, 0.0, config.truncated_penalty)
+        reward_BxK -= penalty_BxK
+    rank_BxK = rewards.best_rank(ranks.rank_QxP)
+    flat_parts_BxK = parts["format"] - penalty_BxK
     scores = Scores(
         reward_BxK=reward_BxK,
         shaped_BxK=shaped_BxK,
         rank_part_BxK=parts["rank"],
         format_part_BxK=parts["format"],
-        rank_BxK=rewards.best_rank(ranks.rank_QxP),
+        rank_BxK=rank_BxK,
         similarity_BxK=rewards.similarity(ranks.rank_QxP, ranks.similarity_QxP),
         well_formed_BxK=rewrites.well_formed_BxK,
         ended_BxK=ended_BxK,
+        relative_BxK=relative_rewards(scorer, shaped_BxK, rank_BxK, rewrites, flat_parts_BxK),
     )
     return jax.lax.with_sharding_constraint(scores, sharding.logical(scorer.mesh, "batch"))
 
@@ -137,6 +141,40 @@ def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> 
         case "improvement":
             return rewards.improvement(rank_BxK, raw_rank_B[:, None])
     raise ValueError(f"unknown reward shape {config.reward_shape!r}")
+
+
+def relative_rewards(
+    scorer: Scorer, shaped_BxK, rank_BxK, rewrites: Rewrites, flat_parts_BxK
+) -> jax.Array:
+    """Rewards less that of the best-ranked rewrite of the group: float32 `[B, K]`.
+
+    A rank in a corpus of 16 million items is worth 6e-8, less than a reward near 1 can hold. The
+    difference of two ranks is taken as integers.
+
+    Args:
+      flat_parts_BxK: the parts of the reward that do not come from ranks.
+    """
+    config, size = scorer.reward, scorer.corpus_size
+    gated = config.format_rule == "gate"
+    paid_BxK = rewrites.well_formed_BxK if gated else rewrites.has_text_BxK
+    last = jnp.iinfo(jnp.int32).max
+    best_Bx1 = jnp.where(paid_BxK, rank_BxK, last).argmin(axis=1, keepdims=True)
+    of_best = lambda x: jnp.take_along_axis(x, best_Bx1, axis=1)
+    match config.reward_shape:
+        case "linear":
+            gain_BxK = rewards.linear_gain(
+                rank_BxK, of_best(rank_BxK), size, config.reward_normalised
+            )
+        case "log":
+            gain_BxK = rewards.log_gain(rank_BxK, of_best(rank_BxK), size)
+        case "reciprocal":
+            gain_BxK = rewards.reciprocal_gain(rank_BxK, of_best(rank_BxK))
+        case _:
+            gain_BxK = shaped_BxK - of_best(shaped_BxK)
+    # Unpaid rewrites lack all that the best one is paid; where none is paid, nobody lacks anything.
+    lacking_Bx1 = jnp.where(of_best(paid_BxK), -of_best(shaped_BxK), 0.0)
+    gain_BxK = config.reward_weight * jnp.where(paid_BxK, gain_BxK, lacking_Bx1)
+    return gain_BxK + (flat_parts_BxK - of_best(flat_parts_BxK))
 
 
 def summary(scores: Scores) -> dict[str, jax.Array]:

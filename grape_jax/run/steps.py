@@ -207,7 +207,7 @@ def raw_ranks(context: Context, queries: Sequence[Query]) -> jax.Array | None:
 
 def flat_groups(mesh: Mesh, ranked: RankedRollout) -> np.ndarray:
     """Which groups have no variance in their rewards: bool `[B]`, on the host."""
-    return np.asarray(grpo.flat_groups(sharding.replicated_to_host(mesh, ranked.scores.reward_BxK)))
+    return np.asarray(grpo.flat_groups(sharding.replicated_to_host(mesh, ranked.scores.compared)))
 
 
 def refill(mesh: Mesh, ranked: RankedRollout, more: RankedRollout) -> tuple[RankedRollout, int]:

@@ -187,6 +187,38 @@ def test_a_subset_is_ranked_like_a_corpus_of_its_own():
             assert got[q, p] == wanted
 
 
+@pytest.mark.parametrize("off", [-1e-5, 1e-5])
+@pytest.mark.parametrize("size", [1500, 9000])  # one tile, and several
+def test_no_target_counts_ahead_of_itself_whatever_the_backend_rounds(monkeypatch, size, off):
+    """A backend whose products depend on their shape: a gathered row against the same in the walk.
+
+    All items are far apart but the targets, which are copies: a rank could only move by a target.
+    """
+    rng = np.random.default_rng(size)
+    corpus = np.zeros((size, 4), np.float32)
+    corpus[:, 0] = np.linspace(0.2, 1, size)[rng.permutation(size)]
+    targets = rng.permutation(size)[:210].reshape(70, 3)
+    targets[::2, 2] = targets[::2, 0]  # the same one twice
+    targets[::3, 1] = -1
+    for row in targets:
+        corpus[row[row >= 0]] = corpus[row[0]]
+    emb = np.zeros((70, 4), np.float32)
+    emb[:, 0] = 1
+    exact = ranking._similarities
+
+    def rounded(query, block):
+        gathered = len(block.rows_NxE) == ranking.ROW_UNIT
+        return exact(query, block) + (off if gathered else 0)
+
+    monkeypatch.setattr(ranking, "_similarities", rounded)
+    ranking.target_ranks.clear_cache()
+    got = rank(emb, corpus, targets)
+    ranking.target_ranks.clear_cache()
+    scores = emb @ corpus.T
+    for q, p in np.argwhere(targets >= 0):
+        assert got.rank_QxP[q, p] == naive_rank(scores[q], targets[q, p], {*targets[q]})
+
+
 # The same bits, however they are computed.
 
 
@@ -271,6 +303,23 @@ def test_two_processes_give_the_same_ranks():
     wanted = rank(emb, corpus, np.arange(5)[:, None] * 170).rank_QxP[:, 0].tolist()
     for out, err in said:
         assert out.splitlines()[-1:] == [f"4 {wanted}"], err[-2000:]  # gloo talks, too
+
+
+@pytest.mark.skipif(xla_flags.AS_USERS in os.environ, reason="is what this test runs")
+def test_ranks_hold_at_the_compiler_settings_that_users_get():
+    """The tests above once more, without the flags that make the tests' programs quick to compile.
+
+    What LLVM vectorises and reassociates decides the last bits of a sum.
+    """
+    chosen = "argsort or itself or depend or share or processes or stand or excluded or subset"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_XDIST_WORKER")}
+        | {xla_flags.AS_USERS: "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 19, done.stdout
 
 
 def test_log_partition_is_over_the_real_items():

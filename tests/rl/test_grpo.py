@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grape_jax.rl import grpo, optimizer, rewards
+from grape_jax.rl import grpo, optimizer, rewards, scoring
+from grape_jax.types import Rewrites
 
 CONFIG = grpo.GrpoConfig(
     aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
@@ -46,6 +47,51 @@ def test_large_rewards_that_are_all_the_same_have_no_advantage():
     assert grpo.flat_groups(reward).all()
     for scale in grpo.ADVANTAGE_SCALES:
         assert not grpo.advantages(reward, scale).any()
+
+
+ITEMS = 16_000_000
+
+
+def relative(shape, ranks, well_formed=None, weight=0.3, normalised=True):
+    """What rewrites of these ranks are compared by, in a corpus of 16 million items."""
+    rank_BxK = jnp.asarray(ranks, jnp.int32)
+    reward = scoring.RewardConfig(shape, normalised, 10, 0.01, weight, 0.1, "gate", -0.1, 0.0)
+    scorer = scoring.Scorer(reward, None, ITEMS, (), None)
+    formed = jnp.ones(rank_BxK.shape, bool) if well_formed is None else jnp.asarray(well_formed)
+    shaped = {
+        "linear": lambda r: rewards.linear(r, ITEMS, normalised),
+        "log": lambda r: rewards.log(r, ITEMS),
+        "reciprocal": rewards.reciprocal,
+    }[shape](rank_BxK)
+    format_BxK = jnp.where(formed, 0.1, -0.1)
+    rewrites = Rewrites(None, None, formed, formed)
+    return scoring.relative_rewards(scorer, shaped, rank_BxK, rewrites, format_BxK)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("shape", ["linear", "log", "reciprocal"])
+def test_one_rank_of_sixteen_million_teaches(shape, normalised):
+    """At either end of the corpus; in float32 the rewards themselves are equal."""
+    ranks = [[1, 1, 1, 2], [ITEMS, ITEMS - 1, ITEMS, ITEMS], [7_000_001, 7_000_000, 7_000_001, 9]]
+    compared = relative(shape, ranks, normalised=normalised)
+    assert not grpo.flat_groups(compared).any()
+    got = grpo.advantages(compared + 1, "group", relative_BxK=compared)
+    assert (np.abs(got).max(axis=1) >= 0.5).all()  # not damped away
+    np.testing.assert_array_equal(got.argmax(axis=1), [0, 1, 3])
+    assert got[0, 3] < 0 and got[1, 1] > 0
+    same = relative(shape, [[5, 5, 5, 5], [ITEMS] * 4], normalised=normalised)
+    assert grpo.flat_groups(same).all() and not grpo.advantages(same).any()
+
+
+def test_what_is_compared_differs_as_the_rewards_do():
+    ranks, formed = [[3, 900, 40, 3]], [[True, True, False, False]]
+    for weight in (0.3, 1.0):
+        compared = relative("linear", ranks, formed, weight)
+        shaped = rewards.linear(jnp.asarray(ranks), ITEMS)
+        reward = jnp.where(jnp.asarray(formed), weight * shaped + 0.1, -0.1)
+        close(compared - compared[:, :1], reward - reward[:, :1])
+    nobody = relative("linear", ranks, [[False] * 4])
+    assert grpo.flat_groups(nobody).all()
 
 
 @pytest.mark.parametrize("estimator", grpo.KL_ESTIMATORS)

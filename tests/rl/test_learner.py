@@ -382,7 +382,8 @@ def test_what_is_masked_or_dropped_weighs_nothing(world, scores):
     prompts, rollout, *_, base = world
     np.testing.assert_array_equal(scores.ended_BxK[:, 0], True)
     assert not scores.ended_BxK[:4, 1:].any() and scores.ended_BxK[4:].all()
-    scores = scores.replace(reward_BxK=np.where(np.arange(B)[:, None] == 6, 0.5, scores.reward_BxK))
+    reward_BxK = np.where(np.arange(B)[:, None] == 6, 0.5, scores.reward_BxK)
+    scores = scores.replace(reward_BxK=reward_BxK, relative_BxK=None)
 
     def weights(**options):
         made = make(kl_weight=0.0, **options)

@@ -327,7 +327,9 @@ def test_groups_without_variance_make_way_for_others():
             answers=[[(f"answer {row}", True, "", 1)] for row in rows_Bx1[:, 0]],
             prompts=Prompts(*(np.repeat(x, length, axis=1) for x in (rows_Bx1, rows_Bx1 > 0))),
             rollout=Rollout(own[..., None], own[..., None] > 0, own[..., None] * 0.5),
-            scores=Scores(**dict.fromkeys(names, own) | {"reward_BxK": reward_BxK}),
+            scores=Scores(
+                **dict.fromkeys(names, own) | {"reward_BxK": reward_BxK, "relative_BxK": reward_BxK}
+            ),
         )
 
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
