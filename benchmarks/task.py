@@ -56,6 +56,7 @@ def write(order: dict) -> None:
     files.replace(directory / "tests.json", json.dumps(tests, ensure_ascii=False))
     resolved = json.loads(config.to_json_best_effort())
     resolved["policy"]["path"] = str(policy.resolve())
+    resolved["retriever"]["text_length"] = run.retriever.text_length
     resolved["retriever"]["path"] = config.retriever.path or str(SHIPPED)
     files.replace(directory / "config.json", json.dumps(resolved, indent=1))
     # Last: it says that the rest is whole.

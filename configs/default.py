@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
     config.retriever = ConfigDict()
     config.retriever.path = ""  # CLIP or SigLIP: a directory or hub id; "": the one shipped here
     config.retriever.corpus_dtype = "float32"  # of the index; "bfloat16" or "int8" are smaller
-    config.retriever.text_length = 16  # retriever tokens of a rewrite; longer ones are cut
+    # Tokens that the retriever reads of queries and rewrites, everywhere; 0: its whole context.
+    config.retriever.text_length = 0
 
     config.prompt = ConfigDict()
     config.prompt.system = ConfigDict()  # the system turn of each shift

@@ -5,7 +5,7 @@
 
 `grape_jax/data/local.py` says what the files hold. The retriever that is shipped knows drawings of
 emoji; for photographs name yours, and how much of a rewrite it shall read:
---config.retriever.path=openai/clip-vit-base-patch32 --config.retriever.text_length=32. The policy
+--config.retriever.path=openai/clip-vit-base-patch32. The policy
 that is shipped reads English; --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct reads more languages.
 
 The settings are ours, for a log of queries and the pictures that were chosen, without any

@@ -28,7 +28,6 @@ def get_config():
     config.mesh.fsdp = -1
     config.mesh.tensor = 4  # its key and value heads
     config.retriever.path = "openai/clip-vit-large-patch14"
-    config.retriever.text_length = 77
     config.prompt.format = "answer"
     config.prompt.user = "{query}\nAnswer with <answer>your English search text</answer> only."
     config.prompt.max_tokens = 256

@@ -1,4 +1,4 @@
-"""The values that travel between rooms. One field a line: dtype, shape, meaning.
+"""The values that travel between modules. One field a line: dtype, shape, meaning.
 
 B prompts, K rewrites of one prompt, S prompt length, T completion length, L retriever text length,
 P targets of a query, Q rewrites in a row (B x K), N corpus items, E embedding width.
@@ -6,6 +6,8 @@ P targets of a query, Q rewrites in a row (B x K), N corpus items, E embedding w
 
 import flax.struct
 import jax
+
+NO_RANK = 2**31 - 1  # the rank of a padded target: beyond every cutoff, so never a hit
 
 
 @flax.struct.dataclass
@@ -72,6 +74,6 @@ class Index:
 class Ranks:
     """Where the targets of each rewrite stand in the whole corpus."""
 
-    rank_QxP: jax.Array  # int32, 1 is best, 0 where the target is padding
+    rank_QxP: jax.Array  # int32, 1 is best, NO_RANK where the target is padding
     similarity_QxP: jax.Array  # float32, rewrite against target
     log_partition_Q: jax.Array  # float32, log-sum-exp over the corpus of similarity / temperature

@@ -1,10 +1,9 @@
 """Retrieval metrics from ranks: arrays in, numbers out.
 
-`ranks` are int [n], or [n, P] where a query has several right items and 0 is padding; 1 is best,
-and every item that stands ahead counts, other right ones too (`among_all` makes such ranks of those
-of `ranking.py`). Each metric gives one value a query, the same that trec_eval gives; their mean is
-what a table shows. Uncertainty comes from resampling clusters: queries with the same right item are
-drawn together or not at all.
+`ranks` are int [n], or [n, P] if a query has several right items, padded with `NO_RANK`. 1 is best,
+and all items ahead count, other right ones too (`among_all` converts the ranks of `ranking.py`).
+Each metric gives one value a query, equal to trec_eval's; tables show their mean. Uncertainty comes
+from resampling clusters: queries with the same right item are drawn together or not at all.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from grape_jax.runtime.errors import UserError
+from grape_jax.types import NO_RANK
 
 CONFIDENCE = 95  # per cent, of every interval here
 CELLS_A_BLOCK = 4_000_000  # at most this many cluster indices are drawn at once
@@ -37,16 +37,14 @@ def among_all(rank_QxP: np.ndarray) -> np.ndarray:
     The i-th best of a query's targets has the other i - 1 ahead of it.
 
     Args:
-      rank_QxP: int, as in `types.Ranks`; 0 is padding.
+      rank_QxP: int, as in `types.Ranks`; `NO_RANK` is padding.
 
     Returns:
       int [Q, P], each row's ranks in rising order, the padding behind them.
     """
     rank_QxP = np.asarray(rank_QxP, np.int64)
-    last = np.where(rank_QxP > 0, rank_QxP, np.iinfo(np.int32).max)
-    rising = np.sort(last, axis=1) + np.arange(rank_QxP.shape[1])
-    real = np.arange(rank_QxP.shape[1]) < (rank_QxP > 0).sum(axis=1, keepdims=True)
-    return np.where(real, rising, 0)
+    rising = np.sort(rank_QxP, axis=1)
+    return np.where(rising < NO_RANK, rising + np.arange(rank_QxP.shape[1]), NO_RANK)
 
 
 def hits_at(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -57,8 +55,7 @@ def hits_at(ranks: np.ndarray, k: int) -> np.ndarray:
 def recalls_at(ranks: np.ndarray, k: int) -> np.ndarray:
     """float64 [n], the share of a query's right items that is among the best `k`."""
     ranks = _checked(ranks)
-    real = ranks > 0
-    return ((ranks <= _cutoff(k)) & real).sum(axis=1) / real.sum(axis=1)
+    return (ranks <= _cutoff(k)).sum(axis=1) / (ranks < NO_RANK).sum(axis=1)
 
 
 def reciprocal_ranks(ranks: np.ndarray) -> np.ndarray:
@@ -73,16 +70,14 @@ def gains_at(ranks: np.ndarray, k: int) -> np.ndarray:
     them at the top (Järvelin and Kekäläinen, 2002).
     """
     ranks = _checked(ranks)
-    counts = (ranks > 0) & (ranks <= _cutoff(k))
-    found = np.where(counts, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0).sum(axis=1)
+    found = np.where(ranks <= _cutoff(k), 1.0 / np.log2(1.0 + ranks), 0.0).sum(axis=1)
     ideal = np.cumsum(1.0 / np.log2(2.0 + np.arange(min(k, ranks.shape[1]))))
-    return found / ideal[np.minimum((ranks > 0).sum(axis=1), k) - 1]
+    return found / ideal[np.minimum((ranks < NO_RANK).sum(axis=1), k) - 1]
 
 
 def best(ranks: np.ndarray) -> np.ndarray:
     """int [n], the rank of each query's best right item."""
-    ranks = _checked(ranks)
-    return np.where(ranks > 0, ranks, np.iinfo(ranks.dtype).max).min(axis=1)
+    return _checked(ranks).min(axis=1)
 
 
 def clustered_bootstrap(
@@ -181,7 +176,7 @@ def _checked(ranks: np.ndarray) -> np.ndarray:
     ranks = ranks[:, None] if ranks.ndim == 1 else ranks
     if ranks.ndim != 2 or ranks.size == 0:
         raise UserError("There are no ranks to score: give at least one query.")
-    if (ranks < 0).any() or (ranks.max(axis=1) < 1).any():
+    if (ranks < 1).any() or (ranks.min(axis=1) >= NO_RANK).any():
         raise UserError(
             "A rank counts from 1, the best, and a query has one at the least: leave out queries "
             "whose right items are not known."

@@ -9,6 +9,7 @@ from PIL import Image
 
 from grape_jax.reporting import metrics
 from grape_jax.runtime.errors import UserError
+from grape_jax.types import NO_RANK
 
 RAW, UNTRAINED, WARM_UP, GRPO = "raw query", "untrained", "warm-up", "GRPO"
 HYDE, MULTI_QUERY = "HyDE", "multi-query"
@@ -60,7 +61,7 @@ class Answers:
     method: str  # one of METHODS
     decoding: str  # "" (nothing decoded, or several samples), "greedy" or "sampled"
     texts: tuple[str, ...]  # [n], what was searched with; of several texts, one after the other
-    ranks: np.ndarray  # int [n, P], each right item's rank among all, 1 is best, 0 is padding
+    ranks: np.ndarray  # int [n, P], each right item's rank among all, 1 is best, NO_RANK is padding
     nearest: np.ndarray  # int [n, 5], corpus rows of the five nearest, best first, -1 is padding
     subset_ranks: np.ndarray | None = None  # int [n, P], among the query's subset
 
@@ -275,7 +276,7 @@ def _mean_of_parts(parts: list[dict]) -> list[dict]:
 
 def _record(test_set: TestSet, index: int) -> dict:
     query = test_set.queries[index]
-    ranks = lambda answers: [int(rank) for rank in answers.ranks[index] if rank]
+    ranks = lambda answers: [int(rank) for rank in answers.ranks[index] if rank < NO_RANK]
     return {
         "id": query.id,
         "query": query.text,

@@ -42,7 +42,7 @@ def embed_bank(retriever: Retriever, captions: Sequence[str], cache_dir: str | P
     missing = bank_CxE is None
     # Processes embed together, also what one alone does not find on its disk.
     if processes.any_of(missing):
-        bank_CxE = retriever.embed_texts(captions)
+        bank_CxE = retriever.embed_texts(captions, retriever.context)
         processes.main_process_first(lambda: _keep(path, bank_CxE) if missing else None)
     return bank_CxE
 

@@ -62,14 +62,19 @@ class Retriever:
     fingerprint: str  # of everything that an embedding depends on, hexadecimal
     cut_texts: CutTexts
     mesh: Mesh | None = None  # over which the weights are split; None: they are whole
+    text_length: int | None = None  # tokens read of a query or rewrite; None: the context
 
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+    def embed_texts(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
         """Texts into the shared space: float32 [n, E] of unit length.
 
-        A text that is longer than the context is cut before its end token, and counted.
+        A longer text is truncated before its end token, and counted.
+
+        Args:
+          length: tokens read of a text; None: `text_length`, the same that training reads of a
+            rewrite. Items of a corpus are read with the whole context.
         """
         emb_NxE = np.zeros((len(texts), self.config.projection), np.float32)
-        tokens_NxL, mask_NxL = tokenize(self, texts)
+        tokens_NxL, mask_NxL = tokenize(self, texts, length)
         padded_N = _padded_lengths(self, mask_NxL.sum(axis=1))
         for length in np.unique(padded_N):
             rows = np.flatnonzero(padded_N == length)
@@ -166,13 +171,13 @@ def tokenize(
     """Token ids of texts, overlong ones cut before their end token, as transformers cuts them.
 
     Args:
-      length: L, one of `text_lengths`; None: the context of the model.
+      length: L, one of `text_lengths`; None: the retriever's `text_length`, or its context.
 
     Returns:
       tokens int32 [N, L], padded as the tokenizer pads, and mask bool [N, L].
     """
     fitting = text_lengths(retriever)
-    length = retriever.context if length is None else length
+    length = length or retriever.text_length or retriever.context
     if length not in fitting:
         raise UserError(
             f"a text length of {length} does not fit the retriever: give {said(fitting)}."
@@ -239,7 +244,9 @@ def check_given(
     if not items:
         return
     texts = isinstance(items[0], str)
-    again_NxE = retriever.embed_texts(items) if texts else retriever.embed_images(items)
+    again_NxE = (
+        retriever.embed_texts(items, retriever.context) if texts else retriever.embed_images(items)
+    )
     cosine_N = (again_NxE * given_NxE).sum(axis=1) / np.linalg.norm(given_NxE, axis=1)
     if np.median(cosine_N) < SAME_MODEL:
         raise UserError(
@@ -388,7 +395,7 @@ def image_batches(
 def text_batches(
     retriever: Retriever, texts: Sequence[str], rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    yield retriever.embed_texts([texts[row] for row in rows])
+    yield retriever.embed_texts([texts[row] for row in rows], retriever.context)
 
 
 def digest_of(parts) -> str:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from grape_jax.types import NO_RANK
+
 RRF_K = 60  # Cormack, Clarke and Büttcher (2009): what keeps one list's top from deciding alone
 
 
@@ -55,7 +57,7 @@ def ranks_in(
       excluded: a row that leaves the corpus, which the list does not hold; -1 is none.
 
     Returns:
-      int [P], 1 is best, 0 where the target is padding.
+      int [P], 1 is best, `NO_RANK` where the target is padding.
     """
     listed = list_D[list_D >= 0]
     competes = np.ones(len(listed), bool) if among is None else np.isin(listed, among)
@@ -64,7 +66,7 @@ def ranks_in(
 
     def rank(target: int) -> int:
         if target < 0:
-            return 0
+            return NO_RANK
         (place,) = np.nonzero(listed == target)
         if len(place):
             return 1 + int(ahead_in_list[place[0]])

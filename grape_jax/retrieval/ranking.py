@@ -31,7 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.sharding import MESH_AXES, logical
-from grape_jax.types import Index, Ranks
+from grape_jax.types import NO_RANK, Index, Ranks
 
 CORPUS_DTYPES = ("float32", "bfloat16", "int8")
 QUERY_TILE = 64
@@ -180,7 +180,7 @@ def subset_ranks(
         among them and repeated rows make no difference.
 
     Returns:
-      int32 `[Q, P]`, 1 is best, 0 where the target is padding.
+      int32 `[Q, P]`, 1 is best, `NO_RANK` where the target is padding.
     """
     return _over_shards(_rank_in_subset, mesh, index, emb_QxE, targets_QxP, subset_QxX)
 
@@ -286,7 +286,7 @@ def _walk_shard(queries: _Queries, shard: Index, first_row, size: int, temperatu
     highest_TxQ = jax.lax.pmax(top_TxQ, MESH_AXES)
     scaled_TxQ = total_TxQ * jnp.exp((top_TxQ - highest_TxQ) / temperature)
     return Ranks(
-        rank_QxP=jnp.where(queries.targets_TxPxQ >= 0, ahead_TxPxQ + 1, 0),
+        rank_QxP=jnp.where(queries.targets_TxPxQ >= 0, ahead_TxPxQ + 1, NO_RANK),
         similarity_QxP=own_TxPxQ,
         log_partition_Q=jnp.log(jax.lax.psum(scaled_TxQ, MESH_AXES)) + highest_TxQ / temperature,
     )
@@ -337,7 +337,7 @@ def _rank_in_subset(queries: _Queries, shard: Index, first_row):
     is_target = (subset[:, :, None] == targets[:, None]).any(2)
     counted = (subset >= 0) & ~_repeats(subset) & ~is_target
     ahead = _ahead_among(scores_TxXxQ, subset, counted, own_TxPxQ, targets)
-    return jnp.where(targets >= 0, ahead + 1, 0)
+    return jnp.where(targets >= 0, ahead + 1, NO_RANK)
 
 
 def _ahead_among(scores_TxXxQ, rows_TxXxQ, counted_TxXxQ, own_TxPxQ, targets_TxPxQ):

@@ -7,6 +7,8 @@ their best rank, where nothing else is said.
 import jax
 import jax.numpy as jnp
 
+from grape_jax.types import NO_RANK
+
 SHAPES = (
     *("linear", "log", "reciprocal", "ndcg", "recall", "rank_incentive"),
     *("similarity", "contrastive", "improvement"),
@@ -15,8 +17,8 @@ FORMAT_RULES = ("gate", "sum")
 
 
 def best_rank(rank_P: jax.Array) -> jax.Array:
-    """The best of the last axis's ranks; the largest int32 where all are padding (0)."""
-    return jnp.where(rank_P > 0, rank_P, jnp.iinfo(jnp.int32).max).min(axis=-1)
+    """The best rank along the last axis; `NO_RANK` if all are padding."""
+    return rank_P.min(axis=-1)
 
 
 def linear(rank: jax.Array, size: int, normalised: bool = True) -> jax.Array:
@@ -61,13 +63,13 @@ def ndcg(rank_P: jax.Array, k: int) -> jax.Array:
     gained = jnp.where(place_P <= k, 1 / jnp.log2(1.0 + place_P), 0).sum(-1)
     P = rank_P.shape[-1]
     discount_P = jnp.where(jnp.arange(P) < k, 1 / jnp.log2(2.0 + jnp.arange(P)), 0)
-    possible_P = jnp.arange(P) < (rank_P > 0).sum(-1, keepdims=True)
+    possible_P = jnp.arange(P) < (rank_P < NO_RANK).sum(-1, keepdims=True)
     return gained / jnp.maximum((discount_P * possible_P).sum(-1), discount_P[0])
 
 
 def recall(rank_P: jax.Array, k: int) -> jax.Array:
     """The share of all targets among the best `k`, 0 to 1."""
-    return (_places(rank_P) <= k).sum(-1) / jnp.maximum((rank_P > 0).sum(-1), 1)
+    return (_places(rank_P) <= k).sum(-1) / jnp.maximum((rank_P < NO_RANK).sum(-1), 1)
 
 
 def rank_incentive(rank: jax.Array) -> jax.Array:
@@ -82,14 +84,14 @@ def rank_incentive(rank: jax.Array) -> jax.Array:
 
 def similarity(rank_P: jax.Array, similarity_P: jax.Array) -> jax.Array:
     """The similarity to the nearest target: the baseline that inflates."""
-    return jnp.where(rank_P > 0, similarity_P, -jnp.inf).max(-1)
+    return jnp.where(rank_P < NO_RANK, similarity_P, -jnp.inf).max(-1)
 
 
 def contrastive(
     rank_P: jax.Array, similarity_P: jax.Array, log_partition: jax.Array, temperature: float
 ) -> jax.Array:
     """The log-probability of the targets among all items of the corpus, 0 at best."""
-    scores_P = jnp.where(rank_P > 0, similarity_P / temperature, -jnp.inf)
+    scores_P = jnp.where(rank_P < NO_RANK, similarity_P / temperature, -jnp.inf)
     return jax.nn.logsumexp(scores_P, axis=-1) - log_partition
 
 
@@ -136,6 +138,6 @@ def parts(
 
 
 def _places(rank_P: jax.Array) -> jax.Array:
-    """Where the targets stand in one list together: a rank leaves the other targets out."""
-    sorted_P = jnp.sort(jnp.where(rank_P > 0, rank_P, jnp.iinfo(jnp.int32).max // 2), axis=-1)
-    return sorted_P + jnp.arange(rank_P.shape[-1])
+    """Positions of the targets in one list together: a rank leaves the other targets out."""
+    sorted_P = jnp.sort(rank_P, axis=-1)
+    return jnp.where(sorted_P < NO_RANK, sorted_P + jnp.arange(rank_P.shape[-1]), NO_RANK)

@@ -149,7 +149,10 @@ def _load(
     config: ConfigDict, opened: OpenedPolicy, lengths: Sequence[int], queries: Queries, mesh: Mesh
 ) -> Context:
     model = policy.load(config, opened, lengths, mesh)
-    retriever = encoder.place(encoder.load(config.retriever.path or None), mesh)
+    found = encoder.load(config.retriever.path or None)
+    # Training, evaluation and the raw query's rank read the same number of tokens.
+    length = config.retriever.text_length or found.context
+    retriever = encoder.place(dataclasses.replace(found, text_length=length), mesh)
     galleries = Galleries(config, retriever, mesh)
     captions = PictureCaptions(config, retriever, galleries, queries)
     return Context(config, mesh, model, retriever, galleries, queries, captions)
@@ -179,7 +182,7 @@ def _check_retriever(config: ConfigDict, retriever: Retriever) -> None:
             "pictures: name a CLIP or SigLIP."
         )
     lengths = encoder.text_lengths(retriever)
-    if config.retriever.text_length not in lengths:
+    if retriever.text_length not in lengths:
         raise UserError(
             f"retriever.text_length must be {encoder.said(lengths)}, the lengths that the "
             "retriever reads."

@@ -277,6 +277,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     )
     B, K, S = config.grpo.batch_size, config.grpo.group_size, config.prompt.max_tokens
     T, L = config.rollout.max_tokens, config.retriever.text_length
+    L = L or shapes.scorer.retriever.context
     prompts = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool))
     rewrites = Rewrites(
         tokens_BxKxL=in_batch(B, K, L),

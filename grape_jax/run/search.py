@@ -83,7 +83,7 @@ def search_fused(
 def target_ranks(
     gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], targets_QxP: np.ndarray
 ) -> np.ndarray:
-    """The rank of every target, int `[Q, P]`; `ranking.NO_RANK` where it is padding.
+    """The rank of every target, int `[Q, P]`; `NO_RANK` where it is padding.
 
     Args:
       emb_QxE: one embedding a query.
@@ -101,9 +101,8 @@ def target_ranks(
 def best_ranks(
     gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], targets_QxP: np.ndarray
 ) -> np.ndarray:
-    """The best rank of any target, int `[Q]`; `ranking.NO_RANK` where the truth is withheld."""
-    rank_QxP = target_ranks(gallery, emb_QxE, queries, targets_QxP)
-    return np.where(rank_QxP > 0, rank_QxP, np.iinfo(rank_QxP.dtype).max).min(axis=1)
+    """The best rank of any target, int `[Q]`; `NO_RANK` where the truth is withheld."""
+    return target_ranks(gallery, emb_QxE, queries, targets_QxP).min(axis=1)
 
 
 def nearest(

@@ -171,7 +171,7 @@ def rollout_and_score(
     # The host hop: completions to texts, texts to the retriever's tokens.
     tokens, mask = sharding.local_to_host(mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(policy, tokens, mask)
-    rewrites = retriever_tokens(context.retriever, answers, config.retriever.text_length)
+    rewrites = retriever_tokens(context.retriever, answers)
     scores = score_rewrites(  # jit
         context.scorer(),
         context.retriever.params,
@@ -185,10 +185,10 @@ def rollout_and_score(
     return RankedRollout(batch, answers, prompts, rollout, scores)
 
 
-def retriever_tokens(retriever: Retriever, answers: list[list[Answer]], length: int) -> Rewrites:
+def retriever_tokens(retriever: Retriever, answers: list[list[Answer]]) -> Rewrites:
     """The rewrites in parsed answers, as token ids of the retriever (numpy)."""
     texts = [answer.text for group in answers for answer in group]
-    tokens_QxL, mask_QxL = tokenize(retriever, texts, length)
+    tokens_QxL, mask_QxL = tokenize(retriever, texts)
     B, K = len(answers), len(answers[0])
     return Rewrites(
         tokens_BxKxL=tokens_QxL.reshape(B, K, -1),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grape_jax.reporting import metrics
 from grape_jax.runtime.errors import UserError
+from grape_jax.types import NO_RANK
 
 
 def _ranks(n=200, top=60, seed=0):
@@ -19,7 +20,7 @@ def _ranks(n=200, top=60, seed=0):
 def _several(n=200, size=60, seed=0):
     """[n, 4] ranks among all, in rising order, of one to four targets each."""
     generator = np.random.default_rng(seed)
-    ranks = np.zeros((n, 4), int)
+    ranks = np.full((n, 4), NO_RANK)
     for row in ranks:
         count = generator.integers(1, 5)
         row[:count] = np.sort(generator.choice(np.arange(1, size + 1), count, replace=False))
@@ -29,7 +30,7 @@ def _several(n=200, size=60, seed=0):
 @pytest.mark.parametrize("ranks", [_ranks()[:, None], _several()], ids=["one", "several"])
 @pytest.mark.parametrize("k", [1, 2, 5, 10, 50])
 def test_metrics_match_ir_measures(k, ranks):
-    qrels = [ir.Qrel(str(i), f"d{r}", 1) for i, row in enumerate(ranks) for r in row if r]
+    qrels = [ir.Qrel(str(i), f"d{r}", 1) for i, row in enumerate(ranks) for r in row if r < NO_RANK]
     run = [
         ir.ScoredDoc(str(i), f"d{position}", -float(position))
         for i in range(len(ranks))
@@ -52,7 +53,7 @@ def test_metrics_match_numbers_worked_by_hand():
     assert metrics.hits_at(ranks, 10).mean() == 0.75
     assert metrics.reciprocal_ranks(ranks).tolist() == [1, 1 / 3, 1 / 10, 1 / 11]
     assert metrics.gains_at(ranks, 5).tolist() == [1, 1 / 2, 0, 0]
-    two = np.array([[2, 7], [4, 0]])
+    two = np.array([[2, 7], [4, NO_RANK]])
     assert metrics.recalls_at(two, 5).tolist() == [0.5, 1]
     assert metrics.hits_at(two, 5).tolist() == [1, 1]
     assert metrics.best(two).tolist() == [2, 4]
@@ -69,7 +70,7 @@ def test_ranks_among_all_match_a_list_that_is_walked(data):
         1 + sum(item not in targets for item in order[: order.index(target)]) for target in targets
     ]
     wanted = sorted(order.index(target) + 1 for target in targets)
-    padding = [0] * (4 - len(targets))
+    padding = [NO_RANK] * (4 - len(targets))
     dtype = data.draw(st.sampled_from([np.int32, np.int64]))  # the kernel's, and a fusion's
     found = metrics.among_all(np.array([padding + alone], dtype))
     assert found.tolist() == [wanted + padding]
@@ -171,8 +172,8 @@ def test_sign_flips_approach_scipys_exact_test():
     [
         lambda: metrics.recalls_at(np.array([], int), 1),
         lambda: metrics.best([]),
-        lambda: metrics.hits_at([0, 1], 1),  # 0 marks padding: it is not a rank
-        lambda: metrics.gains_at([[2, 3], [0, 0]], 1),  # truth withheld: to be left out
+        lambda: metrics.hits_at([0, 1], 1),  # ranks start at 1
+        lambda: metrics.gains_at([[2, 3], [NO_RANK, NO_RANK]], 1),  # targets withheld
         lambda: metrics.recalls_at([1], 0),
         lambda: metrics.gains_at([1], 0),
         lambda: metrics.clustered_bootstrap(np.zeros((0, 1)), []),

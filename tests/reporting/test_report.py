@@ -287,7 +287,7 @@ def test_queries_whose_truth_is_withheld_count_nowhere(tmp_path):
         for i in range(count):
             queries[i].targets = ()
             for one in answers:
-                one.ranks[i] = 0
+                one.ranks[i] = NO_RANK
         return results.TestSet(whole.name, whole.shift, queries, tuple(answers), NAMES, None)
 
     found = _write(tmp_path, [withheld(QUERIES // 2)])["test_sets"][0]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grape_jax.retrieval import fusion
+from grape_jax.types import NO_RANK
 
 
 def _naive_fusion(lists):
@@ -50,7 +51,7 @@ def test_fusion_and_its_ranks_match_a_dictionary(search):
             1 + sum(r in among and r not in targets for r in whole[: whole.index(target)])
             for target in targets[:-1]
         ]
-        return [*ranks, 0]
+        return [*ranks, NO_RANK]
 
     found = fusion.ranks_in(fused, targets, excluded=excluded)
     assert found.tolist() == walked(range(size))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from grape_jax.retrieval import ranking
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.sharding import make_mesh
-from grape_jax.types import Index
+from grape_jax.types import NO_RANK, Index
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +98,7 @@ def test_equals_a_stable_argsort(seed, shape, dtype, kind):
     for q in range(Q):
         for p, target in enumerate(targets[q]):
             if target < 0:
-                assert got.rank_QxP[q, p] == 0
+                assert got.rank_QxP[q, p] == NO_RANK
             else:
                 left_out = {*targets[q], *excluded[q]}
                 assert got.rank_QxP[q, p] == naive_rank(scores[q], target, left_out)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grape_jax.rl import grpo, optimizer, rewards, scoring
-from grape_jax.types import Rewrites
+from grape_jax.types import NO_RANK, Rewrites
 
 CONFIG = grpo.GrpoConfig(
     aggregation="dapo", advantage_scale="group", baseline="mean", ratio_level="token",
@@ -257,7 +257,7 @@ def test_top_k_rewards_of_several_targets_match_ir_measures():
     """Each rank leaves the other targets out, so places in the list are worked out first."""
     rng = np.random.default_rng(0)
     lists = [np.sort(rng.permutation(30)[: rng.integers(1, 6)]) + 1 for _ in range(40)]  # places
-    ranks = np.zeros((40, 5), np.int32)
+    ranks = np.full((40, 5), NO_RANK, np.int32)
     for row, places in zip(ranks, lists, strict=True):
         row[: len(places)] = places - np.arange(len(places))
         rng.shuffle(row)
@@ -270,7 +270,7 @@ def test_top_k_rewards_of_several_targets_match_ir_measures():
 
 
 def test_similarity_and_contrast_read_the_real_targets_only():
-    rank, scores = jnp.asarray([[0, 7, 3]]), jnp.asarray([[0.9, 0.2, 0.1]])
+    rank, scores = jnp.asarray([[NO_RANK, 7, 3]]), jnp.asarray([[0.9, 0.2, 0.1]])
     close(rewards.similarity(rank, scores), [0.2])
     log_partition = jnp.asarray([np.log(np.exp(2) + np.exp(1) + np.exp(5))])
     wanted = np.log((np.exp(2) + np.exp(1)) / (np.exp(2) + np.exp(1) + np.exp(5)))

@@ -13,6 +13,7 @@ from grape_jax.retrieval import encoder, fusion, ranking
 from grape_jax.run import search
 from grape_jax.run.galleries import Gallery
 from grape_jax.runtime import sharding
+from grape_jax.types import NO_RANK
 
 NAMES = ["cat", "red car", "blue car", "house", "tree", "dog", "face", "sun", "fish", "cat"]
 ITEMS = 1200
@@ -99,7 +100,8 @@ def test_ranks_and_run_files_agree_with_ir_measures(setting, queries, tmp_path):
         assert found.rows_QxD[i, : len(order)].tolist() == order
     assert len(np.unique(similarity[1])) < ITEMS / 2  # ties abound
     withheld = [not query.targets for query in queries]
-    assert (found.ranks_QxP[withheld] == 0).all() and any(withheld)
+    assert (found.ranks_QxP[withheld] == NO_RANK).all() and any(withheld)
+    assert not (found.ranks_QxP[withheld] <= ITEMS).any()  # never a hit
 
 
 def test_fused_lists_agree_with_ir_measures_and_a_dictionary(setting, queries, tmp_path):
