@@ -8,7 +8,7 @@ LoRA, group size, learning rate, weights, prompts, lengths. Other backbones are 
     --config.retriever.path=openai/clip-vit-base-patch32 or openai/clip-vit-base-patch16,
                                                          any CLIP or SigLIP
 
-A retriever with another context needs --config.retriever.text_length too. The mesh is for four
+The mesh is for four
 devices and multiples of four, up to 256; on fewer add --config.mesh.tensor=1. None of these configs
 has been run at this size yet; no result is claimed for them. What they need of a TPU slice:
 

@@ -82,6 +82,7 @@ def _check_data(config: ConfigDict) -> None:
     _one_of("xm3600.captions", config.xm3600.captions, xm3600.CAPTIONS)
     if config.benchmark == "local":
         local.check(config.local)
+    _at_least(0, "retriever", config.retriever, "text_length")
     _one_of("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
 
 

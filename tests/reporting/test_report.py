@@ -10,6 +10,7 @@ from PIL import Image
 
 from grape_jax.reporting import contact_sheet, examples, figures, metrics, report, results
 from grape_jax.runtime.errors import UserError
+from grape_jax.types import NO_RANK
 
 QUERIES = 40
 CORPUS = 50
