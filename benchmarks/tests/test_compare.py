@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 import xla_flags
 from ml_collections import ConfigDict
+
+pytest.importorskip("torch")
+pytest.importorskip("trl")
+
+import torch
 
 from benchmarks import comparison, growth, task
 from benchmarks.comparison import OURS, THEIRS, Run
@@ -25,6 +29,8 @@ from grape_jax.rl import prompts as text
 from grape_jax.run import context
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import UserError
+
+pytestmark = pytest.mark.parity
 
 TEXTS = ["red apple", "a dog", "", "smiling face", "rocket ship to the moon", "tree", "Red apple"]
 
@@ -43,24 +49,25 @@ def gallery(tiny, folder):
     paths = []
     for row in range(0, 300, 3):
         paths.append(folder / f"{row:06d}.png")
-        tiny.gallery("test").image(row).save(paths[-1])
+        tiny.galleries.open("test").image(row).save(paths[-1])
     return reward.load_gallery(str(encoder.SHIPPED), paths, 16)
 
 
 @pytest.mark.parametrize("query", ["rde aple", "smilign fcae", "the {query} itself"])
 def test_prompts_have_the_same_tokens(tiny, query):
     conversation = prompts.turns(tiny.config.prompt.to_dict(), "noisy", query)
-    theirs = tiny.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
-    ours = text.encode_prompts(tiny.tokenizer, tiny.prompts["noisy"], [query])
+    theirs = tiny.policy.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+    ours = text.encode_prompts(tiny.policy.tokenizer, tiny.policy.prompts["noisy"], [query])
     assert ours.tokens_BxS[ours.mask_BxS].tolist() == theirs["input_ids"]
 
 
 @pytest.mark.parametrize("length", [33, 48, 203])
 def test_a_forced_prompt_has_its_length(tiny, length):
-    made = task.text_of_length(tiny.tokenizer, tiny.config.prompt, "noisy", "smilign fcae", length)
-    assert text.longest_prompt(tiny.tokenizer, tiny.prompts["noisy"], [made]) == length
-    with pytest.raises(UserError, match="ask for more"):
-        task.text_of_length(tiny.tokenizer, tiny.config.prompt, "noisy", "smilign fcae", 5)
+    tokenizer, prompt = tiny.policy.tokenizer, tiny.config.prompt
+    made = task.text_of_length(tokenizer, prompt, "noisy", "smilign fcae", length)
+    assert text.longest_prompt(tokenizer, tiny.policy.prompts["noisy"], [made]) == length
+    with pytest.raises(UserError, match="prompt_tokens"):
+        task.text_of_length(tokenizer, prompt, "noisy", "smilign fcae", 5)
 
 
 @pytest.mark.parametrize("output_format", text.FORMATS)
@@ -76,11 +83,11 @@ def test_a_forced_prompt_has_its_length(tiny, length):
     ],
 )
 def test_answers_read_the_same(tiny, output_format, said):
-    ids = tiny.tokenizer(said, add_special_tokens=False)["input_ids"]
-    end = tiny.tokenizer.eos_token_id
+    ids = tiny.policy.tokenizer(said, add_special_tokens=False)["input_ids"]
+    end = tiny.policy.tokenizer.eos_token_id
     for tokens, ended in (([*ids, end], True), (ids, False)):
-        ours = text.read_answer(tiny.tokenizer.decode(ids), ended, output_format)
-        assert prompts.read_completion(tiny.tokenizer, tokens, output_format) == ours
+        ours = text.read_answer(tiny.policy.tokenizer.decode(ids), ended, output_format)
+        assert prompts.read_completion(tiny.policy.tokenizer, tokens, output_format) == ours
 
 
 @pytest.mark.parametrize("shape", rewards.SHAPES)
@@ -94,7 +101,7 @@ def test_rewards_are_ours(tiny, gallery, shape, rule):
     targets = [5, 5, 5, 5, 17, 17, 17, 17]
     theirs = sum(reward.reward_parts(config.to_dict(), gallery, answers, targets, queries))
 
-    bank_NxE = tiny.gallery("test").bank_NxE
+    bank_NxE = tiny.galleries.open("test").bank_NxE
     ours = our_rewards(tiny, bank_NxE[:300:3], config, answers, targets, queries)
     np.testing.assert_allclose(theirs.reshape(2, 4), ours, rtol=1e-5, atol=2e-5)
 
@@ -215,11 +222,11 @@ def test_adapters_start_alike(tiny):
     )
     settings.start_adapter(theirs, seed=0)
     config = dataclasses.replace(
-        tiny.policy, width=256, mlp_width=128, heads=4, kv_heads=2, head_dim=64, layers=2
+        tiny.policy.model, width=256, mlp_width=128, heads=4, kv_heads=2, head_dim=64, layers=2
     )
-    ours = policy.init(config, jax.random.key(0), tiny.lora)["lora"]
+    ours = policy.init(config, jax.random.key(0), tiny.policy.lora)["lora"]
     found = {name: p.detach().numpy() for name, p in theirs.named_parameters() if "lora_" in name}
-    assert len(found) == 2 * 2 * len(tiny.lora.targets)
+    assert len(found) == 2 * 2 * len(tiny.policy.lora.targets)
     for name, matrix in found.items():
         module = name.split("_proj")[0].rsplit(".", 1)[-1]
         leaf = "a" if "lora_A" in name else "b"
@@ -239,7 +246,7 @@ def compare(folder, out, *overrides):
         "policy.path": folder / "tiny.gguf",
         "warm_up.steps": 1,
         "warm_up.batch_size": 4,
-        "prompt.max_tokens": 48,
+        "prompt.max_tokens": 0,  # chosen from the queries
         "rollout.max_tokens": 4,
         "rollout.temperature": 1.0,
         "evaluation.every": 0,
@@ -273,6 +280,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_both_versions_make_one_report(folder, compared):
     report = json.loads((compared / "report.json").read_text())
     assert [(run["version"], run["seed"]) for run in report["runs"]] == [(OURS, 3), (THEIRS, 3)]
@@ -300,6 +308,7 @@ def test_both_versions_make_one_report(folder, compared):
     assert other.returncode == 2 and "another comparison" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch):
     """TRL's rewards and advantages for its own completions, against ours for the same texts."""
     seen = []
@@ -313,7 +322,7 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
     config["grpo"]["format_rule"] = "sum"  # a malformed answer is paid for its rank too
     pictures = sorted((compared / "task" / "gallery").glob("*.png"))
     gallery = reward.load_gallery(config["retriever"]["path"], pictures, 16)
-    bank_NxE = tiny.gallery("test").bank_NxE
+    bank_NxE = tiny.galleries.open("test").bank_NxE
     np.testing.assert_allclose(gallery.rows_NxE, bank_NxE, atol=1e-5)
     trainer = run.make_trainer(
         compared / "task", config, {"forced_tokens": None}, gallery, tmp_path
@@ -379,12 +388,14 @@ def test_the_pytorch_version_imports_nothing_of_ours():
         ("--config.prompt.answer_start=So", "TRL cannot begin an answer"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(folder, override, sentence):
     done = compare(folder, "mistake", override)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "mistake").exists()
 
 
+@pytest.mark.slow
 def test_growth_is_measured_once(folder):
     """Steps whose completions do not have the asked length end the command with an error."""
     shape = ("--prompts=45,52", "--groups=2", "--completion_tokens=5", "--batch=2", "--steps=2")
@@ -400,14 +411,15 @@ def test_growth_is_measured_once(folder):
         growth.measure_all(config, folder / "growth", [45], [2], 5, 3)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_timed_and_counted(folder, tiny):
     shape = ("--batch=2", "--group=2", "--prompt_tokens=45", "--completion_tokens=5")
     table = benchmark(folder, "phases", *shape)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     found = {name: [float(cell) for cell in cells if cell] for name, *cells in rows[2:]}
     assert list(found)[1:5:2] == ["sampling", "reference"] and len(found) == 6
-    body = sum(leaf.size for leaf in jax.tree.leaves(tiny.base["layers"]) if leaf.ndim == 3)
-    head = tiny.base["embedding"].size
+    body = sum(leaf.size for leaf in jax.tree.leaves(tiny.policy.base["layers"]) if leaf.ndim == 3)
+    head = tiny.policy.base["embedding"].size
     # A completion's last token is scored, and not fed.
     forward = 2 * (body * 2 * (45 + 2 * 4) + head * 2 * 2 * 5) / 1e9
     assert found["reference"][1] == pytest.approx(forward, rel=1e-2)

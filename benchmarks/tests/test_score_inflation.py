@@ -8,6 +8,8 @@ import sys
 import pytest
 import xla_flags
 
+pytestmark = pytest.mark.slow
+
 
 def command(folder, *overrides):
     settings = {

@@ -15,12 +15,13 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from grape_jax import evaluate
 from grape_jax.data import embedded, local
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.rl import prompts as text
-from grape_jax.run import context, loop
-from grape_jax.run.rewriter import Rewriter, sampling_variables
+from grape_jax.run import context, loop, steps
+from grape_jax.run.policy import sampling_variables
+from grape_jax.run.reevaluation import evaluate
+from grape_jax.run.rewriter import Rewriter
 from grape_jax.runtime import command_line, sharding
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 from grape_jax.weights import gguf
@@ -299,16 +300,16 @@ def load_config(mine, tmp_path):
 def test_a_run_is_built_from_pictures_or_from_their_embeddings(mine, tmp_path):
     """The same bank, whether the pictures are embedded here or came embedded; chance is noticed."""
     config = load_config(mine, tmp_path)
-    from_pictures = context.build(config).gallery("test")
+    from_pictures = context.build(config).galleries.open("test")
     path = write_embeddings(tmp_path, "npz", from_pictures.corpus.ids, from_pictures.bank_NxE)
     config.local.embeddings = str(path)
-    given = context.build(config).gallery("test")
+    given = context.build(config).galleries.open("test")
     np.testing.assert_allclose(given.bank_NxE, from_pictures.bank_NxE, atol=2e-7)
     config.local.images = ""
     path = write_embeddings(tmp_path, "npz", from_pictures.corpus.ids, unit_rows(COUNT))
     with pytest.warns(UserWarning, match="no better than chance"):
         run = context.build(config)
-    assert run.gallery("test").image(0).size == (128, 128)
+    assert run.galleries.open("test").image(0).size == (128, 128)
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +350,7 @@ def one_more_picture(folder):
     Image.new("RGB", (96, 96), "red").save(folder / "pictures" / "a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -368,7 +370,7 @@ def test_a_run_does_not_go_on_with_changed_data(trained, change, named):
         # The answers are all there; evaluation restores nothing.
         if change is one_more_query:
             with pytest.raises(UserError, match=r"answers.*other queries"):
-                evaluate.evaluate(None, folder / "run", None)
+                evaluate(None, folder / "run", None)
     finally:
         shutil.rmtree(folder)
         kept.rename(folder)
@@ -384,22 +386,22 @@ def test_prompts_are_as_long_as_the_queries_need(mine, tmp_path):
     config.local.queries = str(path)
     run = context.build(config)
     counts = text.prompt_lengths(
-        run.tokenizer,
-        run.prompts["local"],
-        [query.text for split in local.SPLITS for query in run.queries("local", split)],
+        run.policy.tokenizer,
+        run.policy.prompts["local"],
+        [query.text for split in local.SPLITS for query in run.queries.split("local", split)],
     )
-    longest = run.prompts["local"].max_tokens
+    longest, buckets = run.policy.prompts["local"].max_tokens, run.policy.buckets
     assert 64 < max(counts) <= longest < max(counts) + text.PROMPT_UNIT
-    assert run.buckets and max(run.buckets) < longest and len(run.buckets) <= 2
-    again = context.build(config)
-    assert (again.prompts, again.buckets) == (run.prompts, run.buckets)
+    assert buckets and max(buckets) < longest and len(buckets) <= 2
+    again = context.build(config).policy
+    assert (again.prompts, again.buckets) == (run.policy.prompts, buckets)
     # A trained run takes longer queries than its data had.
-    taken = Rewriter(run, sampling_variables(run, run.base))
+    taken = Rewriter(run, sampling_variables(run.policy, run.initial_state("grpo").trained))
     assert len(taken.rewrite(["赤いりんご" * 30, "soup"])) == 2
     with pytest.raises(UserError, match="context"):
         taken.rewrite(["赤いりんご" * 3000])
     config.prompt.max_tokens = max(counts) + 1
-    bounded = context.build(config)
+    bounded = context.build(config).policy
     assert (bounded.prompts["local"].max_tokens, bounded.buckets) == (max(counts) + 1, ())
 
 
@@ -438,24 +440,24 @@ def test_references_keep_their_case_and_those_too_long_are_counted(mine, tmp_pat
     config.warm_up.towards = "references"
     (tmp_path / "run").mkdir()
     run = loop.prepare(config, tmp_path / "run")
-    lessons = run.lessons("local")
-    long = sum(query.reference != texts[0] for query in lessons)
-    assert 0 < long < len(lessons)
+    pairs = run.queries.supervised_pairs("local")
+    long = sum(query.reference != texts[0] for query in pairs)
+    assert 0 < long < len(pairs)
     said = [line for line in capsys.readouterr().out.splitlines() if "rollout.max_tokens" in line]
-    assert len(said) == 1 and f"{long} of {len(lessons)} reference texts" in said[0]
-    batch = [("local", query) for query in lessons[:8]]
+    assert len(said) == 1 and f"{long} of {len(pairs)} reference texts" in said[0]
+    batch = [("local", query) for query in pairs[:8]]
     taught = []
 
     def step(learner, state, base, prompts, tokens, mask):
         for row, kept in zip(np.asarray(tokens)[:, 0], np.asarray(mask)[:, 0], strict=True):
-            taught.extend([run.tokenizer.decode(row[kept])] if kept.any() else [])
+            taught.extend([run.policy.tokenizer.decode(row[kept])] if kept.any() else [])
         return state, {}
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "warm_up_train_step", step)
-        _, metrics = loop.warm_up(run, None, batch, 0)
+        patched.setattr(steps, "warm_up_train_step", step)
+        _, metrics = steps.warm_up(run, None, batch, 0)
     assert taught == ["Keycap FIVE<|im_end|>"] * len(taught)
-    assert metrics["pairs"] == len(taught) == sum(q.reference == texts[0] for q in lessons[:8])
+    assert metrics["pairs"] == len(taught) == sum(q.reference == texts[0] for q in pairs[:8])
     config.rollout.max_tokens = 2
     with pytest.raises(UserError, match=r"rollout\.max_tokens=2"):
         context.build(config)

@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +20,9 @@ from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
 from grape_jax.rl.prompts import PROMPT_UNIT, prompt_lengths
 from grape_jax.run import checks, context, loop
-from grape_jax.run.rewriter import ranks_of, rewrite
+from grape_jax.run.picture_captions import PictureCaptions
+from grape_jax.run.rewriting import rewrite
+from grape_jax.run.search import best_ranks
 from grape_jax.runtime import command_line
 from grape_jax.runtime.errors import UserError
 
@@ -108,8 +109,9 @@ def test_cvlue_is_what_the_files_say(folders):
         pairs, files = [], {}
         for entry in json.loads((manual / "cvlue" / name).read_text()):
             files[str(entry["image_id"])] = entry["image"]
-            told = entry["caption"]
-            pairs += [(str(entry["image_id"]), c) for c in ([told] if type(told) is str else told)]
+            texts = entry["caption"]
+            texts = [texts] if type(texts) is str else texts
+            pairs += [(str(entry["image_id"]), text) for text in texts]
         found = list(as_ids("cvlue", data_dir, split).values())
         assert len(found) == len(pairs) == 5 * official_files.SIZES[split]
         for (text, *_), (image, wanted), (_, _, targets, _, _) in zip(
@@ -428,69 +430,71 @@ def composed(folders, tiny):
     return context.build(config_of("cirr", folders[1], tiny))
 
 
-def test_chosen_prompt_lengths_hold_pictures_told_in_captions(folders, tiny):
+def test_chosen_prompt_lengths_fit_the_longest_captions(folders, tiny):
     """Chosen before the retriever knows which captions are closest: the longest stand for them."""
     config = config_of("cirr", folders[1], tiny)
     config.prompt.max_tokens = 0
     built = context.build(config)
-    prompt = built.prompts["edits"]
+    prompt = built.policy.prompts["edits"]
     counts = [
         count
-        for split in catalogue.module("cirr").SPLITS
+        for split in catalogue.find("cirr").splits
         for count in prompt_lengths(
-            built.tokenizer, prompt, built.prompt_texts(built.queries("edits", split), split)
+            built.policy.tokenizer,
+            prompt,
+            built.captions.prompt_texts(built.queries.split("edits", split), split),
         )
     ]
     assert max(counts) <= prompt.max_tokens < 2 * max(counts)
-    assert all(length % PROMPT_UNIT == 0 for length in (*built.buckets, prompt.max_tokens))
+    assert all(length % PROMPT_UNIT == 0 for length in (*built.policy.buckets, prompt.max_tokens))
 
 
 @pytest.mark.parametrize("name", ["wikipedia", "cirr"])
-def test_a_benchmark_is_a_job(folders, tiny, composed, name):
+def test_a_context_ranks_a_benchmark(folders, tiny, composed, name):
     """Ranks of the test set's own texts against plain numpy."""
     built = composed if name == "cirr" else context.build(config_of(name, folders[1], tiny))
     (split,), (shift,) = catalogue.find(name).test_sets, built.config.shifts
-    queries = built.queries(shift, split)
-    assert built.most_targets == max(len(query.targets) for query in queries)
-    assert built.scorer().corpus_size == len(built.gallery("train"))
-    assert len(built.gallery(split)) == len(built.gallery(split).corpus.images)
-    assert built.gallery(split).image(0).mode == "RGB"
+    queries, gallery = built.queries.split(shift, split), built.galleries.open(split)
+    assert built.queries.most_targets == max(len(query.targets) for query in queries)
+    assert built.scorer().corpus_size == len(built.galleries.open("train"))
+    assert len(gallery) == len(gallery.corpus.images)
+    assert gallery.image(0).mode == "RGB"
     emb_QxE = built.retriever.embed_texts([query.text for query in queries])
-    scores_QxN = emb_QxE @ built.gallery(split).bank_NxE.T
-    ranks = ranks_of(built, emb_QxE, queries, split)
+    scores_QxN = emb_QxE @ gallery.bank_NxE.T
+    ranks = best_ranks(gallery, emb_QxE, queries, built.queries.targets(queries))
     assert ranks.shape == (len(queries),)
     for query, scores, rank in zip(queries, scores_QxN, ranks, strict=True):
         others = [row for row in range(len(scores)) if row not in (*query.targets, query.image)]
         # Embeddings of few pictures are far apart: no rounding decides.
         wanted = 1 + min(sum(scores[others] > scores[target]) for target in query.targets)
         assert rank == wanted
-    told = built.prompt_texts(queries, split)
     if name != "cirr":
-        assert told == [query.text for query in queries]
+        assert built.captions.prompt_texts(queries, split) == [query.text for query in queries]
     with pytest.raises(UserError, match="have no reference texts: set"):
         config = config_of(name, folders[1], tiny)
         config.warm_up.towards, config.warm_up.steps = "references", 1
         context.build(config)
 
 
-def test_a_picture_is_told_in_the_captions_closest_to_it(composed, tmp_path):
+def test_prompts_hold_the_captions_closest_to_a_picture(composed, tmp_path):
     config = composed.config.copy_and_resolve_references()
     (tmp_path / "bank.txt").write_text("a red apple\n\na dog\na red apple\na blue car\n")
     config.prompt.caption_bank, config.prompt.captions = str(tmp_path / "bank.txt"), 2
-    built = dataclasses.replace(composed, config=config)
-    queries = built.queries("edits", "validation")
-    own = composed.prompt_texts(queries, "validation")[0]
+    retriever, galleries = composed.retriever, composed.galleries
+    chosen = PictureCaptions(config, retriever, galleries, composed.queries)
+    queries = composed.queries.split("edits", "validation")
+    own = composed.captions.prompt_texts(queries, "validation")[0]
     assert own.startswith("Picture: make it number ") and own.endswith(queries[0].text)
     texts = ["a red apple", "a dog", "a blue car"]
     scores_QxC = (
-        built.gallery("validation").bank_NxE[[q.image for q in queries]]
-        @ built.retriever.embed_texts(texts).T
+        galleries.open("validation").bank_NxE[[q.image for q in queries]]
+        @ retriever.embed_texts(texts).T
     )
-    for query, scores, told in zip(
-        queries, scores_QxC, built.prompt_texts(queries, "validation"), strict=True
+    for query, scores, prompt_text in zip(
+        queries, scores_QxC, chosen.prompt_texts(queries, "validation"), strict=True
     ):
         best = sorted(range(3), key=lambda i: -scores[i])[:2]
-        assert told == f"Picture: {texts[best[0]]}; {texts[best[1]]}\nChange: {query.text}"
+        assert prompt_text == f"Picture: {texts[best[0]]}; {texts[best[1]]}\nChange: {query.text}"
     for key, value, sentence in (
         ("caption_bank", "nowhere.txt", "there is no caption bank"),
         ("captions", 0, "1 or more"),
@@ -508,8 +512,9 @@ def test_a_picture_is_told_in_the_captions_closest_to_it(composed, tmp_path):
 def check_composed_run(config, workdir):
     """The public interface of a composed run: texts and their pictures."""
     rewriter = grape_jax.Rewriter.load(workdir)
-    corpus = rewriter.job.gallery("train").corpus
-    queries = rewriter.job.queries("edits", "train")[:3]
+    run = rewriter.context
+    corpus = rewriter.gallery("train").corpus
+    queries = run.queries.split("edits", "train")[:3]
     texts, rows = [query.text for query in queries], [query.image for query in queries]
     paths = [workdir / f"{row}.png" for row in rows]
     for row, path in zip(rows, paths, strict=True):
@@ -517,14 +522,13 @@ def check_composed_run(config, workdir):
     opened = [Image.open(path) for path in paths]
 
     # The policy reads what it read in training.
-    prompts = rewriter.job.prompt_texts(queries, "train")
-    emb = rewriter.job.retriever.embed_images(paths)
-    assert rewriter.job.composed_texts(texts, emb) == prompts
-    passed_on = lambda job, variables, prompts, *_, **__: prompts
+    prompts = run.captions.prompt_texts(queries, "train")
+    passed_on = lambda policy, variables, prompts, *_, **__: prompts
     with mock.patch("grape_jax.run.rewriter.rewrite", passed_on):
         assert rewriter.rewrite(texts, images=paths) == prompts
         assert rewriter.rewrite(texts, images=opened) == prompts
-    wanted = rewrite(rewriter.job, rewriter.variables, prompts, ["edits"] * 3, 0.0)
+    sampling = run.sampling(1, 0.0, run.config.evaluation.max_tokens)
+    wanted = rewrite(run.policy, rewriter.variables, prompts, ["edits"] * 3, sampling, 8)
     assert rewriter.rewrite(texts, images=paths) == wanted
     with pytest.raises(UserError, match="--image"):
         rewriter.rewrite(texts)
@@ -559,6 +563,7 @@ def check_composed_run(config, workdir):
         assert sentence in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_a_benchmark_is_trained_on_and_reported(folders, tiny, tmp_path, name):
     config, workdir = config_of(name, folders[1], tiny), tmp_path / "run"

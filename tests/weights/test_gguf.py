@@ -109,6 +109,7 @@ def write(
     return path
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", False)])
 def test_logits_equal_transformers(tmp_path, family, tied):
     torch = pytest.importorskip("torch")

@@ -17,6 +17,8 @@ from grape_jax.models import policy
 from grape_jax.runtime import sharding
 from grape_jax.types import Prompts
 
+pytestmark = pytest.mark.parity
+
 LENGTH = 40
 LLAMA3 = {
     "rope_type": "llama3",
