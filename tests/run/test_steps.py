@@ -20,7 +20,6 @@ def loaded(folder):
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.retriever.text_length = 5
     config.grpo.reward_shape = "improvement"
-    config.mesh.data = 1
     return context.build(config)
 
 
