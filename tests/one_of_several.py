@@ -1,11 +1,13 @@
-"""What each process of tests/test_processes.py does: SCENE+SCENE FOLDER [COORDINATOR ID COUNT]."""
+"""Program of each process in runtime/test_processes.py.
+
+Usage: one_of_several.py SCENE+SCENE FOLDER [COORDINATOR ID COUNT]
+"""
 
 import dataclasses
 import os
 import signal
 import sys
 import time
-import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,22 +16,24 @@ import numpy as np
 from PIL import Image
 
 from grape_jax.data import local
-from grape_jax.data.benchmark import Corpus, Query
+from grape_jax.data.benchmark import Corpus, Query, excluded_of
 from grape_jax.retrieval import bank, captions, encoder, ranking
-from grape_jax.run import context as job
-from grape_jax.run import loop, rewriter, search
-from grape_jax.run.context import Gallery
+from grape_jax.rl import prompts as prompting
+from grape_jax.run import context, policy, search, steps
+from grape_jax.run.galleries import Gallery
+from grape_jax.run.policy import Answer
+from grape_jax.run.steps import RankedRollout
 from grape_jax.runtime import checkpoint, command_line, processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 4, 2))
 ROWS = 16
-BATCH, PART, PICTURES = 2, 16, 19  # of each device; of a file; of the corpus
+BATCH, PART, PICTURES = 2, 16, 19  # pictures a device; a cache file; the corpus
 
 
 def together(folder: Path) -> None:
-    """Everything that processes do together, on meshes of every kind."""
+    """Exchanges of values and arrays, on meshes of every kind."""
     me = jax.process_index()
     assert processes.gather({"process": me}) == [{"process": 0}, {"process": 1}]
     assert processes.gather("x" * me) == ["", "x"]
@@ -47,7 +51,7 @@ def together(folder: Path) -> None:
         except UserError as error:
             assert str(error) == f"process {culprit} could not"
         else:
-            raise AssertionError("a mistake of one process is one of all")
+            raise AssertionError("an error of one process must be raised on all")
     values = np.arange(ROWS * 3, dtype=np.float32).reshape(ROWS, 3)
     for data, fsdp, tensor in MESHES:
         mesh = sharding.make_mesh(data, fsdp, tensor)
@@ -69,42 +73,39 @@ def together(folder: Path) -> None:
 
 
 def batches(folder: Path) -> None:
-    """What `train.py` makes of a batch of which each process has a part."""
+    """Batches that every process holds, placed by the rows of its devices."""
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    prompt = types.SimpleNamespace(buckets=(4, 9))
-    run = types.SimpleNamespace(mesh=mesh, config=types.SimpleNamespace(prompt=prompt))
     own = sharding.local_rows(mesh, ROWS)
-    # Three tokens here and seven there are of one bucket.
-    real = np.arange(12) >= (9 if processes.is_main() else 5)
-    mine = Prompts(np.zeros((len(own), 12), np.int32), np.tile(real, (len(own), 1)))
-    rewriter._encode = lambda job, queries, shifts: mine
-    assert rewriter.encode(run, [], []).mask_BxS.sum(1).tolist() == [real.sum()] * len(own)
-    assert rewriter.encode(run, [], []).tokens_BxS.shape[1] == 9
-    # Pictures of their own have the queries of one process only.
+    # Prompts of three tokens on one process and of seven on the other share a bucket.
+    lengths = np.where(np.arange(ROWS) < ROWS // 2, 3, 7)
+    mask = np.arange(12) >= 12 - lengths[:, None]
+    short = prompting.to_bucket(Prompts(np.zeros((ROWS, 12), np.int32), mask), (4, 9))
+    placed = steps.place_rows(mesh, short)
+    assert placed.tokens_BxS.shape == (ROWS, 9)
+    shards = [np.asarray(shard.data) for shard in placed.mask_BxS.addressable_shards]
+    assert set(np.concatenate(shards).sum(axis=1)) == {3 if processes.is_main() else 7}
+    found = sharding.replicated_to_host(mesh, placed.mask_BxS)
+    assert found.sum(axis=1).tolist() == lengths.tolist()
+    # Only queries in the rows of one process have pictures.
     queries = [
         Query(f"query {i}", "", "en", "", (i,), image=i if i >= ROWS - 2 else -1)
         for i in range(ROWS)
     ]
-    parts = [queries[row] for row in own]
-    pictures = sharding.replicated_to_host(mesh, sharding.batch(mesh, loop.own_pictures(parts)))
+    pictures = sharding.replicated_to_host(mesh, steps.place_rows(mesh, excluded_of(queries)))
     assert pictures[:, 0].tolist() == [query.image for query in queries]
-    assert loop.own_pictures(queries[:2]) is None
-    known = loop.all_queries(run, parts)
-    assert [(q.id, *q.targets, q.image) for q in known] == [
-        (q.id, *q.targets, q.image) for q in queries
-    ]
-    # A refilled batch: its texts and arrays are those of one process.
-    found, more = (experience(mesh, first, flat) for first, flat in ((0, 2), (100, 3)))
-    filled, replaced = loop.refill(run, found, more)
+    # A refilled batch takes rows from both processes: their texts and their arrays.
+    ranked, more = (ranked_rollout(mesh, first, flat) for first, flat in ((0, 2), (100, 3)))
+    filled, replaced = steps.refill(mesh, ranked, more)
     good = [100 + row for row in range(ROWS) if row % 3]
     rows = [row if row % 2 else good[row // 2] for row in range(ROWS)]
     assert replaced == ROWS // 2 and [query for _, query in filled.batch] == rows
+    assert [answer.text for [answer] in filled.answers] == [f"text {rows[row]}" for row in own]
     assert sharding.replicated_to_host(mesh, filled.scores.rank_BxK)[:, 0].tolist() == rows
     assert sharding.replicated_to_host(mesh, filled.prompts.tokens_BxS)[:, -1].tolist() == rows
 
 
-def experience(mesh, first: int, flat: int) -> loop.Experience:
-    """Numbered from `first`; groups whose row `flat` divides have no variance."""
+def ranked_rollout(mesh, first: int, flat: int) -> RankedRollout:
+    """Rows numbered from `first`; groups whose row is a multiple of `flat` have no variance."""
     own = sharding.local_rows(mesh, ROWS)
     numbers = np.repeat(first + own[:, None], 2, axis=1)
     rewards = np.stack([np.zeros(len(own)), own % flat], axis=1).astype(np.float32)
@@ -114,39 +115,40 @@ def experience(mesh, first: int, flat: int) -> loop.Experience:
         Rollout(numbers[..., None], numbers[..., None] > 0, numbers[..., None] * 0.5),
         Scores(rewards, *[numbers] * 7),
     )
-    whole = [first + row for row in range(ROWS)]
-    return loop.Experience([("", row) for row in whole], whole, *sharding.batch(mesh, arrays))
+    batch = [("", first + row) for row in range(ROWS)]
+    answers = [[Answer(f"text {first + row}", True, "", 1)] for row in own]
+    return RankedRollout(batch, answers, *sharding.batch(mesh, arrays))
 
 
 class Pictures(Sequence):
-    """Files, and how often each was asked for."""
+    """Picture files, with a count of how often each was read."""
 
     def __init__(self, folder: Path):
         self.paths = sorted(folder.glob("*.png"))
-        self.asked = [0] * len(self.paths)
+        self.reads = [0] * len(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> bytes:
-        self.asked[row] += 1
+        self.reads[row] += 1
         return self.paths[row].read_bytes()
 
 
 def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.ndarray]:
-    """A corpus, its captions, and searches of every kind in it."""
+    """Embeddings of a corpus and of captions, and the results of every kind of search."""
     found = encoder.place(encoder.load(), mesh)
     bank_NxE = bank.corpus_bank(found, pictures, folder)
     names = [f"picture {i}" for i in range(len(pictures))]
-    gallery = Gallery(Corpus(names, names, None), bank_NxE, ranking.shard_corpus(mesh, bank_NxE))
-    job = types.SimpleNamespace(mesh=mesh, retriever=found, gallery=lambda split: gallery)
-    # Two right pictures of nine, without the query's own.
+    index = ranking.shard_corpus(mesh, bank_NxE)
+    gallery = Gallery(Corpus(names, names, None), bank_NxE, index, mesh)
+    # Two of nine pictures are right; the query's own is excluded.
     queries = [
         Query(name, name, "en", name, (i, (i + 1) % 9), "", (i + 2) % 9, tuple(range(9)))
         for i, name in enumerate(names[:9])
     ]
-    one = search.search(job, found.embed_texts(names[:9]), queries, "test", 5)
-    fused = search.search_fused(job, [names[:9], names[9:18]], queries, "test", 5)
+    one = search.search(gallery, found.embed_texts(names[:9]), queries, 5)
+    fused = search.search_fused(gallery, found, [names[:9], names[9:18]], queries, 5)
     return {
         "bank": bank_NxE, "captions": captions.embed_bank(found, names[:3], folder),
         "ranks": one.ranks_QxP, "subset": one.subset_QxP, "rows": one.rows_QxD,
@@ -155,17 +157,17 @@ def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.nda
 
 
 def gallery(folder: Path) -> None:
-    """What one process on one device found, to the bit, with half of the pictures for each."""
-    encoder.BATCH, encoder.PART = BATCH, PART
+    """The bits that one process on one device found; each process embeds half of the pictures."""
+    encoder.BATCH, bank.PART = BATCH, PART
     mesh, first = sharding.make_mesh(data=2, fsdp=4), processes.is_main()
     pictures = Pictures(folder / "pictures")
     with np.load(folder / "alone.npz") as alone:
         for name, array in embed_and_search(folder / "banks", mesh, pictures).items():
             np.testing.assert_array_equal(array, alone[name], err_msg=name)
-        # All are hashed, and opened are 8 of the first 16 and what is there of the last 3.
-        opened = [row for row, asked in enumerate(pictures.asked) if asked == 2]
+        # A second read is to embed: 8 of the first 16, and some of the last 3, each.
+        opened = [row for row, reads in enumerate(pictures.reads) if reads == 2]
         assert opened == ([*range(8), 16, 17, 18] if first else [*range(8, 16), 18])
-        # The other process has a disk of its own, without the bank: both embed once more.
+        # If one process has another disk, without the cache, both embed again.
         cache = folder / ("banks" if first else "other")
         found = encoder.place(encoder.load(), mesh)
         bank_NxE = bank.corpus_bank(found, pictures, cache)
@@ -178,11 +180,11 @@ def gallery(folder: Path) -> None:
     except UserError as error:
         assert "an encoded picture of 10 bytes cannot be read" in str(error)
     else:
-        raise AssertionError("a picture that one process cannot read is a mistake of all")
+        raise AssertionError("a picture that one process cannot read must fail on all")
 
 
 def own_data(**changes):
-    """A config of the files in the working directory, which is each process's own."""
+    """A config of the files in the working directory, of which each process has another."""
     config = command_line.load(f"{Path(__file__).parent.parent}/configs/local.py")
     config.data_dir, config.policy.path = os.path.abspath("data"), "tiny.gguf"
     config.local.images, config.local.queries = "pictures", "queries.csv"
@@ -192,20 +194,20 @@ def own_data(**changes):
 
 
 def build(folder: Path) -> None:
-    """The same config where each process has files of its own, equal at first."""
+    """A run whose processes have separate files, equal at first and then different."""
     os.chdir(folder / str(jax.process_index()))
     second = jax.process_index() == 1
 
     def refused(name: str, **changes) -> None:
         try:
-            job.build(own_data(**(changes if second else {})))
+            context.build(own_data(**(changes if second else {})))
         except UserError as error:
             assert "process 1" in str(error) and name in str(error), error
         else:
-            raise AssertionError(f"another {name} is refused")
+            raise AssertionError(f"a different {name} must be refused")
 
-    run = job.build(own_data())
-    assert len(run.gallery("train")) == len(list(Path("pictures").rglob("*.*")))
+    run = context.build(own_data())
+    assert len(run.galleries.open("train")) == len(list(Path("pictures").rglob("*.*")))
     refused("grpo.learning_rate", **{"grpo.learning_rate": 0.5})
     queries = Path("queries.csv").read_text(encoding="utf-8")
     if second:
@@ -227,7 +229,7 @@ def build(folder: Path) -> None:
 
 
 def mixed(folder: Path) -> None:
-    """Only the queries of process 0's part of a batch have pictures."""
+    """A batch with pictures in the rows of process 0 only, rolled out and scored by both."""
     load = local.load_queries
 
     def composed(*arguments):
@@ -239,22 +241,30 @@ def mixed(folder: Path) -> None:
 
     local.load_queries = composed
     os.chdir(folder / str(jax.process_index()))
-    run = job.build(own_data(**{"prompt.max_tokens": 192}))
-    queries = run.queries("local", "train")[:ROWS]
-    part = [queries[row] for row in sharding.local_rows(run.mesh, ROWS)]
-    assert {query.image >= 0 for query in part} == {processes.is_main()}
-    with processes.watched(60):
+    # The reward compares with the query's own rank, which takes another collective.
+    run = context.build(own_data(**{"prompt.max_tokens": 192, "grpo.reward_shape": "improvement"}))
+    queries = run.queries.split("local", "train")[:ROWS]
+    local_queries = [queries[row] for row in sharding.local_rows(run.mesh, ROWS)]
+    assert {query.image >= 0 for query in local_queries} == {processes.is_main()}
+    variables = policy.untrained_variables(run.policy)
+    batch = [("local", query) for query in queries]
+    with processes.watched(120):
         try:
             processes.set_stage("the prompts")
-            told = sharding.gather_rows(run.mesh, run.prompt_texts(part, "train"))
+            texts = run.captions.prompt_texts(queries, "train")
+            processes.set_stage("the rollout")
+            ranked = steps.rollout_and_score(run, variables, batch, jax.random.key(0))
+            ranks = sharding.replicated_to_host(run.mesh, ranked.scores.rank_BxK)
         except Exception as error:
             processes.exit_on_error(error)
-    for query, words in zip(queries, told, strict=True):
-        assert words.endswith(query.text) and (words != query.text) == (query.image >= 0)
+    assert processes.gather(texts) == [texts] * 2
+    for query, text in zip(queries, texts, strict=True):
+        assert text.endswith(query.text) and (text != query.text) == (query.image >= 0)
+    assert len(ranked.answers) == ROWS // 2 and (ranks > 0).all()
 
 
 def restore(folder: Path) -> None:
-    """A checkpoint of one process with 8 devices, read by two with 4, and gone on from."""
+    """Resumes from a checkpoint of one process with 8 devices on two with 4 each."""
     saved = np.load(folder / "saved.npy")
     mesh = sharding.make_mesh(data=2, fsdp=4)
     like = {"w": sharding.place(np.zeros_like(saved), sharding.logical(mesh, "embed"))}
@@ -284,7 +294,7 @@ def in_steps(limit: float, at_three) -> None:
             for step in range(1, 2000):
                 processes.set_stage(f"step {step}")
                 if jax.process_index() == 1 and step == 3:
-                    time.sleep(2 * processes.BEAT)  # so that the others have heard of it
+                    time.sleep(2 * processes.BEAT)  # the other process has read the stage before
                     processes.set_stage("a long sleep")
                     at_three()
                 processes.any_of(False)
@@ -293,8 +303,8 @@ def in_steps(limit: float, at_three) -> None:
 
 
 if __name__ == "__main__":
-    names, folder, *given = sys.argv[1:]
-    processes.join(*(int(x) if x.isdigit() else x for x in given))
+    names, folder, *address = sys.argv[1:]
+    processes.join(*(int(x) if x.isdigit() else x for x in address))
     for scene in names.split("+"):
         globals()[scene](Path(folder))
         print(f"{scene} done", flush=True)

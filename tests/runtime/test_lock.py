@@ -16,7 +16,7 @@ from grape_jax.runtime.shutdown import Interrupted, Unprepared
 HOLD = """
 import sys, time
 from pathlib import Path
-from grape_jax import lock
+from grape_jax.runtime import lock
 lock.BEAT = 0.1
 with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
@@ -91,14 +91,15 @@ def test_a_pid_that_was_given_out_again_is_not_the_holder(tmp_path):
 @pytest.mark.parametrize("local", [True, False])
 def test_a_silent_lock_of_another_host_is_taken_over(tmp_path, monkeypatch, capsys, local):
     monkeypatch.setattr(files, "is_local", lambda _: local)
-    monkeypatch.setattr(lock, "LIMIT", 1.0)
+    monkeypatch.setattr(lock, "LIMIT", 0.5)
+    monkeypatch.setattr(lock, "SETTLE", 0.1)
     for content in (None, "", "[]", '{"host": "else'):
         elsewhere(tmp_path)
         if content is not None:
             (tmp_path / lock.NAME).write_text(content)
         with pytest.warns(UserWarning, match="taken over"), lock.held(tmp_path):
             pass
-        assert "waiting up to 1 s" in capsys.readouterr().out
+        assert "waiting up to 0.5 s" in capsys.readouterr().out
         assert not (tmp_path / lock.NAME).exists()
 
 

@@ -1,4 +1,4 @@
-"""Real processes on this machine: what they hold, what they agree on, and what ends a wait."""
+"""Runs of two processes on this machine: exchanges, shared batches, and lost or hung processes."""
 
 import os
 import shutil
@@ -30,13 +30,13 @@ def free_port() -> int:
 
 
 def play(scene, folder, slurm=False):
-    """Runs a scene in two processes of four devices; gives (exit code, stdout, stderr) of each."""
+    """Runs a scene in two processes of four devices: (exit code, stdout, stderr) of each."""
     environment = os.environ | {"XLA_FLAGS": xla_flags.devices(4)}
     environment["PYTHONPATH"] = str(PROGRAM.parent.parent)
     started = []
     address = f"127.0.0.1:{free_port()}"
     for i in ("0", "1"):
-        # What srun sets; jax makes the port from the number of the job.
+        # Set by srun; JAX derives the port from the job id.
         task = {
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_STEP_NODELIST": "127.0.0.1",
@@ -54,13 +54,14 @@ def play(scene, folder, slurm=False):
         )
         started.append(process)
     try:
-        said = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(started, said, strict=True)]
+    return [(p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
 
 
+@pytest.mark.multiprocess
 def test_two_processes_agree_and_share_batches_and_corpora(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "BATCH", one_of_several.BATCH)
     (tmp_path / "pictures").mkdir()
@@ -74,13 +75,13 @@ def test_two_processes_agree_and_share_batches_and_corpora(tmp_path, monkeypatch
     np.savez(tmp_path / "alone.npz", **alone)
     for code, out, err in play("together+batches+gallery", tmp_path):
         assert code == 0, err[-3000:]
-        said = [line for line in out.splitlines() if line.endswith("done")]  # Gloo speaks too
-        assert said == ["together done", "batches done", "gallery done"]
+        done = [line for line in out.splitlines() if line.endswith("done")]  # Gloo prints too
+        assert done == ["together done", "batches done", "gallery done"]
 
 
 @pytest.fixture
 def two_disks(tmp_path, shared):
-    """The same pictures, queries and policy once for each process."""
+    """The same pictures, queries and policy in a directory for each process."""
     for name in ("0", "1"):
         (tmp_path / name).mkdir()
         local_files.write(tmp_path / name, 24)
@@ -88,16 +89,19 @@ def two_disks(tmp_path, shared):
     return tmp_path
 
 
+@pytest.mark.multiprocess
 def test_processes_that_read_different_files_are_refused(two_disks):
     for code, out, err in play("build", two_disks):
         assert code == 0 and "build done" in out, err[-3000:]
 
 
-def test_a_batch_with_pictures_on_one_process_only_is_prepared_by_both(two_disks):
+@pytest.mark.multiprocess
+def test_a_batch_with_pictures_on_one_process_only_is_scored_by_both(two_disks):
     for code, out, err in play("mixed", two_disks):
         assert code == 0 and "mixed done" in out, err[-3000:]
 
 
+@pytest.mark.multiprocess
 def test_a_checkpoint_of_one_process_goes_on_in_two(tmp_path):
     saved = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
     np.save(tmp_path / "saved.npy", saved)
@@ -117,26 +121,28 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(tmp_path):
     assert run == {"positions": 3}
 
 
+@pytest.mark.multiprocess
 def test_a_killed_process_ends_the_other_which_names_it(tmp_path):
     began = time.monotonic()
-    (code, _, said), (killed, _, _) = play("lost", tmp_path)
+    (code, _, err), (killed, _, _) = play("lost", tmp_path)
     assert killed == -9 and code == processes.LOST
-    last = said.splitlines()[-1]
+    last = err.splitlines()[-1]
     assert "step 3 failed on process 0 of 2: process 1 does not answer any more" in last
     assert "it was last at " in last and "goes on from its last checkpoint" in last
     assert time.monotonic() - began < 150
 
 
+@pytest.mark.multiprocess
 def test_a_step_that_does_not_return_ends_both_with_its_name(tmp_path):
-    (code, _, said), (other_code, _, other_said) = play("hung", tmp_path)
-    # Process 0 may go first, and takes the store of notes with it: JAX then ends the other.
+    (code, _, err), (other_code, _, other_err) = play("hung", tmp_path)
+    # If process 0 exits first, its key-value store is gone, and JAX ends the other process.
     assert code == processes.LOST and other_code in (processes.LOST, -6)
-    sentences = [line for line in (said + other_said).splitlines() if line.startswith("error: ")]
+    sentences = [line for line in (err + other_err).splitlines() if line.startswith("error: ")]
     assert any(
         "step 3 did not return within 3 s on process 0 of 2: process 1 is at a long sleep" in line
         or "a long sleep did not return within 3 s on process 1 of 2" in line
         for line in sentences
-    ), said[-2000:] + other_said[-2000:]
+    ), err[-2000:] + other_err[-2000:]
 
 
 def test_a_process_alone_agrees_with_itself():
@@ -144,9 +150,9 @@ def test_a_process_alone_agrees_with_itself():
     assert processes.main_process_first(lambda: 3) == 3
 
 
-def test_a_process_alone_that_hangs_says_where(tmp_path):
+def test_a_process_alone_that_hangs_names_its_step(tmp_path):
     program = (
-        "import time; from grape_jax import processes\n"
+        "import time; from grape_jax.runtime import processes\n"
         "with processes.watched(0.5):\n    processes.set_stage('step 12'); time.sleep(60)"
     )
     done = subprocess.run(
@@ -155,7 +161,7 @@ def test_a_process_alone_that_hangs_says_where(tmp_path):
     assert done.returncode == processes.LOST
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: step 12 did not return within 0.5 s on process 0 of 1;")
-    assert "time.sleep" in done.stderr or "<string>" in done.stderr  # where it stood
+    assert "time.sleep" in done.stderr or "<string>" in done.stderr  # the traceback
 
 
 @pytest.mark.parametrize(

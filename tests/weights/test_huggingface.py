@@ -1,4 +1,4 @@
-"""Whole checkpoints: several files, dtypes, bad ones, and those that are written for others."""
+"""Hugging Face directories: reading, refusing damaged ones, and writing them for other programs."""
 
 import dataclasses
 import json
@@ -14,15 +14,19 @@ import pytest
 pytest.importorskip("torch")
 
 import tiny_decoders
+import torch
 
 from grape_jax import export, load_policy
 from grape_jax.models import lora, policy
 from grape_jax.rl.rollout import SamplingConfig, sample
-from grape_jax.run import context as job
+from grape_jax.run import policy as rewriting
+from grape_jax.run.policy import RewritePolicy
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
 from grape_jax.weights import hub, huggingface
+
+pytestmark = pytest.mark.parity
 
 VOCAB = 264  # more rows than the tokenizer has tokens, as in Qwen's checkpoints
 TOKENS = np.random.default_rng(0).integers(3, 90, (2, 16))
@@ -58,7 +62,6 @@ def test_several_files_are_one_model_and_the_network_is_left_alone(
 
 
 def test_bfloat16_equals_transformers_in_bfloat16(checkpoint):
-    import torch
     from transformers import Qwen2ForCausalLM
 
     ours = load_policy(checkpoint, dtype="bfloat16")
@@ -202,19 +205,28 @@ def test_a_wrong_name_dtype_or_token_is_one_sentence(checkpoint, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [({"chat_template": None}, "no chat template"), ({"eos_token": None}, "no end token")],
+    "change, missing",
+    [
+        ({"chat_template": None}, "chat template"),
+        ({"eos_token": None}, "end token"),
+        (None, "tokenizer"),
+    ],
 )
-def test_a_policy_that_cannot_be_prompted_is_refused(checkpoint, change, words):
-    config = SimpleNamespace(policy=SimpleNamespace(path="somewhere"))
-    tokenizer = tiny_decoders.tokenizer()
-    job.check_chat(config, tokenizer)
-    for name, value in change.items():
-        setattr(tokenizer, name, value)
-    with pytest.raises(UserError, match=f"policy.path='somewhere' has {words}"):
-        job.check_chat(config, tokenizer)
-    with pytest.raises(UserError, match="has no tokenizer"):
-        job.check_chat(config, None)
+def test_a_policy_that_cannot_be_prompted_is_refused(tmp_path, change, missing):
+    config = SimpleNamespace(policy=SimpleNamespace(path=str(tmp_path)))
+    tiny_decoders.save(tiny_decoders.make("qwen2", vocab_size=VOCAB), tmp_path)
+    if change is not None:
+        tokenizer = tiny_decoders.tokenizer()
+        tokenizer.save_pretrained(tmp_path)
+        assert rewriting.open_model(config).tokenizer is not None
+        for path in tmp_path.glob("*token*"):
+            path.unlink()
+        (tmp_path / "chat_template.jinja").unlink()
+        for name, value in change.items():
+            setattr(tokenizer, name, value)
+        tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"policy.path=.*no {missing}"):
+        rewriting.open_model(config)
 
 
 EXPORTED = {
@@ -252,7 +264,7 @@ def test_written_models_equal_the_ones_read(tmp_path, variant):
 
 @pytest.fixture(scope="module")
 def run(checkpoint):
-    """What `rewriter.restore` gives, of a run with a trained adapter."""
+    """The result of `rewriter.restore` for a run with a trained adapter."""
     base = load_policy(checkpoint)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: policy.init(base.config, jax.random.key(0), LORA))["lora"]
@@ -261,34 +273,33 @@ def run(checkpoint):
         nn.unbox(shapes),
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    job = SimpleNamespace(
-        mesh=mesh,
-        policy=dataclasses.replace(base.config, mesh=mesh),
+    trained = RewritePolicy(
+        model=dataclasses.replace(base.config, mesh=mesh),
         base=base.params,
         lora=LORA,
         tokenizer=base.tokenizer,
         stop_ids=base.end_tokens,
-        config=SimpleNamespace(policy=SimpleNamespace(path=str(checkpoint))),
+        prompts={},
+        buckets=(),
     )
-    return job, adapter
+    config = SimpleNamespace(policy=SimpleNamespace(path=str(checkpoint)))
+    return SimpleNamespace(policy=trained, config=config), adapter
 
 
-def our_greedy(job, trained, prompts):
-    """Greedy texts by this package's own sampler, prompts padded on the left."""
-    rows = [job.tokenizer(prompt)["input_ids"] for prompt in prompts]
+def our_greedy(ours, trained, prompts):
+    """Greedy texts of this package's sampler, with prompts padded on the left."""
+    rows = [ours.tokenizer(prompt)["input_ids"] for prompt in prompts]
     length = max(map(len, rows))
     tokens = np.array([[1] * (length - len(row)) + row for row in rows], np.int32)
     mask = np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
-    sampling = SamplingConfig(1, 12, 0.0, (job.tokenizer.eos_token_id,), 1)
-    variables = {"params": lora.merge(job.base, trained, job.lora)}
-    out = sample(job.policy, sampling, variables, Prompts(tokens, mask), jax.random.key(0))
+    sampling = SamplingConfig(1, 12, 0.0, (ours.tokenizer.eos_token_id,), 1)
+    variables = {"params": rewriting.merged_parameters(ours, trained)}
+    out = sample(ours.model, sampling, variables, Prompts(tokens, mask), jax.random.key(0))
     out = np.asarray(out.tokens_BxKxT)[:, 0]
-    return tokens, mask, [job.tokenizer.decode(row, skip_special_tokens=True) for row in out]
+    return tokens, mask, [ours.tokenizer.decode(row, skip_special_tokens=True) for row in out]
 
 
 def their_greedy(model, tokenizer, tokens, mask):
-    import torch
-
     out = model.generate(
         input_ids=torch.tensor(tokens).long(),
         attention_mask=torch.tensor(mask).long(),
@@ -303,7 +314,7 @@ def test_an_exported_run_says_the_same(run, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    job, trained = run
+    (context, trained), ours = run, run[0].policy
     monkeypatch.setattr(export, "restore", lambda workdir: run)
     export.export(tmp_path / "run", tmp_path / "merged", adapter=False)
     export.export(tmp_path / "run", tmp_path / "adapter", adapter=True)
@@ -314,14 +325,14 @@ def test_an_exported_run_says_the_same(run, tmp_path, monkeypatch):
     expected = tiny_decoders.logits(merged, TOKENS)
     bound = 1e-5 * np.ptp(expected)
     assert np.abs(tiny_decoders.logits(adapted, TOKENS) - expected).max() <= bound
-    ours = load_policy(tmp_path / "merged").logits(TOKENS)
-    assert np.abs(np.asarray(ours) - expected).max() <= bound
-    base = np.asarray(load_policy(job.config.policy.path).logits(TOKENS))
+    read_back = load_policy(tmp_path / "merged").logits(TOKENS)
+    assert np.abs(np.asarray(read_back) - expected).max() <= bound
+    base = np.asarray(load_policy(context.config.policy.path).logits(TOKENS))
     assert np.abs(base - expected).max() > 1e-2 * np.ptp(expected)
 
     prompts = [f"{'a quick fox ' * (i % 3)}says {i}" for i in range(50)]
-    assert tokenizer(prompts)["input_ids"] == job.tokenizer(prompts)["input_ids"]
-    tokens, mask, texts = our_greedy(job, trained, prompts)
+    assert tokenizer(prompts)["input_ids"] == ours.tokenizer(prompts)["input_ids"]
+    tokens, mask, texts = our_greedy(ours, trained, prompts)
     assert len(set(texts)) > 5
     assert their_greedy(merged, tokenizer, tokens, mask) == texts
     assert their_greedy(adapted, tokenizer, tokens, mask) == texts
@@ -330,23 +341,25 @@ def test_an_exported_run_says_the_same(run, tmp_path, monkeypatch):
 def test_an_adapter_over_a_gguf_file_brings_its_base(run, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
 
-    job, trained = run
+    context, trained = run
     (tmp_path / "model.gguf").touch()
     config = SimpleNamespace(policy=SimpleNamespace(path=str(tmp_path / "model.gguf")))
-    of_gguf = SimpleNamespace(**vars(job) | {"config": config})
+    of_gguf = SimpleNamespace(policy=context.policy, config=config)
     monkeypatch.setattr(export, "restore", lambda workdir: (of_gguf, trained))
     export.export(tmp_path / "run", tmp_path / "adapter", adapter=True)
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    merged = {"params": lora.merge(job.base, trained, LORA)}
+    merged = {"params": lora.merge(context.policy.base, trained, LORA)}
     prompts = Prompts(jnp.asarray(TOKENS), jnp.ones(TOKENS.shape, bool))
-    ours = policy.logits(merged, policy.prompt_states(job.policy, merged, prompts))
+    ours = policy.logits(merged, policy.prompt_states(context.policy.model, merged, prompts))
     theirs = tiny_decoders.logits(adapted, TOKENS)
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.ptp(theirs)
 
 
 def test_a_run_without_an_adapter_has_none_to_export(run, tmp_path, monkeypatch):
-    job, _ = run
-    full = SimpleNamespace(**vars(job) | {"lora": None})
+    context, _ = run
+    full = SimpleNamespace(
+        policy=dataclasses.replace(context.policy, lora=None), config=context.config
+    )
     monkeypatch.setattr(export, "restore", lambda workdir: (full, {}))
     with pytest.raises(UserError, match="without --adapter"):
         export.export(tmp_path / "run", tmp_path / "out", adapter=True)
