@@ -15,7 +15,7 @@ from PIL import Image
 
 from grape_jax.data import local
 from grape_jax.data.benchmark import Corpus, Query
-from grape_jax.retrieval import bank, captions, encoder, ranking
+from grape_jax.retrieval import bank, encoder, ranking
 from grape_jax.run import context as job
 from grape_jax.run import loop, rewriter, search
 from grape_jax.run.context import Gallery
@@ -148,7 +148,7 @@ def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.nda
     one = search.search(job, found.embed_texts(names[:9]), queries, "test", 5)
     fused = search.search_fused(job, [names[:9], names[9:18]], queries, "test", 5)
     return {
-        "bank": bank_NxE, "captions": captions.embed_bank(found, names[:3], folder),
+        "bank": bank_NxE, "captions": bank.text_bank(found, names[:3], folder),
         "ranks": one.ranks_QxP, "subset": one.subset_QxP, "rows": one.rows_QxD,
         "fused": fused.rows_QxD, "fused_subset": fused.subset_QxP,
     }  # fmt: skip
@@ -223,7 +223,7 @@ def build(folder: Path) -> None:
     if second:
         path = sorted(Path("pictures").rglob("*.png"))[0]
         Image.new("RGB", (96, 96), "red").save(path)
-    refused("pictures of the corpus")
+    refused("items of the corpus")
 
 
 def mixed(folder: Path) -> None:
