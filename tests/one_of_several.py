@@ -17,7 +17,7 @@ from PIL import Image
 
 from grape_jax.data import local
 from grape_jax.data.benchmark import Corpus, Query, excluded_of
-from grape_jax.retrieval import bank, captions, encoder, ranking
+from grape_jax.retrieval import bank, encoder, ranking
 from grape_jax.rl import prompts as prompting
 from grape_jax.run import context, policy, search, steps
 from grape_jax.run.galleries import Gallery
@@ -150,7 +150,7 @@ def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.nda
     one = search.search(gallery, found.embed_texts(names[:9]), queries, 5)
     fused = search.search_fused(gallery, found, [names[:9], names[9:18]], queries, 5)
     return {
-        "bank": bank_NxE, "captions": captions.embed_bank(found, names[:3], folder),
+        "bank": bank_NxE, "captions": bank.text_bank(found, names[:3], folder),
         "ranks": one.ranks_QxP, "subset": one.subset_QxP, "rows": one.rows_QxD,
         "fused": fused.rows_QxD, "fused_subset": fused.subset_QxP,
     }  # fmt: skip
@@ -225,7 +225,7 @@ def build(folder: Path) -> None:
     if second:
         path = sorted(Path("pictures").rglob("*.png"))[0]
         Image.new("RGB", (96, 96), "red").save(path)
-    refused("pictures of the corpus")
+    refused("items of the corpus")
 
 
 def mixed(folder: Path) -> None:

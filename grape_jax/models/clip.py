@@ -1,12 +1,13 @@
-"""CLIP's two towers, as `CLIPModel` of transformers computes them (Radford et al. 2021).
+"""CLIP's two towers, as transformers' `CLIPModel` computes them (Radford et al. 2021).
 
-Text: a causal transformer, read at the end token. Images: a ViT, read at its class token. Both end
-in a projection to one shared space and unit length. The modules are used as init/apply only, so
-`embed_texts` and `embed_images` are pure functions that may run inside a jitted training step.
+Text: a causal transformer, pooled at the end token. Images: a ViT, pooled at the class token. Both
+end in a projection to one shared space, normalised to unit length. `embed_texts` and `embed_images`
+are pure functions, which may run inside a jitted training step.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,13 +25,13 @@ from grape_jax.models.encoder import (
     vector,
 )
 
-# transformers reads configs with this end token the old way: the end is the largest token id.
+# With this end token in the config, transformers pools at the largest token id of a text.
 LEGACY_END_TOKEN = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """What transformers' config.json of a CLIP says."""
+    """Architecture of a CLIP, as in transformers' config.json."""
 
     text: Tower
     vision: Tower
@@ -49,7 +50,7 @@ def init(config: ClipConfig, key: jax.Array) -> Params:
 
 
 def boxed_init(config: ClipConfig, key: jax.Array) -> Params:
-    """`init`, with the logical axes of each parameter."""
+    """`init`, boxed with the logical axes of each parameter."""
     text_key, vision_key = jax.random.split(key)
     tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)
@@ -62,16 +63,18 @@ def boxed_init(config: ClipConfig, key: jax.Array) -> Params:
 def embed_texts(
     config: ClipConfig, params: Params, tokens_NxL: jax.Array, mask_NxL: jax.Array
 ) -> jax.Array:
-    """Texts into the shared space.
+    """Embeds texts.
 
     Args:
-      tokens_NxL: int32, start token first, end token last, padding after it. L <= config.context.
+      config: the architecture.
+      params: from `init` or a checkpoint.
+      tokens_NxL: int32, start token first, end token last, then padding; L <= config.context.
       mask_NxL: bool, False on padding.
 
     Returns:
-      float32 [N, E] of unit length.
+      float32 `[N, E]` of unit length.
     """
-    raw_NxE = TextTower(config).apply({"params": params["text"]}, tokens_NxL, mask_NxL)
+    raw_NxE: Any = TextTower(config).apply({"params": params["text"]}, tokens_NxL, mask_NxL)
     return unit_length(raw_NxE)
 
 
@@ -81,22 +84,27 @@ def embed_images(
     pixels_NxHxWx3: jax.Array,
     patches_NxP: jax.Array | None = None,
 ) -> jax.Array:
-    """Pictures into the shared space.
+    """Embeds images.
 
     Args:
-      pixels_NxHxWx3: float32, H = W = config.image_size, normalised as the checkpoint's
-        preprocessor_config.json says.
-      patches_NxP: int32, look at these patches of each picture only (row-major index): FLIP
-        (Li et al. 2023) trains faster so. None: all.
+      config: the architecture.
+      params: from `init` or a checkpoint.
+      pixels_NxHxWx3: float32, H = W = config.image_size, normalised with the checkpoint's mean and
+        standard deviation.
+      patches_NxP: int32 row-major indices of the patches to use of each image, as in FLIP (Li et
+        al. 2023), which speeds up training; None: all patches.
 
     Returns:
-      float32 [N, E] of unit length.
+      float32 `[N, E]` of unit length.
     """
-    raw_NxE = VisionTower(config).apply({"params": params["vision"]}, pixels_NxHxWx3, patches_NxP)
+    variables = {"params": params["vision"]}
+    raw_NxE: Any = VisionTower(config).apply(variables, pixels_NxHxWx3, patches_NxP)
     return unit_length(raw_NxE)
 
 
 class TextTower(nn.Module):
+    """Token ids and mask `[N, L]` to projected states of the end tokens, `[N, E]`."""
+
     config: ClipConfig
 
     @nn.compact
@@ -113,7 +121,7 @@ class TextTower(nn.Module):
 
         end_N = _end_position(config, tokens_NxL)
         x_NxD = jnp.take_along_axis(x_NxLxD, end_N[:, None, None], axis=1)[:, 0]
-        # Normalising the one position read is what normalising all and then reading gives.
+        # The norm is per position: only that of the pooled position is computed.
         x_NxD = norm(tower, "final_norm")(x_NxD)
         return dense(config.projection, ("embed", "projection"), "projection", use_bias=False)(
             x_NxD
@@ -121,6 +129,8 @@ class TextTower(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """Pixels `[N, H, W, 3]` to projected states of the class tokens, `[N, E]`."""
+
     config: ClipConfig
 
     @nn.compact
@@ -153,6 +163,7 @@ class VisionTower(nn.Module):
 
 
 def _end_position(config: ClipConfig, tokens_NxL: jax.Array) -> jax.Array:
+    """Position of each text's first end token, int32 `[N]`."""
     if config.end_token == LEGACY_END_TOKEN:
         return jnp.argmax(tokens_NxL, axis=1)
     return jnp.argmax(tokens_NxL == config.end_token, axis=1)

@@ -1,7 +1,7 @@
-"""The transformer encoder that every frozen retriever is built from: CLIP, SigLIP, BERT.
+"""The transformer encoder of all retriever families: CLIP, SigLIP and BERT.
 
-Functions that make submodules (`attention`, `mlp`, `dense`, `norm`, `table`) are called inside a
-compact method; what they make belongs to the module that calls them.
+`attention`, `mlp`, `dense`, `norm`, `table` and `vector` create submodules or parameters. They are
+called inside a compact method, of the module that owns what they create.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Params = dict[str, Any]
+from grape_jax.types import Params as Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """The size of one transformer."""
+    """Size and variant of one transformer."""
 
     width: int
     layers: int
@@ -26,7 +26,7 @@ class Tower:
     mlp: int
     activation: str = "quick_gelu"  # a key of ACTIVATIONS
     norm_eps: float = 1e-5
-    norm_first: bool = True  # False: each norm follows the residual sum, as in BERT
+    norm_first: bool = True  # False: post-norm, as in BERT
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Block(nn.Module):
-    """One transformer layer; a scan body, hence the pair it returns."""
+    """One transformer layer. As a scan body it returns a pair."""
 
     tower: Tower
 
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 def layers(tower: Tower) -> nn.Module:
-    """All layers as one stacked module; unrolled, which XLA:CPU runs several times faster."""
+    """All layers as one stacked module, unrolled, which is several times faster on XLA:CPU."""
     stacked = nn.scan(
         Block,
         variable_axes={"params": 0},
@@ -73,7 +73,17 @@ def layers(tower: Tower) -> nn.Module:
 def attention(
     tower: Tower, x_NxQxD: jax.Array, source_NxLxD: jax.Array, visible: jax.Array | None
 ) -> jax.Array:
-    """Q positions look at the L of a source, where `visible` (bool [N, 1, Q, L]) lets them."""
+    """Multi-head attention of Q positions to the L positions of a source.
+
+    Args:
+      tower: the size.
+      x_NxQxD: queries.
+      source_NxLxD: keys and values.
+      visible: bool `[N, 1, Q, L]`, or None: every position is visible.
+
+    Returns:
+      `[N, Q, D]`.
+    """
     width, heads = tower.width, tower.heads
 
     def split(name: str, y: jax.Array) -> jax.Array:
@@ -84,7 +94,7 @@ def attention(
     scores_NxHxQxL = jnp.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(width // heads)
     scores_NxHxQxL = scores_NxHxQxL.astype(jnp.float32)
     if visible is not None:
-        # Finite, so that a row with nothing visible stays a number.
+        # Finite, so that the softmax of a fully masked row is finite.
         scores_NxHxQxL = jnp.where(visible, scores_NxHxQxL, jnp.finfo(jnp.float32).min)
     weights_NxHxQxL = jax.nn.softmax(scores_NxHxQxL, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("nhqk,nkhd->nqhd", weights_NxHxQxL, v).reshape(x_NxQxD.shape)
@@ -92,7 +102,8 @@ def attention(
 
 
 def mlp(tower: Tower, x_NxLxD: jax.Array) -> jax.Array:
-    # Two dimensions: XLA:CPU has no fast path for the matmul of three.
+    """The two-layer perceptron of a block, `[N, L, D]`."""
+    # As a matrix: XLA:CPU has no fast path for a batched product.
     x_MxD = x_NxLxD.reshape(-1, tower.width)
     x_MxF = dense(tower.mlp, ("embed", "mlp"), "up")(x_MxD)
     x_MxF = ACTIVATIONS[tower.activation](x_MxF)
@@ -100,15 +111,17 @@ def mlp(tower: Tower, x_NxLxD: jax.Array) -> jax.Array:
 
 
 def dense(features: int, axes: tuple[str, str], name: str, use_bias: bool = True) -> nn.Dense:
+    """A linear layer whose kernel and bias have logical axes."""
     kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
     bias = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
     return nn.Dense(features, use_bias=use_bias, kernel_init=kernel, bias_init=bias, name=name)
 
 
 def norm(tower: Tower, name: str) -> nn.LayerNorm:
+    """A layer norm whose parameters have logical axes."""
     one = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
     zero = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-    # The two-pass variance: the fast one loses digits where the mean is large.
+    # The two-pass variance: the fast one is inaccurate if the mean is large.
     return nn.LayerNorm(
         epsilon=tower.norm_eps,
         use_fast_variance=False,
@@ -119,14 +132,15 @@ def norm(tower: Tower, name: str) -> nn.LayerNorm:
 
 
 def table(module: nn.Module, name: str, shape: tuple[int, int], rows: str) -> jax.Array:
-    """A parameter of one vector a row."""
-    start = nn.with_logical_partitioning(nn.initializers.normal(0.02), (rows, "embed"))
-    return module.param(name, start, shape)
+    """A parameter `shape` with one vector per row; `rows` is the logical axis of the rows."""
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), (rows, "embed"))
+    return module.param(name, init, shape)
 
 
 def vector(module: nn.Module, name: str, width: int) -> jax.Array:
-    start = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
-    return module.param(name, start, (width,))
+    """A parameter that is one vector."""
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
+    return module.param(name, init, (width,))
 
 
 def patchify(pixels_NxHxWx3: jax.Array, patch: int) -> jax.Array:
@@ -142,5 +156,6 @@ def patchify(pixels_NxHxWx3: jax.Array, patch: int) -> jax.Array:
 
 
 def unit_length(x_NxE: jax.Array) -> jax.Array:
+    """Rows divided by their norm, float32."""
     x_NxE = x_NxE.astype(jnp.float32)
     return x_NxE / jnp.linalg.norm(x_NxE, axis=-1, keepdims=True)

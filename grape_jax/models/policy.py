@@ -1,16 +1,17 @@
-"""The decoder language model: Llama (SmolLM2 included), Qwen2 and Qwen3, by configuration alone.
+"""The decoder language model: Llama (including SmolLM2), Qwen2 and Qwen3, by configuration.
 
-Three ways through the same layers, all over the shared-prompt attention:
+The layers run in three modes, all with shared-prompt attention:
 
-- `prefill`: prompts `[B, S]`, returns their keys and values;
-- `decode`: one new token for each of `[B, K]` completions;
-- `hidden_states`: prompts and whole completions `[B, K, T]` together, for training.
+- `prefill`: prompts `[B, S]`; returns their keys and values.
+- `decode`: one new token for each of `[B, K]` completions.
+- `hidden_states`: prompts and completions `[B, K, T]` in one pass, for training.
 
-`prompt_states` is `prefill` that keeps every position's state.
+`prompt_states` is `prefill` with the state of every position.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -22,12 +23,12 @@ from grape_jax.models import attention
 from grape_jax.models.lora import PROJECTED, Linear, LoraConfig
 from grape_jax.models.rope import RopeScaling, rotate
 from grape_jax.runtime import sharding
-from grape_jax.types import Prompts
+from grape_jax.types import Params, Prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """The numbers in which the families differ."""
+    """Architecture of a policy, and how it is computed."""
 
     vocab_size: int
     width: int
@@ -39,62 +40,68 @@ class PolicyConfig:
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
-    max_length: int  # prompt and completion together
+    max_length: int  # of prompt and completion together, in tokens
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False  # queries and keys normed for each head, before their rotation
-    windows: tuple[int, ...] | None = None  # tokens that each layer sees, 0: all; None: all, always
-    remat: bool = False  # recompute also what the projections gave in the backward pass
-    dtype: str | None = None  # what is computed in; None: what the weights are held in
-    mesh: Mesh | None = None  # over which activations are split; None: as the compiler likes
+    qk_norm: bool = False  # RMS norm of queries and keys per head, before the rotation
+    windows: tuple[int, ...] | None = (
+        None  # sliding window of each layer, 0: none; None: none at all
+    )
+    remat: bool = False  # rematerialise everything; False: keep projection outputs
+    dtype: str | None = None  # of the computation; None: of the weights
+    mesh: Mesh | None = None  # over which activations are sharded; None: left to the compiler
 
 
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of B prompts and of K completions each, for every layer (Y)."""
+class Cache(flax.struct.PyTreeNode):
+    """Keys and values of B prompts and of K completions each, for all layers (axis Y)."""
 
     prompt_k_YxBxSxGxd: jax.Array
     prompt_v_YxBxSxGxd: jax.Array
-    own_k_YxBxKxTxGxd: jax.Array
-    own_v_YxBxKxTxGxd: jax.Array
+    completion_k_YxBxKxTxGxd: jax.Array
+    completion_v_YxBxKxTxGxd: jax.Array
 
 
 class RmsNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32."""
+
     eps: float
 
     @nn.compact
-    def __call__(self, x):
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],)
-        )
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init: Any = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
         return (normed * scale).astype(x.dtype)
 
 
 class Layer(nn.Module):
-    """One decoder layer. `attend` maps (q, k, v), each `[B, N, heads, d]`, to `[B, N, H, d]`."""
+    """One decoder layer. `attend` maps q, k and v, each `[B, N, heads, d]`, to `[B, N, H, d]`
+    and a second result, which the layer passes through.
+    """
 
     config: PolicyConfig
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x_BxNxD, positions_BxN, attend: Callable):
+    def __call__(
+        self, x_BxNxD: jax.Array, positions_BxN: jax.Array, attend: Callable
+    ) -> tuple[jax.Array, Any]:
         c = self.config
 
         def linear(name: str, features: int, axes: tuple[str, str], bias: bool) -> Linear:
             return Linear(features, axes, self.lora, bias, name=name)
 
-        held = lambda y, *names: sharding.constrain(c.mesh, y, "batch", None, *names)
+        constrain = lambda y, *names: sharding.constrain(c.mesh, y, "batch", None, *names)
 
-        x_BxNxD = held(x_BxNxD, None)
+        x_BxNxD = constrain(x_BxNxD, None)
         h = RmsNorm(c.norm_eps, name="attention_norm")(x_BxNxD)
         q = linear("q", c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         k = linear("k", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
         v = linear("v", c.kv_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(h)
-        split = lambda y: held(y.reshape(*y.shape[:-1], -1, c.head_dim), "heads", None)
+        split = lambda y: constrain(y.reshape(*y.shape[:-1], -1, c.head_dim), "heads", None)
         q, k, v = split(q), split(k), split(v)
         if c.qk_norm:
             q = RmsNorm(c.norm_eps, name="q_norm")(q)
@@ -102,39 +109,46 @@ class Layer(nn.Module):
         q, k = (
             rotate(y, positions_BxN, c.rope_theta, c.rope_scaling, c.max_length) for y in (q, k)
         )
-        mixed, kept = attend(q, k, v)
+        mixed, passed = attend(q, k, v)
         mixed = mixed.reshape(*x_BxNxD.shape[:2], -1)
-        x_BxNxD += held(linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed), None)
+        x_BxNxD += constrain(linear("o", c.width, ("heads", "embed"), c.output_bias)(mixed), None)
 
         h = RmsNorm(c.norm_eps, name="mlp_norm")(x_BxNxD)
         gate = nn.silu(linear("gate", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h))
         up = linear("up", c.mlp_width, ("embed", "mlp"), c.mlp_bias)(h)
-        gated = held(gate * up, "mlp")
-        x_BxNxD += held(linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gated), None)
-        return x_BxNxD, kept
+        gated = constrain(gate * up, "mlp")
+        x_BxNxD += constrain(linear("down", c.width, ("mlp", "embed"), c.mlp_bias)(gated), None)
+        return x_BxNxD, passed
 
 
-def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None):
-    """Random variables, boxed with logical axes: `{"params": ...}`, and `"lora"` if asked for.
+def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None) -> Params:
+    """Random variables, boxed with their logical axes.
 
-    Every layer's leaves are stacked on a first axis, "layers".
+    Args:
+      config: the architecture.
+      key: PRNG key.
+      lora: the adapter's configuration, or None.
+
+    Returns:
+      `{"params": ...}`, and `"lora"` beside it if `lora` is given. The leaves of all layers are
+      stacked on a first axis, "layers".
     """
     embed_key, layer_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width))
-    one_layer = lambda k: Layer(config, lora).init(
+    init_layer = lambda k: Layer(config, lora).init(
         {"params": k, "lora": jax.random.fold_in(k, 1)},
         x,
         jnp.zeros((1, 1), jnp.int32),
         lambda q, k, v: (q, None),
     )
-    stacked = jax.vmap(one_layer)(jax.random.split(layer_key, config.layers))
+    stacked = jax.vmap(init_layer)(jax.random.split(layer_key, config.layers))
     stacked = jax.tree.map(
         lambda leaf: leaf.add_axis(0, {nn.PARTITION_NAME: "layers"}),
         stacked,
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
     table = nn.initializers.normal(0.02)
-    params = {
+    params: Params = {
         "embedding": nn.LogicallyPartitioned(
             table(embed_key, (config.vocab_size, config.width)), ("vocab", "embed")
         ),
@@ -148,49 +162,67 @@ def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None):
     return {"params": params} | ({"lora": stacked["lora"]} if lora else {})
 
 
-def prefill(config: PolicyConfig, variables, prompts: Prompts, lora: LoraConfig | None = None):
-    """Reads the prompts once.
+def prefill(
+    config: PolicyConfig, variables: Params, prompts: Prompts, lora: LoraConfig | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes keys and values of the prompts.
+
+    Args:
+      config: the architecture.
+      variables: `{"params": ...}`, and `"lora"` beside it if `lora` is given.
+      prompts: B prompts.
+      lora: the adapter's configuration.
 
     Returns:
-      last_BxD: hidden state of each prompt's last token, normed, ready for `logits`.
-      k, v: keys and values, `[Y, B, S, G, d]`.
+      last_BxD: normed state of each prompt's last token, for `logits`.
+      k: keys `[Y, B, S, G, d]`.
+      v: values `[Y, B, S, G, d]`.
     """
     x, (k, v) = _read_prompts(config, variables, prompts, lora)
     return _final_norm(config, variables, x[:, -1]), k, v
 
 
 def prompt_states(
-    config: PolicyConfig, variables, prompts: Prompts, lora: LoraConfig | None = None
+    config: PolicyConfig, variables: Params, prompts: Prompts, lora: LoraConfig | None = None
 ) -> jax.Array:
-    """Normed states of every prompt token, `[B, S, D]`; padding may stand on either side."""
+    """Normed states of all prompt tokens, `[B, S, D]`; padding may be on either side."""
     x, _ = _read_prompts(config, variables, prompts, lora)
     return _final_norm(config, variables, x)
 
 
 def decode(
     config: PolicyConfig,
-    variables,
+    variables: Params,
     cache: Cache,
-    prompt_mask_BxS,
-    tokens_BxK,
-    t,
+    prompt_mask_BxS: jax.Array,
+    tokens_BxK: jax.Array,
+    t: jax.Array,
     lora: LoraConfig | None = None,
-):
-    """Feeds completion token `t` (0-based) of every row.
+) -> tuple[jax.Array, Cache]:
+    """Computes token `t` of all completions.
+
+    Args:
+      config: the architecture.
+      variables: as in `prefill`.
+      cache: keys and values up to position t - 1.
+      prompt_mask_BxS: bool, False on padding.
+      tokens_BxK: int32, the tokens at position t.
+      t: int32 scalar, counted from 0.
+      lora: the adapter's configuration.
 
     Returns:
-      hidden_BxKxD: normed hidden states, ready for `logits`.
+      hidden_BxKxD: normed states, for `logits`.
       cache: with position t of the completions written.
     """
-    T = cache.own_k_YxBxKxTxGxd.shape[3]
-    seen_1xT = jnp.arange(T)[None] <= t
+    T = cache.completion_k_YxBxKxTxGxd.shape[3]
+    visible_1xT = jnp.arange(T)[None] <= t
 
     def attend_with(layer, window):
-        prompt_k, prompt_v, own_k, own_v = layer
+        prompt_k, prompt_v, completion_k, completion_v = layer
 
         def attend(q, k, v):
-            new_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], t, axis=2)
-            new_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], t, axis=2)
+            new_k = jax.lax.dynamic_update_slice_in_dim(completion_k, k[:, :, None], t, axis=2)
+            new_v = jax.lax.dynamic_update_slice_in_dim(completion_v, v[:, :, None], t, axis=2)
             mixed = attention.attend_completions(
                 q[:, :, None],
                 prompt_k,
@@ -198,7 +230,7 @@ def decode(
                 prompt_mask_BxS,
                 new_k,
                 new_v,
-                seen_1xT,
+                visible_1xT,
                 window,
                 first=t,
             )
@@ -212,45 +244,62 @@ def decode(
     layers = (
         cache.prompt_k_YxBxSxGxd,
         cache.prompt_v_YxBxSxGxd,
-        cache.own_k_YxBxKxTxGxd,
-        cache.own_v_YxBxKxTxGxd,
+        cache.completion_k_YxBxKxTxGxd,
+        cache.completion_v_YxBxKxTxGxd,
     )
-    x, (own_k, own_v) = _through_layers(config, lora, variables, x, positions, attend_with, layers)
-    cache = cache.replace(own_k_YxBxKxTxGxd=own_k, own_v_YxBxKxTxGxd=own_v)
+    x, (completion_k, completion_v) = _through_layers(
+        config, lora, variables, x, positions, attend_with, layers
+    )
+    cache = cache.replace(
+        completion_k_YxBxKxTxGxd=completion_k, completion_v_YxBxKxTxGxd=completion_v
+    )
     return _final_norm(config, variables, x), cache
 
 
 def hidden_states(
-    config: PolicyConfig, variables, prompts: Prompts, tokens_BxKxT, lora: LoraConfig | None = None
+    config: PolicyConfig,
+    variables: Params,
+    prompts: Prompts,
+    tokens_BxKxT: jax.Array,
+    lora: LoraConfig | None = None,
 ) -> jax.Array:
-    """The states that predict each completion token, every prompt computed once for its group.
+    """States that predict the completion tokens; each prompt is computed once for its group.
+
+    Args:
+      config: the architecture.
+      variables: as in `prefill`.
+      prompts: B prompts.
+      tokens_BxKxT: int32 completions.
+      lora: the adapter's configuration.
 
     Returns:
-      `[B, K, T, D]`, normed: state t is the one from which token t is predicted, so state 0 is the
-      prompt's last.
+      `[B, K, T, D]`, normed. State t predicts token t, so state 0 is that of the prompt's last
+      token.
     """
-    tokens_BxKxU = tokens_BxKxT[..., :-1]  # nothing is predicted from the last one
+    tokens_BxKxU = tokens_BxKxT[..., :-1]  # the last token predicts nothing
     B, K, U = tokens_BxKxU.shape
     S = prompts.tokens_BxS.shape[1]
     mask = prompts.mask_BxS
-    own_past_UxU = jnp.tril(jnp.ones((U, U), bool))
+    causal_UxU = jnp.tril(jnp.ones((U, U), bool))
     group = lambda y: y[:, S:].reshape(B, K, U, *y.shape[2:])
 
     def attend_with(_, window):
         def attend(q, k, v):
             from_prompt = attention.attend_prompt(q[:, :S], k[:, :S], v[:, :S], mask, window)
-            from_own = attention.attend_completions(
-                group(q), k[:, :S], v[:, :S], mask, group(k), group(v), own_past_UxU, window
+            from_completion = attention.attend_completions(
+                group(q), k[:, :S], v[:, :S], mask, group(k), group(v), causal_UxU, window
             )
-            joined = [from_prompt, from_own.reshape(B, K * U, *q.shape[2:])]
+            joined = [from_prompt, from_completion.reshape(B, K * U, *q.shape[2:])]
             return jnp.concatenate(joined, axis=1), None
 
         return attend
 
     tokens_BxN = jnp.concatenate([prompts.tokens_BxS, tokens_BxKxU.reshape(B, K * U)], axis=1)
     lengths_B = jnp.sum(mask, axis=-1)
-    own_positions = jnp.broadcast_to(jnp.tile(jnp.arange(U), K), (B, K * U)) + lengths_B[:, None]
-    positions_BxN = jnp.concatenate([prompt_positions(mask), own_positions], axis=1)
+    completion_positions = (
+        jnp.broadcast_to(jnp.tile(jnp.arange(U), K), (B, K * U)) + lengths_B[:, None]
+    )
+    positions_BxN = jnp.concatenate([prompt_positions(mask), completion_positions], axis=1)
     x = embed(config, variables, tokens_BxN)
     x, _ = _through_layers(config, lora, variables, x, positions_BxN, attend_with)
     last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
@@ -258,19 +307,23 @@ def hidden_states(
     return _final_norm(config, variables, states)
 
 
-def embed(config: PolicyConfig, variables, tokens: jax.Array) -> jax.Array:
-    """The tokens' vectors, in the dtype that every layer then computes in."""
-    # Rows are looked up whole: split by width, all tokens would be looked up on every device.
+def embed(config: PolicyConfig, variables: Params, tokens: jax.Array) -> jax.Array:
+    """Embeddings of token ids `[...]`, `[..., D]` in the dtype of the computation."""
+    # Not sharded by width, which would look up all tokens on every device.
     table_VxD = sharding.constrain(config.mesh, variables["params"]["embedding"], "vocab", None)
     x = sharding.constrain(config.mesh, table_VxD[tokens], "batch", *[None] * tokens.ndim)
     return x.astype(config.dtype or x.dtype)
 
 
-def in_compute_dtype(config: PolicyConfig, variables, lora: LoraConfig | None = None):
-    """The variables as every use of them reads them, cast once; norms are read in float32.
+def in_compute_dtype(
+    config: PolicyConfig, variables: Params, lora: LoraConfig | None = None
+) -> Params:
+    """Casts variables to the dtype of the computation once; norms stay in float32.
 
     Args:
+      config: the architecture.
       variables: `{"params": ...}`, `{"lora": ...}`, or both.
+      lora: the adapter's configuration.
     """
     boxed = jax.eval_shape(lambda: init(config, jax.random.key(0), lora))
     axes = nn.get_partition_spec({name: boxed[name] for name in variables})
@@ -278,20 +331,22 @@ def in_compute_dtype(config: PolicyConfig, variables, lora: LoraConfig | None = 
     return jax.tree.map(cast, axes, variables, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def logits(variables, hidden: jax.Array) -> jax.Array:
-    """Vocabulary scores `[..., V]` in float32 of normed hidden states `[..., D]`."""
+def logits(variables: Params, hidden: jax.Array) -> jax.Array:
+    """Logits of the vocabulary, float32 `[..., V]`, of normed states `[..., D]`."""
     params = variables["params"]
     table_VxD = params.get("head", params["embedding"]).astype(hidden.dtype)
     return jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
 
 
 def prompt_positions(mask_BxS: jax.Array) -> jax.Array:
-    """0 for a prompt's first real token, whatever padding stands before it."""
+    """Positions of prompt tokens, int32 `[B, S]`: 0 at the first token after the padding."""
     return jnp.maximum(jnp.cumsum(mask_BxS, axis=-1) - 1, 0)
 
 
-def _read_prompts(config, variables, prompts: Prompts, lora):
-    """Raw states `[B, S, D]`, and keys and values of every layer."""
+def _read_prompts(
+    config: PolicyConfig, variables: Params, prompts: Prompts, lora: LoraConfig | None
+) -> tuple[jax.Array, Any]:
+    """States `[B, S, D]` before the final norm, and keys and values of every layer."""
     mask = prompts.mask_BxS
 
     def attend_with(_, window):
@@ -301,21 +356,29 @@ def _read_prompts(config, variables, prompts: Prompts, lora):
     return _through_layers(config, lora, variables, x, prompt_positions(mask), attend_with)
 
 
-def _through_layers(config, lora, variables, x, positions, attend_with, per_layer=None):
-    """Scans x through the stacked layers; `attend_with(per_layer[i], windows[i])` is i's attention.
+def _through_layers(
+    config: PolicyConfig,
+    lora: LoraConfig | None,
+    variables: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    attend_with: Callable,
+    per_layer=None,
+) -> tuple[jax.Array, Any]:
+    """Scans x through the stacked layers.
 
-    `windows` is None where no layer has one, and a layer without one among others sees as far as
-    an int32 counts.
+    The attention of layer i is `attend_with(per_layer[i], window)`. The window is None if no layer
+    has one; a layer without a window among others has the largest int32.
     """
 
     def one_layer(x, inputs):
         layer_variables, layer, window = inputs
         return Layer(config, lora).apply(layer_variables, x, positions, attend_with(layer, window))
 
-    # Without remat, what the projections computed is kept and the rest computed again: writing all
-    # of it to memory would take longer.
-    kept = None if config.remat else jax.checkpoint_policies.save_only_these_names(PROJECTED)
-    one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
+    # Without remat only projection outputs are stored: storing everything takes longer than
+    # recomputing the rest.
+    saved = None if config.remat else jax.checkpoint_policies.save_only_these_names(PROJECTED)
+    one_layer = jax.checkpoint(one_layer, policy=saved, prevent_cse=False)
     stacked = {"params": variables["params"]["layers"]}
     if lora is not None:
         stacked["lora"] = variables["lora"]
@@ -323,7 +386,7 @@ def _through_layers(config, lora, variables, x, positions, attend_with, per_laye
     return jax.lax.scan(one_layer, x, (stacked, per_layer, windows))
 
 
-def _final_norm(config, variables, x):
-    return RmsNorm(config.norm_eps).apply(
-        {"params": {"scale": variables["params"]["final_norm"]}}, x
-    )
+def _final_norm(config: PolicyConfig, variables: Params, x: jax.Array) -> jax.Array:
+    scale = {"params": {"scale": variables["params"]["final_norm"]}}
+    normed: Any = RmsNorm(config.norm_eps).apply(scale, x)
+    return normed

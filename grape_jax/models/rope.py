@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) with the scalings that real checkpoints ask for."""
+"""Rotary position embedding (Su et al. 2021), with the scalings of published checkpoints."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ KINDS = ("linear", "dynamic", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How a model reads positions beyond those of its pretraining."""
+    """Scaling of positions beyond the context of pretraining."""
 
     kind: str  # one of KINDS
-    factor: float  # how much longer the context becomes
-    original_length: int = 0  # positions of the pretraining; llama3, yarn
-    low_frequency: float = 1.0  # rotations in the original length: fewer are stretched; llama3
-    high_frequency: float = 4.0  # more are left alone; llama3
+    factor: float  # extension of the context
+    original_length: int = 0  # context of the pretraining; llama3, yarn
+    low_frequency: float = 1.0  # pairs with fewer rotations in it are scaled fully; llama3
+    high_frequency: float = 4.0  # pairs with more rotations in it are not scaled; llama3
     beta_fast: float = 32.0  # as high_frequency; yarn
     beta_slow: float = 1.0  # as low_frequency; yarn
-    truncate: bool = True  # the ramp's ends rounded outwards to whole dimensions; yarn
-    attention_factor: float = 1.0  # on queries and keys; yarn
+    truncate: bool = True  # round the ramp's ends outwards to whole dimensions; yarn
+    attention_factor: float = 1.0  # multiplies queries and keys; yarn
 
 
 def rotate(
@@ -32,11 +32,18 @@ def rotate(
     scaling: RopeScaling | None = None,
     max_length: int = 0,
 ) -> jax.Array:
-    """Rotates queries or keys, halves convention (as in Llama's Hugging Face layout).
+    """Rotates queries or keys; pairs are i and i + d/2, as in transformers' Llama.
 
     Args:
-      max_length: positions up to which "dynamic" scaling changes nothing. A row that goes further
-        is rotated by frequencies for its own length.
+      x_BxNxHxd: queries or keys.
+      positions_BxN: int32.
+      theta: base of the frequencies.
+      scaling: the scaling, or None.
+      max_length: length up to which "dynamic" scaling changes nothing; a longer row is rotated with
+        frequencies for its own length.
+
+    Returns:
+      `[B, N, H, d]`.
     """
     d = x_BxNxHxd.shape[-1]
     if scaling is not None and scaling.kind == "dynamic":
@@ -54,41 +61,57 @@ def rotate(
 
 
 def scaled_frequencies(d: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians a position for each of d / 2 pairs, for every kind but "dynamic"."""
+    """Frequencies of the pairs for all kinds of scaling but "dynamic".
+
+    Args:
+      d: head dimension.
+      theta: base of the frequencies.
+      scaling: the scaling, or None.
+
+    Returns:
+      float64 `[d / 2]`, radians per position (NumPy).
+    """
     frequencies = theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    stretched = _stretched_llama3 if scaling.kind == "llama3" else _stretched_yarn
-    weight = stretched(frequencies, theta, scaling)
+    scaled_share = _scaled_share_llama3 if scaling.kind == "llama3" else _scaled_share_yarn
+    weight = scaled_share(frequencies, theta, scaling)
     return frequencies * (1 - weight) + frequencies / scaling.factor * weight
 
 
 def dynamic_frequencies(
     d: int, theta: float, factor: float, length: jax.Array, max_length: int
 ) -> jax.Array:
-    """Frequencies for a sequence of `length`: a larger base past the context.
+    """Frequencies for sequences beyond the context, with a larger base.
 
     Source: "dynamic NTK" scaling, as transformers computes it for a whole sequence.
 
+    Args:
+      d: head dimension.
+      theta: base of the frequencies.
+      factor: of the scaling.
+      length: int32 `[...]`, lengths of the sequences.
+      max_length: the context.
+
     Returns:
-      `[..., d / 2]` for lengths `[...]`.
+      float32 `[..., d / 2]`, radians per position.
     """
     growth = factor * jnp.maximum(length, max_length) / max_length - (factor - 1)
     base = theta * growth[..., None] ** (d / (d - 2))
     return base ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
 
 
-def _stretched_llama3(frequencies: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """1 for slow pairs, which are stretched, 0 for fast ones (Llama 3.1)."""
+def _scaled_share_llama3(frequencies: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """1 for slow pairs, which are scaled, 0 for fast ones, a ramp between (Llama 3.1)."""
     rotations = scaling.original_length * frequencies / (2 * math.pi)
     width = scaling.high_frequency - scaling.low_frequency
     return 1 - np.clip((rotations - scaling.low_frequency) / width, 0, 1)
 
 
-def _stretched_yarn(frequencies: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """1 for slow pairs, 0 for fast ones, a ramp over the pairs between (Peng et al. 2023)."""
+def _scaled_share_yarn(frequencies: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """1 for slow pairs, which are scaled, 0 for fast ones, a ramp between (Peng et al. 2023)."""
     pairs = len(frequencies)
 
     def pair_with(rotations: float) -> float:

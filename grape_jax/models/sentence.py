@@ -1,10 +1,11 @@
 """A BERT sentence encoder with mean pooling (Devlin et al. 2019; Reimers and Gurevych 2019).
 
-The layers are those of `BertModel` of transformers without its pooler. Queries and corpus are both
-text; `embed_texts` is a pure function that may run inside a jitted training step.
+The layers are those of transformers' `BertModel`, without its pooler. Queries and corpus are both
+text. `embed_texts` is a pure function, which may run inside a jitted training step.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ from grape_jax.models.encoder import Params, Tower, layers, norm, table, unit_le
 
 @dataclasses.dataclass(frozen=True)
 class SentenceConfig:
-    """What transformers' config.json of a BERT says."""
+    """Architecture of a BERT, as in transformers' config.json."""
 
     text: Tower
     vocab: int
@@ -38,19 +39,24 @@ def init(config: SentenceConfig, key: jax.Array) -> Params:
 def embed_texts(
     config: SentenceConfig, params: Params, tokens_NxL: jax.Array, mask_NxL: jax.Array
 ) -> jax.Array:
-    """Texts into the embedding space.
+    """Embeds texts.
 
     Args:
-      tokens_NxL: int32, start token first, end token last, padding after it. L <= config.context.
+      config: the architecture.
+      params: from `init` or a checkpoint.
+      tokens_NxL: int32, start token first, end token last, then padding; L <= config.context.
       mask_NxL: bool, False on padding.
 
     Returns:
-      float32 [N, E] of unit length.
+      float32 `[N, E]` of unit length.
     """
-    return unit_length(TextTower(config).apply({"params": params["text"]}, tokens_NxL, mask_NxL))
+    raw_NxE: Any = TextTower(config).apply({"params": params["text"]}, tokens_NxL, mask_NxL)
+    return unit_length(raw_NxE)
 
 
 class TextTower(nn.Module):
+    """Token ids and mask `[N, L]` to mean states, `[N, E]`."""
+
     config: SentenceConfig
 
     @nn.compact
@@ -59,10 +65,10 @@ class TextTower(nn.Module):
         token_VxD = table(self, "token_embedding", (config.vocab, tower.width), "vocab")
         position_LxD = table(self, "position_embedding", (config.context, tower.width), "position")
         type_SxD = table(self, "type_embedding", (config.token_types, tower.width), "position")
-        # A single text is all of the first type.
+        # All tokens of a single text are of the first type.
         x_NxLxD = token_VxD[tokens_NxL] + type_SxD[0] + position_LxD[: tokens_NxL.shape[1]]
         x_NxLxD = norm(tower, "embedding_norm")(x_NxLxD)
         x_NxLxD, _ = layers(tower)(x_NxLxD, mask_NxL[:, None, None, :])
-        # In float32 however the weights are stored: a mean of many numbers.
+        # The mean over tokens is computed in float32 for all dtypes of the weights.
         kept_NxLxD = jnp.where(mask_NxL[..., None], x_NxLxD.astype(jnp.float32), 0.0)
         return kept_NxLxD.sum(axis=1) / jnp.maximum(mask_NxL.sum(axis=1), 1)[:, None]

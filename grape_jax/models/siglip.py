@@ -1,12 +1,13 @@
-"""SigLIP's two towers, as `SiglipModel` of transformers computes them (Zhai et al. 2023).
+"""SigLIP's two towers, as transformers' `SiglipModel` computes them (Zhai et al. 2023).
 
-Text: a transformer that sees every position, padding too, and is read at its last one; a text is
-therefore always padded to the whole context. Images: a ViT without class token, read by one learned
-query that attends to all patches. SigLIP 2 (Tschannen et al. 2025) at a fixed resolution is the
-same model with another tokenizer.
+Text: a transformer without mask, pooled at its last position, so that a text is always padded to
+the whole context. Images: a ViT without class token, pooled by one learned query that attends to
+all patches. SigLIP 2 (Tschannen et al. 2025) at a fixed resolution is the same model with another
+tokenizer.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,12 +30,12 @@ from grape_jax.models.encoder import (
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """What transformers' config.json of a SigLIP says."""
+    """Architecture of a SigLIP, as in transformers' config.json."""
 
     text: Tower
     vision: Tower
     vocab: int
-    context: int  # text positions, all of them always filled
+    context: int  # text positions, to which every text is padded
     image_size: int  # pixels, square
     patch: int  # pixels, square
 
@@ -55,31 +56,39 @@ def init(config: SiglipConfig, key: jax.Array) -> Params:
 
 
 def embed_texts(config: SiglipConfig, params: Params, tokens_NxL: jax.Array) -> jax.Array:
-    """Texts into the shared space.
+    """Embeds texts.
 
     Args:
-      tokens_NxL: int32, padded with the tokenizer's padding to L = config.context.
+      config: the architecture.
+      params: from `init` or a checkpoint.
+      tokens_NxL: int32, padded by the tokenizer to L = config.context.
 
     Returns:
-      float32 [N, E] of unit length.
+      float32 `[N, E]` of unit length.
     """
-    return unit_length(TextTower(config).apply({"params": params["text"]}, tokens_NxL))
+    raw_NxE: Any = TextTower(config).apply({"params": params["text"]}, tokens_NxL)
+    return unit_length(raw_NxE)
 
 
 def embed_images(config: SiglipConfig, params: Params, pixels_NxHxWx3: jax.Array) -> jax.Array:
-    """Pictures into the shared space.
+    """Embeds images.
 
     Args:
-      pixels_NxHxWx3: float32, H = W = config.image_size, normalised as the checkpoint's
-        preprocessor_config.json says.
+      config: the architecture.
+      params: from `init` or a checkpoint.
+      pixels_NxHxWx3: float32, H = W = config.image_size, normalised with the checkpoint's mean and
+        standard deviation.
 
     Returns:
-      float32 [N, E] of unit length.
+      float32 `[N, E]` of unit length.
     """
-    return unit_length(VisionTower(config).apply({"params": params["vision"]}, pixels_NxHxWx3))
+    raw_NxE: Any = VisionTower(config).apply({"params": params["vision"]}, pixels_NxHxWx3)
+    return unit_length(raw_NxE)
 
 
 class TextTower(nn.Module):
+    """Token ids `[N, L]` to projected states of the last positions, `[N, E]`."""
+
     config: SiglipConfig
 
     @nn.compact
@@ -88,12 +97,14 @@ class TextTower(nn.Module):
         token_VxD = table(self, "token_embedding", (config.vocab, tower.width), "vocab")
         position_LxD = table(self, "position_embedding", (config.context, tower.width), "position")
         x_NxLxD, _ = layers(tower)(token_VxD[tokens_NxL] + position_LxD, None)
-        # Normalising the one position read is what normalising all and then reading gives.
+        # The norm is per position: only that of the pooled position is computed.
         x_NxD = norm(tower, "final_norm")(x_NxLxD[:, -1])
         return dense(config.projection, ("embed", "projection"), "head")(x_NxD)
 
 
 class VisionTower(nn.Module):
+    """Pixels `[N, H, W, 3]` to pooled states, `[N, E]`."""
+
     config: SiglipConfig
 
     @nn.compact
@@ -108,7 +119,7 @@ class VisionTower(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """One learned query reads all patches; an MLP beside it."""
+    """Attention pooling with one learned query, followed by an MLP with a residual connection."""
 
     tower: Tower
 

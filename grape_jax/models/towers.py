@@ -1,8 +1,9 @@
-"""One function for the text towers of all families, and one for the picture towers.
+"""Text and image towers of all retriever families, selected by the type of the config.
 
-A retriever's config says of which family it is; what is fixed when a step is compiled is that
-config, so the right tower stands in the jitted step without anything being looked up there.
+The config is static under jit, so that the selection happens at compilation.
 """
+
+from typing import cast
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +21,17 @@ RetrieverConfig = ClipConfig | SiglipConfig | SentenceConfig
 def embed_texts(
     config: RetrieverConfig, params: Params, tokens_NxL: jax.Array, mask_NxL: jax.Array
 ) -> jax.Array:
-    """Token ids int32, with a mask that is False on padding, to float32 [N, E] of unit length."""
+    """Embeds texts with the family's text tower.
+
+    Args:
+      config: of a family.
+      params: its parameters.
+      tokens_NxL: int32 token ids, padded as the family's tokenizer pads.
+      mask_NxL: bool, False on padding.
+
+    Returns:
+      float32 `[N, E]` of unit length.
+    """
     match config:
         case ClipConfig():
             return clip.embed_texts(config, params, tokens_NxL, mask_NxL)
@@ -33,7 +44,16 @@ def embed_texts(
 def embed_images(
     config: ClipConfig | SiglipConfig, params: Params, pixels_NxHxWx3: jax.Array
 ) -> jax.Array:
-    """Normalised pixels to float32 [N, E] of unit length."""
+    """Embeds images with the family's image tower.
+
+    Args:
+      config: of a family with images.
+      params: its parameters.
+      pixels_NxHxWx3: float32, normalised by `preprocessing.preprocess`.
+
+    Returns:
+      float32 `[N, E]` of unit length.
+    """
     match config:
         case ClipConfig():
             return clip.embed_images(config, params, pixels_NxHxWx3)
@@ -42,27 +62,27 @@ def embed_images(
 
 
 def shapes(config: RetrieverConfig) -> Params:
-    """The shape of each parameter, boxed with its logical axes."""
+    """Shapes of the parameters, boxed with their logical axes."""
+    key = jax.random.key(0)
     match config:
         case ClipConfig():
-            init = clip.boxed_init
+            return jax.eval_shape(lambda: clip.boxed_init(config, key))
         case SiglipConfig():
-            init = siglip.init
+            return jax.eval_shape(lambda: siglip.init(config, key))
         case SentenceConfig():
-            init = sentence.init
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+            return jax.eval_shape(lambda: sentence.init(config, key))
 
 
 def shardings(config: RetrieverConfig, mesh: Mesh) -> Params:
-    """Where each parameter lives on a mesh."""
-    return sharding.of_parameters(mesh, shapes(config))
+    """Shardings of the parameters on a mesh."""
+    return cast(Params, sharding.of_parameters(mesh, shapes(config)))
 
 
 def gather(params: Params, mesh: Mesh | None) -> Params:
-    """Brings split parameters together for the moment in which they are used.
+    """Replicates sharded parameters inside a jitted function; without a mesh, a no-op.
 
-    A product that is summed over several devices has other last bits than on one, and an embedding
-    with other bits has other ranks. None: they are whole already.
+    Embeddings then have the same bits on any mesh, and so have ranks: a product summed over devices
+    would differ in its last bits.
     """
     if mesh is None:
         return params
@@ -70,8 +90,8 @@ def gather(params: Params, mesh: Mesh | None) -> Params:
 
 
 def shortest_text(config: RetrieverConfig) -> int:
-    """How many token positions a text must have at least, start, end and padding included.
+    """Fewest token positions a text can be padded to, including start and end tokens.
 
-    SigLIP reads its last position whatever stands there: its texts always fill the context.
+    SigLIP reads the last position of its context, so its texts always fill the context.
     """
     return config.context if isinstance(config, SiglipConfig) else 2

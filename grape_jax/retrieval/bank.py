@@ -1,4 +1,4 @@
-"""The corpus bank: embeddings of a whole corpus, cached on disk by content."""
+"""Embeddings of a corpus or of captions, cached on disk by content."""
 
 import functools
 import hashlib
@@ -6,9 +6,10 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -26,30 +27,55 @@ from grape_jax.retrieval.encoder import (
 )
 from grape_jax.runtime import files, processes
 
-DIGEST_ROWS = 1 << 14  # hashed at one time
-PART = 8 * BATCH  # embeddings that are written to disk at one time: what a kill can cost
+DIGEST_ROWS = 1 << 14  # rows hashed at a time
+PART = 8 * BATCH  # embeddings in one file: at most these are lost when a process is killed
 
 
 def corpus_bank(
     retriever: Retriever, items: Sequence[Picture], cache_dir: str | Path
 ) -> np.ndarray:
-    """The embeddings of a corpus: float32 [N, E] of unit length.
+    """Embeddings of a corpus: float32 `[N, E]` of unit length, cached in `cache_dir`.
 
-    Each embedding is kept in `cache_dir` under the content of its checkpoint and of its item. What
-    is known is not computed again, whichever corpus it stands in; a run that was killed goes on
-    with what is missing. A damaged file is computed anew with a warning.
+    An embedding is cached under the fingerprint of its retriever and the hash of its item, so it
+    is computed once for all corpora. An interrupted call resumes where it stopped. A damaged cache
+    file is deleted with a warning, and its embeddings are computed again.
 
     Args:
-      items: pictures, or texts where the retriever reads text only. They are asked for one by one,
-        twice where they are new.
+      retriever: the encoder, from `encoder.load`.
+      items: pictures, or texts if the retriever reads text only. The sequence may be lazy: an item
+        is read once for its hash, and once more if it is new.
+      cache_dir: the cache, shared by all corpora and retrievers.
 
     Raises:
-      UserError: a file is missing or not a picture; the processes have different ones.
+      UserError: a file is missing or is not a picture, or the processes have different items.
     """
-    digests = processes.raise_together(lambda: _digests(retriever, items))
+    if retriever.preprocess is None:
+        return text_bank(retriever, cast(Sequence[str], items), cache_dir)
+    return _cached(retriever, items, pictures.content, image_batches, cache_dir)
+
+
+def text_bank(retriever: Retriever, texts: Sequence[str], cache_dir: str | Path) -> np.ndarray:
+    """Embeddings of texts, float32 `[N, E]` of unit length, cached as by `corpus_bank`."""
+    return _cached(retriever, texts, str.encode, text_batches, cache_dir)
+
+
+def _cached(
+    retriever: Retriever,
+    items: Sequence,
+    content: Callable[[Any], bytes],
+    batches: Callable[[Retriever, Sequence, Sequence[int]], Iterator[np.ndarray]],
+    cache_dir: str | Path,
+) -> np.ndarray:
+    """`corpus_bank` for one kind of items.
+
+    Args:
+      content: maps an item to the bytes that identify it.
+      batches: embeds the items in the given rows, a batch at a time.
+    """
+    digests = processes.raise_together(lambda: _digests(items, content))
     if jax.process_count() > 1:
         # Each process embeds a part for all of them.
-        processes.refuse_differences({"pictures of the corpus": digest_of(digests)})
+        processes.refuse_differences({"items of the corpus": digest_of(digests)})
     rows_of: dict[bytes, list[int]] = {}
     for row, digest in enumerate(digests):
         rows_of.setdefault(digest, []).append(row)
@@ -57,19 +83,18 @@ def corpus_bank(
     folder = Path(cache_dir) / retriever.fingerprint
     missing_N = np.zeros(len(items), bool)
     missing_N[[rows[0] for rows in rows_of.values()]] = True
-    for digest, emb_E in _known(folder, rows_of, bank_NxE.shape[1]):
+    for digest, emb_E in _read_parts(folder, rows_of, bank_NxE.shape[1]):
         bank_NxE[rows_of[digest]] = emb_E
         missing_N[rows_of[digest][0]] = False
-    # Processes embed together, also what one alone does not find on its disk.
+    # Embedding is collective: all processes compute what is missing on the disk of any.
     new = np.flatnonzero(processes.any_of_each(missing_N))
-    batches = text_batches if retriever.preprocess is None else image_batches
     together = rows_together(retriever)
     part = -(-PART // together) * together
     silent = not len(new) or not processes.is_main()
     with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
         for start in range(0, len(new), part):
             processes.preparing(f"embedding the corpus, {start} of {len(new)} new items")
-            rows = new[start : start + part]
+            rows = new[start : start + part].tolist()
             parts = []
             for emb_NxE in batches(retriever, items, rows):
                 parts.append(emb_NxE)
@@ -82,35 +107,40 @@ def corpus_bank(
     return bank_NxE
 
 
-def _digests(retriever: Retriever, items: Sequence[Picture]) -> list[bytes]:
-    """A SHA-256 of each item."""
-    content = str.encode if retriever.preprocess is None else pictures.content
+def _digests(items: Sequence, content: Callable[[Any], bytes]) -> list[bytes]:
+    """The SHA-256 of each item's content."""
     digest = lambda row: hashlib.sha256(content(items[row])).digest()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(digest, range(len(items))))
 
 
-def _known(folder: Path, wanted: dict, width: int) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Digest and embedding of what is wanted and on disk; a damaged part is deleted."""
+def _read_parts(
+    folder: Path, wanted: Container[bytes], width: int
+) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Yields digest and embedding of each wanted item on disk; deletes damaged files."""
     for path in sorted(folder.glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as part:
                 digests = [bytes(digest) for digest in part["digests"]]
                 found = [i for i, digest in enumerate(digests) if digest in wanted]
-                emb_NxE = part["embeddings"] if found else None
-            if found and emb_NxE.shape != (len(digests), width):
+                if not found:
+                    continue
+                emb_NxE = part["embeddings"]
+            if emb_NxE.shape != (len(digests), width):
                 raise ValueError(f"shape {emb_NxE.shape} instead of {(len(digests), width)}")
-            if found and not np.allclose(np.linalg.norm(emb_NxE, axis=1), 1, atol=1e-3):
+            if not np.allclose(np.linalg.norm(emb_NxE, axis=1), 1, atol=1e-3):
                 raise ValueError("its rows are not of unit length")
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            warnings.warn(f"{path} is damaged ({error}): it is computed anew.", stacklevel=3)
-            path.unlink(missing_ok=True)  # another process may have done so
+            warnings.warn(
+                f"{path} is damaged ({error}); its embeddings are computed again.", stacklevel=4
+            )
+            path.unlink(missing_ok=True)  # another process may have deleted it
             continue
-        yield from ((digests[i], emb_NxE[i]) for i in found if digests[i] in wanted)
+        yield from ((digests[i], emb_NxE[i]) for i in found)
 
 
 def _write_part(folder: Path, digests: list[bytes], emb_NxE: np.ndarray) -> None:
-    """Writes the file, but where another process with the same disk just did."""
+    """Writes embeddings to a file, unless a process with the same disk has just done so."""
     path = folder / f"{digest_of(digests)}.npz"
     if path.exists():
         return
@@ -122,9 +152,9 @@ def _write_part(folder: Path, digests: list[bytes], emb_NxE: np.ndarray) -> None
 
 
 def bank_digest(rows_NxE: np.ndarray) -> str:
-    """A hash of embeddings, which may be memory-mapped and larger than memory."""
+    """SHA-256 of embeddings as 32 hexadecimal digits; they may be memory-mapped and exceed RAM."""
     total = hashlib.sha256(str(rows_NxE.shape).encode())
     for start in range(0, len(rows_NxE), DIGEST_ROWS):
-        total.update(np.ascontiguousarray(rows_NxE[start : start + DIGEST_ROWS]))
+        total.update(np.ascontiguousarray(rows_NxE[start : start + DIGEST_ROWS]).data)
     files.release(rows_NxE)
     return total.hexdigest()[:32]

@@ -1,13 +1,14 @@
-"""The frozen retriever: text and pictures into one space, and the bank of a whole corpus."""
+"""The frozen retriever: loading, tokenization, and embedding of texts and pictures."""
 
 import dataclasses
 import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from grape_jax.data import pictures
 from grape_jax.data.pictures import Picture
 from grape_jax.models import towers
-from grape_jax.models.clip import LEGACY_END_TOKEN
+from grape_jax.models.clip import LEGACY_END_TOKEN, ClipConfig
 from grape_jax.models.encoder import Params
 from grape_jax.models.sentence import SentenceConfig
 from grape_jax.models.siglip import SiglipConfig
@@ -29,21 +30,21 @@ from grape_jax.runtime.errors import UserError
 from grape_jax.weights import clip, hub, open_clip, sentence, siglip, tensors, tokenizer
 
 SHIPPED = Path(__file__).parent / "assets" / "retriever"
-# What is fetched from the hub: no pickled weights.
+# Files downloaded from the hub: no pickled weights.
 HUB_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors", "open_clip_model.safetensors"]
-# Few shapes for all calls, so that little is compiled; a text's depends on that text alone, so that
-# no number depends on the batch.
-BATCH = 128
-SHORTEST = 16  # token positions; longer texts get twice as many, up to the context
+# Few shapes keep compilation short. The padded length of a text depends on that text only, so that
+# its embedding does not depend on the batch.
+BATCH = 128  # rows embedded at a time on a device
+SHORTEST = 16  # least padded length of a text; it doubles for longer texts, up to the context
 
-# The cosine of two embeddings of one picture by one model, where only its decoding, its size on
-# disk or the arithmetic's precision differ.
+# Least median cosine of two embeddings of the same pictures by the same model, with other decoders,
+# image sizes or precision.
 SAME_MODEL = 0.95
 
 
 @dataclasses.dataclass
 class CutTexts:
-    """How many of the texts that were read did not fit; the first time is reported."""
+    """Counts of tokenized and of truncated texts; the first truncation is reported by a warning."""
 
     read: int = 0
     cut: int = 0
@@ -51,27 +52,31 @@ class CutTexts:
 
 @dataclasses.dataclass(frozen=True)
 class Retriever:
-    """A frozen encoder with what it needs to read text and pictures. From `load`."""
+    """A frozen encoder with its tokenizer and preprocessing, from `load`."""
 
     config: RetrieverConfig
     params: Params
     tokenizer: PreTrainedTokenizerBase
-    clean: Callable[[str], str]  # what happens to a text before the tokenizer
+    clean: Callable[[str], str]  # applied to a text before the tokenizer
     context: int  # token positions of the longest text
-    preprocess: Preprocess | None  # None: it reads text only
-    fingerprint: str  # of everything that an embedding depends on, hexadecimal
+    preprocess: Preprocess | None  # None: a text-only retriever
+    fingerprint: str  # hash of weights, configs, tokenizer and dtype, hexadecimal
     cut_texts: CutTexts
-    mesh: Mesh | None = None  # over which the weights are split; None: they are whole
+    mesh: Mesh | None = None  # over which the weights are sharded; None: a single device
     text_length: int | None = None  # tokens read of a query or rewrite; None: the context
 
     def embed_texts(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
-        """Texts into the shared space: float32 [n, E] of unit length.
+        """Embeds texts.
 
-        A longer text is truncated before its end token, and counted.
+        A longer text is truncated before its end token, and counted in `cut_texts`.
 
         Args:
+          texts: N texts.
           length: tokens read of a text; None: `text_length`, the same that training reads of a
             rewrite. Items of a corpus are read with the whole context.
+
+        Returns:
+          float32 `[N, E]` of unit length.
         """
         emb_NxE = np.zeros((len(texts), self.config.projection), np.float32)
         tokens_NxL, mask_NxL = tokenize(self, texts, length)
@@ -79,35 +84,40 @@ class Retriever:
         for length in np.unique(padded_N):
             rows = np.flatnonzero(padded_N == length)
             read = lambda i, length=length: (tokens_NxL[i, :length], mask_NxL[i, :length])
-            emb_NxE[rows] = np.concatenate([*_embedded(self, towers.embed_texts, rows, read)])
+            emb_NxE[rows] = np.concatenate([*_embed_rows(self, towers.embed_texts, rows, read)])
         return emb_NxE
 
     def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
-        """Pictures, or the files they are in, into the shared space: float32 [n, E], unit length.
+        """Embeds pictures: images, encoded pictures or paths.
+
+        Returns:
+          float32 `[N, E]` of unit length.
 
         Raises:
-          UserError: a file is missing or not a picture; the retriever reads text only.
+          UserError: a file is missing or not a picture, or the retriever is text-only.
         """
-        none = np.zeros((0, self.config.projection), np.float32)
-        return np.concatenate([none, *image_batches(self, images, range(len(images)))])
+        empty = np.zeros((0, self.config.projection), np.float32)
+        return np.concatenate([empty, *image_batches(self, images, range(len(images)))])
 
 
 def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Retriever:
-    """Loads a retriever: CLIP, SigLIP or a BERT sentence encoder; None: the one shipped here.
+    """Loads a retriever: CLIP, SigLIP, an open_clip model or a BERT sentence encoder.
 
     Args:
-      path_or_hub_id: a directory as transformers or open_clip writes it, which never touches the
-        network, or the id of a repository of the Hugging Face hub, which is downloaded.
-      dtype: "float32" or "bfloat16", of the weights and the arithmetic; embeddings are float32.
+      path_or_hub_id: a directory in the format of transformers or open_clip, which is read without
+        network, or a repository of the Hugging Face hub, which is downloaded; None: the retriever
+        shipped with the package.
+      dtype: "float32" or "bfloat16", of weights and computation; embeddings are always float32.
 
     Raises:
-      UserError: a file is missing, damaged, or asks for what is not supported.
+      UserError: a file is missing, damaged or not supported.
     """
     directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, HUB_FILES)
     if _is_open_clip(directory):
         return _load_open_clip(directory, dtype)
     config_file = directory / clip.CONFIG_FILE
     kind = _model_type(config_file)
+    config: RetrieverConfig
     if kind == "clip":
         config, params = clip.load(directory, dtype)
     elif kind == "siglip":
@@ -115,25 +125,29 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
     else:
         config, params = sentence.load(directory, dtype)
     texts = tokenizer.read(directory)
-    end = config.end_token if kind == "clip" else None
-    _check_vocabulary(config, texts, config_file, end)
+    _check_vocabulary(config, texts, config_file)
     return Retriever(
         config=config,
         params=params,
         tokenizer=texts,
         clean=lambda text: text,
         context=_context(config, texts, directory),
-        preprocess=None if kind == "bert" else preprocessing.read(directory, config.image_size),
+        preprocess=None
+        if isinstance(config, SentenceConfig)
+        else preprocessing.read(directory, config.image_size),
         fingerprint=_fingerprint(dtype, directory / clip.WEIGHTS_FILE),
         cut_texts=CutTexts(),
     )
 
 
 def read_config(path_or_hub_id: str | Path | None = None) -> RetrieverConfig:
-    """The shapes of what `load` would load, for which its config file is enough.
+    """Reads the architecture of a retriever from its config file, without the weights.
+
+    Args:
+      path_or_hub_id: as in `load`.
 
     Raises:
-      UserError: as `load`.
+      UserError: as in `load`.
     """
     configs = [clip.CONFIG_FILE, open_clip.CONFIG_FILE]
     directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, configs)
@@ -144,23 +158,24 @@ def read_config(path_or_hub_id: str | Path | None = None) -> RetrieverConfig:
             return clip.read_config(directory)
         case "siglip":
             return siglip.read_config(directory)
-        case "bert":
+        case _:
             return sentence.read_config(directory)
 
 
 def _model_type(config_file: Path) -> str:
+    """The model type of a transformers config: clip, siglip or bert."""
     kind = tensors.read_json(config_file).get("model_type")
     if kind not in ("clip", "siglip", "bert"):
         raise UserError(
-            f"{config_file}: model_type={kind!r} is not supported: give a CLIPModel (clip), a "
-            "SiglipModel (siglip, SigLIP 2 at a fixed resolution too), a BERT sentence encoder "
+            f"{config_file}: model_type={kind!r} is not supported: use a CLIPModel (clip), a "
+            "SiglipModel (siglip, also SigLIP 2 at a fixed resolution), a BERT sentence encoder "
             "(bert), or an open_clip directory."
         )
     return kind
 
 
 def place(retriever: Retriever, mesh: Mesh) -> Retriever:
-    """Splits the weights over a mesh, as their logical axes say."""
+    """Shards the weights over a mesh by their logical axes."""
     params = sharding.place(retriever.params, towers.shardings(retriever.config, mesh))
     return dataclasses.replace(retriever, params=params, mesh=mesh)
 
@@ -168,27 +183,33 @@ def place(retriever: Retriever, mesh: Mesh) -> Retriever:
 def tokenize(
     retriever: Retriever, texts: Sequence[str], length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of texts, overlong ones cut before their end token, as transformers cuts them.
+    """Token ids of texts; texts that are too long are truncated before their end token.
 
     Args:
+      retriever: from `load`.
+      texts: N texts.
       length: L, one of `text_lengths`; None: the retriever's `text_length`, or its context.
 
     Returns:
-      tokens int32 [N, L], padded as the tokenizer pads, and mask bool [N, L].
+      int32 tokens `[N, L]`, padded as the tokenizer pads, and bool mask `[N, L]`.
+
+    Raises:
+      UserError: the length is not one of `text_lengths`.
     """
-    fitting = text_lengths(retriever)
+    allowed = text_lengths(retriever)
     length = length or retriever.text_length or retriever.context
-    if length not in fitting:
+    if length not in allowed:
         raise UserError(
-            f"a text length of {length} does not fit the retriever: give {said(fitting)}."
+            f"the retriever does not support a text length of {length}: use "
+            f"{format_range(allowed)}."
         )
     texts = [retriever.clean(text) for text in texts]
     tokens_NxL, mask_NxL, cut = encode(retriever.tokenizer, texts, length)
     counted = retriever.cut_texts
     if cut and not counted.cut:
         warnings.warn(
-            f"a text is longer than the {length} tokens that the retriever reads and was cut; "
-            "from here on such texts are only counted.",
+            f"a text is longer than the {length} tokens that the retriever reads and was "
+            "truncated; further such texts are only counted.",
             stacklevel=2,
         )
     counted.read += len(texts)
@@ -197,45 +218,62 @@ def tokenize(
 
 
 def text_lengths(retriever: Retriever) -> range:
-    """The token lengths that a text can be given."""
+    """Token lengths to which texts can be padded."""
     return range(towers.shortest_text(retriever.config), retriever.context + 1)
 
 
-def said(lengths: range) -> str:
-    """A range of lengths in words."""
+def format_range(lengths: range) -> str:
+    """A range of lengths as text: "2 to 77", or "64"."""
     return f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """`tokenize` for a tokenizer alone; also how many texts were cut."""
-    if not texts:
-        return np.zeros((0, length), np.int32), np.zeros((0, length), bool), 0
-    fixed = {"padding": "max_length", "truncation": True, "max_length": length}
-    padded = tokenizer(list(texts), **fixed, return_attention_mask=True, return_tensors="np")
-    mask_NxL = padded["attention_mask"].astype(bool)
-    # Only what fills its row can have been cut.
-    full = [texts[i] for i in np.flatnonzero(mask_NxL.all(axis=1))]
-    whole = tokenizer(full, verbose=False)["input_ids"] if full else []
-    return padded["input_ids"].astype(np.int32), mask_NxL, sum(len(ids) > length for ids in whole)
-
-
-def check_given(
-    retriever: Retriever, name: str, items: Sequence[Picture], given_NxE: np.ndarray
-) -> None:
-    """Refuses embeddings of another model: what this one makes of a query has no place among them.
+    """Token ids of texts by a tokenizer.
 
     Args:
-      name: of the embeddings, for the sentence.
-      items: some pictures, or texts (str), which are embedded again; none: only the width is held.
+      tokenizer: of the retriever.
+      texts: N texts.
+      length: L, to which texts are padded or truncated.
+
+    Returns:
+      int32 tokens `[N, L]`, bool mask `[N, L]`, and the number of truncated texts.
+    """
+    if not texts:
+        return np.zeros((0, length), np.int32), np.zeros((0, length), bool), 0
+    padded = tokenizer(
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_attention_mask=True,
+        return_tensors="np",
+    )
+    mask_NxL = padded["attention_mask"].astype(bool)
+    # Only a text that fills its row can have been truncated.
+    full = [text for text, fills in zip(texts, mask_NxL.all(axis=1), strict=True) if fills]
+    untruncated = tokenizer(full, verbose=False)["input_ids"] if full else []
+    cut = sum(len(ids) > length for ids in untruncated)
+    return padded["input_ids"].astype(np.int32), mask_NxL, cut
+
+
+def check_embeddings(
+    retriever: Retriever, name: str, items: Sequence[Picture], given_NxE: np.ndarray
+) -> None:
+    """Checks that given embeddings are those of the retriever, which queries are compared with.
+
+    Args:
+      retriever: from `load`.
+      name: of the embeddings, for the error message.
+      items: pictures, or texts (str), to embed again; none: only the width is checked.
       given_NxE: their given embeddings, of any length.
 
     Raises:
-      UserError: another width, or another direction.
+      UserError: the width differs, or the directions.
     """
     width = retriever.config.projection
-    advice = "name the model that made them with --config.retriever.path"
+    advice = "set --config.retriever.path to the model that made them"
     if given_NxE.shape[1] != width:
         raise UserError(
             f"the embeddings in {name} have {given_NxE.shape[1]} numbers and the retriever's have "
@@ -243,21 +281,23 @@ def check_given(
         )
     if not items:
         return
-    texts = isinstance(items[0], str)
-    again_NxE = (
-        retriever.embed_texts(items, retriever.context) if texts else retriever.embed_images(items)
-    )
+    if isinstance(items[0], str):
+        kind, again_NxE = (
+            "texts",
+            retriever.embed_texts(cast(Sequence[str], items), retriever.context),
+        )
+    else:
+        kind, again_NxE = "pictures", retriever.embed_images(items)
     cosine_N = (again_NxE * given_NxE).sum(axis=1) / np.linalg.norm(given_NxE, axis=1)
     if np.median(cosine_N) < SAME_MODEL:
         raise UserError(
             f"the embeddings in {name} are not the retriever's: embedded again, {len(items)} "
-            f"{'texts' if texts else 'pictures'} have a median cosine of {np.median(cosine_N):.2f} "
-            f"with what is given: {advice}."
+            f"{kind} have a median cosine of {np.median(cosine_N):.2f} with them: {advice}."
         )
 
 
 def _is_open_clip(directory: Path) -> bool:
-    """Whether only open_clip's files are there; where transformers' are too, they are read."""
+    """Whether a directory has the files of open_clip but not those of transformers."""
     has = lambda name: (directory / name).exists()
     return has(open_clip.CONFIG_FILE) and not (
         has(clip.WEIGHTS_FILE) or has(f"{clip.WEIGHTS_FILE}.index.json")
@@ -265,10 +305,11 @@ def _is_open_clip(directory: Path) -> bool:
 
 
 def _load_open_clip(directory: Path, dtype: str) -> Retriever:
+    """`load` for a directory of open_clip."""
     config, params = open_clip.load(directory, dtype)
     config_file = directory / open_clip.CONFIG_FILE
     texts = tokenizer.read_open_clip(directory)
-    _check_vocabulary(config, texts, config_file, config.end_token)
+    _check_vocabulary(config, texts, config_file)
     return Retriever(
         config=config,
         params=params,
@@ -282,7 +323,7 @@ def _load_open_clip(directory: Path, dtype: str) -> Retriever:
 
 
 def _context(config: RetrieverConfig, texts: PreTrainedTokenizerBase, directory: Path) -> int:
-    """How many tokens are read of a text, where model, tokenizer and recipe may each say less."""
+    """Token positions of the longest text: the least of what model, tokenizer and recipe allow."""
     if isinstance(config, SiglipConfig):
         return config.context
     lengths = [config.context, texts.model_max_length]
@@ -291,61 +332,68 @@ def _context(config: RetrieverConfig, texts: PreTrainedTokenizerBase, directory:
     return min(lengths)
 
 
-def _check_vocabulary(
-    config: RetrieverConfig, texts: PreTrainedTokenizerBase, path: Path, end_token: int | None
-) -> None:
-    """Refuses a tokenizer that is not the model's."""
+def _check_vocabulary(config: RetrieverConfig, texts: PreTrainedTokenizerBase, path: Path) -> None:
+    """Checks that the tokenizer belongs to the model.
+
+    Raises:
+      UserError: it has more tokens, pads on the other side, or has another end token.
+    """
     if len(texts) > config.vocab:
         raise UserError(
             f"{path}: vocab_size={config.vocab} is below the {len(texts)} tokens of the tokenizer "
-            "beside it: the two are not of one checkpoint."
+            "beside it: take both from one checkpoint."
         )
     if texts.padding_side != "right" and not isinstance(config, SiglipConfig):
         raise UserError(f"{path}: its tokenizer's padding_side must be 'right'.")
+    if not isinstance(config, ClipConfig) or config.end_token == LEGACY_END_TOKEN:
+        return
     last = texts("")["input_ids"][-1:]
-    if end_token not in (None, LEGACY_END_TOKEN) and last != [end_token]:
+    if last != [config.end_token]:
         raise UserError(
-            f"{path}: eos_token_id={end_token} is not {last}, with which the tokenizer beside it "
-            "ends a text: the two are not of one checkpoint."
+            f"{path}: eos_token_id={config.end_token} is not {last}, with which the tokenizer "
+            "beside it ends a text: take both from one checkpoint."
         )
 
 
-def _embedded(
+def _embed_rows(
     retriever: Retriever, tower: Callable, rows_N: np.ndarray, read: Callable
 ) -> Iterator[np.ndarray]:
-    """Embeds rows of a corpus, `BATCH` at a time on each device, on every process.
+    """Embeds rows of a corpus, `BATCH` at a time on each device of all processes.
 
-    A process reads only what its own devices embed, a batch while the last is computed.
+    A process reads only the rows that its devices embed, the next batch while the last is computed.
 
     Args:
+      retriever: from `load`.
       tower: `towers.embed_texts` or `towers.embed_images`.
-      read: from row numbers to the tower's arrays, a tuple.
+      rows_N: row numbers.
+      read: maps row numbers to the arrays that the tower reads, a tuple.
 
     Yields:
-      float32 [n, E], batch by batch in the order of the rows.
+      float32 `[n, E]`, batch by batch in the order of the rows.
     """
     mesh, step = retriever.mesh, rows_together(retriever)
-    mine = np.arange(step) if mesh is None else sharding.local_rows(mesh, step, "corpus")
-    whole = np.asarray if mesh is None else functools.partial(sharding.replicated_to_host, mesh)
-    running = None
+    local = np.arange(step) if mesh is None else sharding.local_rows(mesh, step, "corpus")
+    to_host = np.asarray if mesh is None else functools.partial(sharding.replicated_to_host, mesh)
+    pending = None
     for start in range(0, len(rows_N), step):
         chunk = rows_N[start : start + step]
-        # The last row again, up to whole batches; it is read once.
-        own, again = np.unique(np.minimum(mine, len(chunk) - 1), return_inverse=True)
-        emb_NxE = _compute(retriever, tower, [array[again] for array in read(chunk[own])])
-        if running is not None:
-            yield whole(running[0])[: running[1]]
-        running = emb_NxE, len(chunk)
-    if running is not None:
-        yield whole(running[0])[: running[1]]
+        # The last chunk is padded to a full batch with its last row, which is read once.
+        places, inverse = np.unique(np.minimum(local, len(chunk) - 1), return_inverse=True)
+        emb_NxE = _compute(retriever, tower, [array[inverse] for array in read(chunk[places])])
+        if pending is not None:
+            yield to_host(pending[0])[: pending[1]]
+        pending = emb_NxE, len(chunk)
+    if pending is not None:
+        yield to_host(pending[0])[: pending[1]]
 
 
 def rows_together(retriever: Retriever) -> int:
-    """How many rows are embedded at one time, on all devices."""
+    """Rows embedded at a time on all devices."""
     return BATCH * (retriever.mesh.size if retriever.mesh else 1)
 
 
 def _compute(retriever: Retriever, tower: Callable, arrays: Sequence[np.ndarray]) -> jax.Array:
+    """Dispatches one batch to the devices."""
     config, mesh, params = retriever.config, retriever.mesh, retriever.params
     if mesh is None:
         return _embed(tower, config, params, *arrays)
@@ -358,8 +406,10 @@ def _embed(tower: Callable, config: RetrieverConfig, params: Params, *arrays) ->
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _embed_split(tower, config: RetrieverConfig, mesh: Mesh, params: Params, *arrays) -> jax.Array:
-    """Every device embeds its own rows, with the weights brought together."""
+def _embed_split(
+    tower: Callable, config: RetrieverConfig, mesh: Mesh, params: Params, *arrays
+) -> jax.Array:
+    """Embeds each device's rows on that device, with replicated weights."""
     by_row = PartitionSpec(sharding.MESH_AXES)
     return jax.shard_map(
         functools.partial(tower, config),
@@ -371,7 +421,7 @@ def _embed_split(tower, config: RetrieverConfig, mesh: Mesh, params: Params, *ar
 
 
 def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
-    """The positions that texts of so many tokens are computed with: a short one costs less."""
+    """Padded length of each text: the least of SHORTEST, its doubles and the context that fits."""
     lengths = [max(SHORTEST, text_lengths(retriever).start)]
     while lengths[-1] < retriever.context:
         lengths.append(2 * lengths[-1])
@@ -381,33 +431,47 @@ def _padded_lengths(retriever: Retriever, used_N: np.ndarray) -> np.ndarray:
 def image_batches(
     retriever: Retriever, images: Sequence[Picture], rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """Embeddings of the pictures in these rows."""
-    how = retriever.preprocess
-    if how is None:
-        raise UserError("this retriever is a sentence encoder: its corpus must be text.")
-    pixels = lambda row: preprocessing.preprocess(how, pictures.open_picture(images[row]))
+    """Embeds the pictures in the given rows.
+
+    Args:
+      retriever: from `load`.
+      images: pictures; the sequence may be lazy.
+      rows: row numbers.
+
+    Yields:
+      float32 `[n, E]`, batch by batch in the order of the rows.
+
+    Raises:
+      UserError: a file is missing or not a picture, or the retriever is text-only.
+    """
+    settings = retriever.preprocess
+    if settings is None:
+        raise UserError("the retriever is a sentence encoder, whose corpus must be text.")
+    pixels = lambda row: preprocessing.preprocess(settings, pictures.open_picture(images[row]))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         decoded = lambda rows: (np.stack(list(threads.map(pixels, rows))),)
         read = lambda rows: processes.raise_together(lambda: decoded(rows))
-        yield from _embedded(retriever, towers.embed_images, np.asarray(rows), read)
+        yield from _embed_rows(retriever, towers.embed_images, np.asarray(rows), read)
 
 
 def text_batches(
     retriever: Retriever, texts: Sequence[str], rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
+    """Embeds the texts in the given rows; yields one float32 `[N, E]`."""
     yield retriever.embed_texts([texts[row] for row in rows], retriever.context)
 
 
-def digest_of(parts) -> str:
+def digest_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 of a sequence of byte strings, 32 hexadecimal digits."""
     total = hashlib.sha256()
     for part in parts:
-        # Each part is hashed by itself: otherwise moving a border would not change the sum.
+        # Parts are hashed one by one, so that the hash depends on their boundaries.
         total.update(hashlib.sha256(part).digest())
     return total.hexdigest()[:32]
 
 
 def _fingerprint(dtype: str, weights: Path) -> str:
-    """Of the weights and of every small file beside them: configs and tokenizers."""
+    """Hash of the dtype, the weights and the small files beside them: configs and tokenizers."""
     small = (p for kind in ("*.json", "*.txt", "*.model") for p in weights.parent.glob(kind))
     sums = []
     for path in [*tensors.weight_files(weights), *sorted(small)]:

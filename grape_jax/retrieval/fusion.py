@@ -1,18 +1,23 @@
-"""Several searches made into one: of their embeddings, or of their ranked lists. Arrays only."""
+"""Fusion of several searches: of their embeddings, or of their ranked lists. NumPy arrays only."""
 
 import numpy as np
 
 from grape_jax.types import NO_RANK
 
-RRF_K = 60  # Cormack, Clarke and Büttcher (2009): what keeps one list's top from deciding alone
+RRF_K = 60  # of Cormack, Clarke and Büttcher (2009); it damps the top ranks of a single list
 
 
 def mean_embedding(emb_MxQxE: np.ndarray) -> np.ndarray:
-    """The direction of the mean of unit vectors: float32 `[Q, E]`.
+    """The normalised mean of unit vectors.
 
-    Of a query and its rewrite, this is SQUARE's fusion; of captions and the query, HyDE's.
+    With a query and its rewrite, this is the fusion of SQUARE; with captions and the query, that of
+    HyDE. Where the mean is zero, the first vector is returned.
 
-    Where they cancel out there is no direction, and the first is taken.
+    Args:
+      emb_MxQxE: float32, unit embeddings of M searches for each of Q queries.
+
+    Returns:
+      float32 `[Q, E]` of unit length.
     """
     mean_QxE = np.asarray(emb_MxQxE, np.float64).mean(axis=0)
     length_Q = np.linalg.norm(mean_QxE, axis=-1, keepdims=True)
@@ -21,22 +26,22 @@ def mean_embedding(emb_MxQxE: np.ndarray) -> np.ndarray:
 
 
 def reciprocal_rank_fusion(rows_MxD: np.ndarray) -> np.ndarray:
-    """One ranked list out of M: corpus rows by the sum of 1 / (60 + rank) over the lists.
+    """One ranked list out of M, by the sum of 1 / (60 + rank) over the lists.
 
-    A list says nothing about rows that it does not hold. Rows that the sums do not tell apart stand
-    in the order of their numbers (Cormack, Clarke and Büttcher, 2009).
+    A row missing from a list gets nothing from it. Ties are ordered by row (Cormack, Clarke and
+    Büttcher 2009).
 
     Args:
-      rows_MxD: int, each list's corpus rows, best first; -1 is padding behind them.
+      rows_MxD: int, corpus rows of each list, best first; -1 is padding at the end.
 
     Returns:
-      int [M * D], every row that any list holds, best first, -1 behind them.
+      int `[M * D]`, the rows of all lists, best first, then -1.
     """
     rows_MxD = np.asarray(rows_MxD)
     weights_MxD = np.broadcast_to(1.0 / (RRF_K + 1 + np.arange(rows_MxD.shape[1])), rows_MxD.shape)
     real = rows_MxD >= 0
     rows, place = np.unique(rows_MxD[real], return_inverse=True)
-    # Rounded, so that the order of a sum breaks no tie.
+    # Rounded, so that the order of summation does not break ties.
     scores = np.round(np.bincount(place, weights_MxD[real], minlength=len(rows)), 12)
     fused = np.full(rows_MxD.size, -1, rows_MxD.dtype)
     fused[: len(rows)] = rows[np.lexsort((rows, -scores))]
@@ -46,18 +51,18 @@ def reciprocal_rank_fusion(rows_MxD: np.ndarray) -> np.ndarray:
 def ranks_in(
     list_D: np.ndarray, targets: np.ndarray, among: np.ndarray | None = None, excluded: int = -1
 ) -> np.ndarray:
-    """Ranks that leave other targets out, as `ranking.target_ranks` gives them, in a fused list.
+    """Ranks of targets in a fused list, defined as by `ranking.target_ranks`.
 
-    Corpus rows that the list does not hold stand behind it, in the order of their numbers.
+    Corpus rows missing from the list follow it in ascending order.
 
     Args:
-      list_D: int, corpus rows, best first, -1 behind them.
-      targets: int [P], corpus rows; -1 is padding.
-      among: int [X], the rows that targets compete with, -1 is padding; None is the whole corpus.
-      excluded: a row that leaves the corpus, which the list does not hold; -1 is none.
+      list_D: int, corpus rows, best first, then -1.
+      targets: int `[P]`, corpus rows; -1 is padding.
+      among: int `[X]`, rows that the targets compete with, -1 is padding; None: the whole corpus.
+      excluded: a row left out of the corpus, which the list does not contain; -1: none.
 
     Returns:
-      int [P], 1 is best, `NO_RANK` where the target is padding.
+      int64 `[P]`, 1 is best, `NO_RANK` where the target is padding.
     """
     listed = list_D[list_D >= 0]
     competes = np.ones(len(listed), bool) if among is None else np.isin(listed, among)
@@ -71,8 +76,8 @@ def ranks_in(
         if len(place):
             return 1 + int(ahead_in_list[place[0]])
         lower = np.arange(target) if among is None else np.unique(among[among < target])
-        behind = lower[(lower >= 0) & (lower != excluded)]
-        unlisted = ~np.isin(behind, listed) & ~np.isin(behind, targets)
+        candidates = lower[(lower >= 0) & (lower != excluded)]
+        unlisted = ~np.isin(candidates, listed) & ~np.isin(candidates, targets)
         return 1 + int(ahead_in_list[-1]) + int(unlisted.sum())
 
     return np.array([rank(int(target)) for target in targets], np.int64)

@@ -1,4 +1,4 @@
-"""How a picture becomes the pixels that a retriever reads, as its checkpoint says."""
+"""Resizing, cropping and normalisation of pictures, as configured by a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from grape_jax.runtime.errors import UserError
 from grape_jax.weights import open_clip, tensors
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-PROCESSOR_FILE = "processor_config.json"  # transformers 5 writes the former into this one
+PROCESSOR_FILE = "processor_config.json"  # contains the former in transformers 5
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -19,44 +19,51 @@ HALVES = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes pixels."""
+    """Settings of the preprocessing."""
 
-    resize: int | tuple[int, int] | None  # shortest edge, or height and width; None: left as it is
-    crop: tuple[int, int] | None  # height and width, from the centre
-    resample: int  # of PIL
+    resize: int | tuple[int, int] | None  # shortest edge, or height and width; None: no resizing
+    crop: tuple[int, int] | None  # height and width of a central crop; None: no crop
+    resample: int  # a PIL.Image.Resampling
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    # open_clip resizes before it turns a picture into RGB, and rounds a crop's corner to the even
-    # number; transformers lays transparency on white first, and rounds the corner down.
+    # open_clip resizes before it converts to RGB, and rounds a crop's corner half to even.
+    # transformers first composes transparent pictures onto white, and rounds the corner down.
     as_open_clip: bool = False
 
 
-def preprocess(how: Preprocess, image: Image.Image) -> np.ndarray:
-    """Resizes, crops and normalises as the reference does with PIL: float32 [H, W, 3]."""
-    if not how.as_open_clip:
+def preprocess(settings: Preprocess, image: Image.Image) -> np.ndarray:
+    """Resizes, crops and normalises a picture with PIL, as its reference: float32 `[H, W, 3]`."""
+    if not settings.as_open_clip:
         image = _on_white(image)
-    if how.resize is not None:
-        image = image.resize(_target_size(how.resize, image.size), Image.Resampling(how.resample))
-    if how.crop is not None:
-        height, width = how.crop
-        corner = (lambda rest: round(rest / 2)) if how.as_open_clip else (lambda rest: rest // 2)
+    if settings.resize is not None:
+        image = image.resize(
+            _target_size(settings.resize, image.size), Image.Resampling(settings.resample)
+        )
+    if settings.crop is not None:
+        height, width = settings.crop
+        corner = (
+            (lambda free: round(free / 2)) if settings.as_open_clip else (lambda free: free // 2)
+        )
         left, top = corner(image.width - width), corner(image.height - height)
         image = image.crop((left, top, left + width, top + height))
-    return normalise(how, np.asarray(image.convert("RGB")))
+    return normalise(settings, np.asarray(image.convert("RGB")))
 
 
-def normalise(how: Preprocess, pixels_uint8: np.ndarray) -> np.ndarray:
-    """Bytes [..., 3] to float32 with the mean and deviation of the checkpoint."""
-    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
+def normalise(settings: Preprocess, pixels_uint8: np.ndarray) -> np.ndarray:
+    """Bytes `[..., 3]` to float32, by the checkpoint's mean and standard deviation."""
+    mean, std = np.asarray(settings.mean, np.float32), np.asarray(settings.std, np.float32)
     return (pixels_uint8.astype(np.float32) / np.float32(255) - mean) / std
 
 
 def read(directory: str | Path, image_size: int) -> Preprocess:
-    """Reads what transformers' CLIP or SigLIP image processor is told.
+    """Reads the config of transformers' CLIP or SigLIP image processor.
+
+    Args:
+      directory: of the checkpoint.
+      image_size: pixels per side that the model reads.
 
     Raises:
-      UserError: the file is missing, damaged, does not give `image_size`, or asks for what is not
-        supported.
+      UserError: the file is missing, damaged or not supported, or does not give `image_size`.
     """
     path, data = _processor(Path(directory))
     kind = str(data.get("image_processor_type", data.get("feature_extractor_type", "CLIP")))
@@ -66,7 +73,7 @@ def read(directory: str | Path, image_size: int) -> Preprocess:
     if abs(data.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UserError(f"{path}: rescale_factor={data['rescale_factor']!r} must be 1/255.")
     try:
-        how = Preprocess(
+        settings = Preprocess(
             resize=_size(data.get("size", 224)) if data.get("do_resize", True) else None,
             crop=_crop(data.get("crop_size", 224))
             if data.get("do_center_crop", not siglip)
@@ -77,15 +84,19 @@ def read(directory: str | Path, image_size: int) -> Preprocess:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): download or export it again.") from error
-    _check(how, image_size, path)
-    return how
+    _check(settings, image_size, path)
+    return settings
 
 
 def read_open_clip(directory: str | Path, image_size: int) -> Preprocess:
-    """Reads the preprocess_cfg of open_clip_config.json; the size is always the model's.
+    """Reads the preprocess_cfg of open_clip_config.json; pictures always get the model's size.
+
+    Args:
+      directory: of the checkpoint.
+      image_size: pixels per side that the model reads.
 
     Raises:
-      UserError: the file is damaged or asks for what is not supported.
+      UserError: the file is damaged or not supported.
     """
     path = Path(directory) / open_clip.CONFIG_FILE
     data = tensors.read_json(path).get("preprocess_cfg") or {}
@@ -93,12 +104,12 @@ def read_open_clip(directory: str | Path, image_size: int) -> Preprocess:
         data, key, default, known, path, "preprocess_cfg."
     )
     one_of("mode", "RGB", ("RGB",))
-    # "random" is of training; open_clip evaluates it as bicubic.
+    # "random" is for training; open_clip evaluates with bicubic.
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
     filters["random"] = Image.Resampling.BICUBIC
     squash = one_of("resize_mode", "shortest", ("shortest", "squash")) == "squash"
     square = (image_size, image_size)
-    how = Preprocess(
+    settings = Preprocess(
         resize=square if squash else image_size,
         crop=None if squash else square,
         resample=int(filters[one_of("interpolation", "bicubic", tuple(filters))]),
@@ -106,11 +117,12 @@ def read_open_clip(directory: str | Path, image_size: int) -> Preprocess:
         std=tuple(data.get("std") or CLIP_STD),
         as_open_clip=True,
     )
-    _check(how, image_size, path)
-    return how
+    _check(settings, image_size, path)
+    return settings
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, composed onto white if it is transparent."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -118,7 +130,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _target_size(resize: int | tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height to resize a picture of this width and height to."""
+    """Width and height to which a picture of size (width, height) is resized."""
     if not isinstance(resize, int):
         return resize[1], resize[0]
     width, height = size
@@ -127,14 +139,15 @@ def _target_size(resize: int | tuple[int, int], size: tuple[int, int]) -> tuple[
 
 
 def _processor(directory: Path) -> tuple[Path, dict]:
+    """The file with the image processor's config, and the config."""
     path = directory / PREPROCESSOR_FILE
     if path.exists():
         return path, tensors.read_json(path)
-    whole = directory / PROCESSOR_FILE
-    data = tensors.read_json(whole).get("image_processor") if whole.exists() else None
+    processor = directory / PROCESSOR_FILE
+    data = tensors.read_json(processor).get("image_processor") if processor.exists() else None
     if data is None:
         raise UserError(f"{path} is missing: save the checkpoint with its processor.")
-    return whole, data
+    return processor, data
 
 
 def _size(size: int | dict) -> int | tuple[int, int]:
@@ -147,19 +160,24 @@ def _crop(size: int | dict) -> tuple[int, int]:
     return (size["height"], size["width"]) if isinstance(size, dict) else (size, size)
 
 
-def _check(how: Preprocess, image_size: int, path: Path) -> None:
-    """Refuses settings that do not lead to the pixels that the model has positions for."""
-    if how.resample not in {int(one) for one in Image.Resampling}:
-        raise UserError(f"{path}: resample={how.resample} is unknown to PIL.")
-    if len(how.mean) != 3 or len(how.std) != 3:
+def _check(settings: Preprocess, image_size: int, path: Path) -> None:
+    """Checks that the settings give pictures of the model's size.
+
+    Raises:
+      UserError: they do not, or have unknown values.
+    """
+    if settings.resample not in {int(one) for one in Image.Resampling}:
+        raise UserError(f"{path}: resample={settings.resample} is unknown to PIL.")
+    if len(settings.mean) != 3 or len(settings.std) != 3:
         raise UserError(f"{path}: image_mean and image_std must have three numbers each.")
-    shape = how.crop or how.resize
+    shape = settings.crop or settings.resize
     if shape != (image_size, image_size):
         raise UserError(
-            f"{path}: size={how.resize} and crop_size={how.crop} do not give the {image_size} x "
-            f"{image_size} pixels that the model reads; the files are not of one checkpoint."
+            f"{path}: size={settings.resize} and crop_size={settings.crop} do not give the "
+            f"{image_size} x {image_size} pixels that the model reads: take both files from one "
+            "checkpoint."
         )
-    if how.crop and (how.resize is None or np.min(how.resize) < image_size):
+    if settings.crop and (settings.resize is None or np.min(settings.resize) < image_size):
         raise UserError(
-            f"{path}: size={how.resize} is below crop_size={how.crop}: it must cover the crop."
+            f"{path}: size={settings.resize} must be at least crop_size={settings.crop}."
         )

@@ -1,7 +1,7 @@
 """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300). Arrays only.
 
-Every definition is that of TRL 1.16's GRPOTrainer where TRL has it; tests/test_trl.py holds them
-together. B prompts, K completions of each, T completion positions.
+Definitions are those of TRL 1.16's GRPOTrainer where TRL has them; tests/rl/test_trl.py compares
+the two. B prompts, K completions per prompt, T completion positions.
 """
 
 import dataclasses
@@ -21,28 +21,30 @@ REFERENCES = ("start", "base")
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
+    """Settings of the advantages, the loss and the reference policy."""
+
     aggregation: str  # one of AGGREGATIONS
     advantage_scale: str  # one of ADVANTAGE_SCALES
     baseline: str  # one of BASELINES
     ratio_level: str  # one of RATIO_LEVELS
     clip_low: float
     clip_high: float
-    delta: float  # the most that a ratio counts on its unclipped side; 0: no bound
-    kl_weight: float  # 0 leaves the reference policy out of the step
+    delta: float  # upper bound of the ratio where the clip does not bound it; 0: none
+    kl_weight: float  # 0: no KL penalty, and no reference policy
     kl_estimator: str  # one of KL_ESTIMATORS
-    kl_corrected: bool  # each token's KL counts by its ratio
+    kl_corrected: bool  # multiply each token's KL by its importance ratio
     reference: str  # one of REFERENCES
-    reference_sync_every: int  # steps of the run, the warm-up's included; 0: never
-    reference_mix: float  # the policy's share in a reference that is synchronised
-    passes: int  # updates from one rollout, the "mu" of the paper's algorithm 1
-    mask_truncated: bool  # completions without an end token teach nothing (DAPO, 2503.14476)
-    drop_flat_groups: bool  # groups without variance teach nothing; kept ones still pay for KL
-    temperature: float  # the rollout's; log-probs are those at it, before top-k, top-p and min-p
-    max_tokens: int  # the rollout's budget, end token included
+    reference_sync_every: int  # steps of the run, including the warm-up; 0: never
+    reference_mix: float  # weight of the policy in a synchronised reference
+    passes: int  # updates per rollout, mu in algorithm 1 of the paper
+    mask_truncated: bool  # exclude completions without an end token (DAPO, arXiv 2503.14476)
+    drop_flat_groups: bool  # exclude groups with equal rewards; otherwise their KL counts
+    temperature: float  # of the rollout and of all log-probs, before top-k, top-p and min-p
+    max_tokens: int  # completion budget of the rollout, end token included
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether the train state holds a reference policy of its own."""
+        """Whether the train state holds a copy of the policy as the reference."""
         return bool(self.kl_weight) and self.reference == "start"
 
 
@@ -52,19 +54,23 @@ def advantages(
     baseline: str = "mean",
     relative_BxK: jax.Array | None = None,
 ) -> jax.Array:
-    """Rewards less their group's baseline, divided by a standard deviation (ddof 1) plus 1e-4.
+    """Rewards minus their group's baseline, divided by a standard deviation (ddof 1) plus 1e-4.
 
-    Where the deviation itself is smaller than 1e-4 it is doubled instead. In a corpus of millions
-    one rank is a millionth of a reward or less, and 1e-4 would hide it; so an advantage is never
-    less than half of what it would be without the added term.
+    A deviation below 1e-4 is doubled instead: in a corpus of millions one rank changes a reward by a
+    millionth or less, which 1e-4 would damp to nothing.
 
     Args:
-      scale: "group" divides by the group's own deviation; "batch" by that of all rewards (Liu et
-        al. 2025, arXiv 2508.08221); "none" leaves the scale (Dr. GRPO, arXiv 2503.20783), so that
-        groups that differ more weigh more.
-      baseline: "mean" of the group; "leave_one_out", the mean of the other completions (RLOO,
-        Ahmadian et al. 2024, arXiv 2402.14740), which is the former times K / (K - 1).
-      relative_BxK: the rewards less any one number for each group, where that rounds less.
+      reward_BxK: float32 rewards, a group per row.
+      scale: "group" divides by the group's standard deviation; "batch" by that of all rewards (Liu
+        et al. 2025, arXiv 2508.08221); "none" does not divide (Dr. GRPO, arXiv 2503.20783), so that
+        groups with a larger spread weigh more.
+      baseline: "mean" of the group, or "leave_one_out", the mean of the group's other completions
+        (RLOO, Ahmadian et al. 2024, arXiv 2402.14740), which multiplies the difference by K / (K -
+        1).
+      relative_BxK: the rewards minus one number per group, if that rounds less than the rewards.
+
+    Returns:
+      float32 `[B, K]`; 0 in groups with equal rewards.
     """
     if relative_BxK is None:
         relative_BxK = reward_BxK
@@ -84,14 +90,15 @@ def advantages(
 
 
 def _damped(std: jax.Array) -> jax.Array:
-    """A deviation as a divisor; one of zero divides zeros only."""
+    """A standard deviation as a divisor; 1 where it is zero, since it then divides zeros."""
     return jnp.where(std > 0, std + jnp.minimum(std, ADVANTAGE_EPS), 1.0)
 
 
 def flat_groups(compared_BxK: jax.Array) -> jax.Array:
-    """Groups whose rewards are all the same, and so say nothing about which completion is better.
+    """Groups whose rewards are equal, bool `[B]`: they have no learning signal.
 
-    By their range: the rounded mean of large rewards that are all the same may be none of them.
+    Judged by the range of the rewards, since the rounded mean of equal rewards may differ from
+    them.
     """
     return jnp.ptp(compared_BxK, axis=1) == 0
 
@@ -99,10 +106,17 @@ def flat_groups(compared_BxK: jax.Array) -> jax.Array:
 def importance_ratio(
     logprobs_BxKxT: jax.Array, old_BxKxT: jax.Array, mask_BxKxT: jax.Array, level: str
 ) -> jax.Array:
-    """Probability under the policy over that under the sampler.
+    """Probability under the policy divided by probability under the sampling policy.
 
-    "token": of each token, `[B, K, T]`. "sequence": the geometric mean over a completion's tokens,
-    `[B, K, 1]` (GSPO, Zheng et al. 2025, arXiv 2507.18071).
+    Args:
+      logprobs_BxKxT: float32, under the policy.
+      old_BxKxT: float32, under the sampling policy.
+      mask_BxKxT: bool, True on tokens of the completion.
+      level: "token", a ratio per token; "sequence", the geometric mean over a completion's tokens
+        (GSPO, Zheng et al. 2025, arXiv 2507.18071).
+
+    Returns:
+      `[B, K, T]` for "token", `[B, K, 1]` for "sequence".
     """
     log_ratio = logprobs_BxKxT - old_BxKxT
     if level == "token":
@@ -114,11 +128,17 @@ def importance_ratio(
 
 
 def kl_to_reference(logprobs: jax.Array, reference: jax.Array, estimator: str = "k3") -> jax.Array:
-    """Per-token estimate of KL(policy, reference) from the policy's own samples (Schulman 2020).
+    """Per-token estimates of KL(policy, reference) from samples of the policy (Schulman 2020).
 
-    "k1" is unbiased and may be negative; "k2", half its square, and "k3" are never negative. As a
-    term of a loss they do not act as they read: the mean gradient of k1 is zero, that of k2 is the
-    KL's own (Tang and Munos 2025, arXiv 2506.09477).
+    As a term of a loss, the estimators do not all have the gradient of the KL: in expectation that
+      of
+    k1 is zero, and that of k2 is the KL's (Tang and Munos 2025, arXiv 2506.09477).
+
+    Args:
+      logprobs: float32, of any shape, under the policy.
+      reference: the same under the reference policy.
+      estimator: with r = reference - logprobs, "k1" is -r, unbiased and possibly negative; "k2" is
+        r^2 / 2; "k3" is exp(r) - r - 1, unbiased and never negative.
     """
     log_ratio = reference - logprobs
     match estimator:
@@ -134,11 +154,17 @@ def kl_to_reference(logprobs: jax.Array, reference: jax.Array, estimator: str = 
 def kl_terms(
     config: GrpoConfig, logprobs_BxKxT: jax.Array, reference_BxKxT: jax.Array, ratio: jax.Array
 ) -> jax.Array:
-    """The KL of each token as the loss reads it.
+    """The KL of each token in the loss, `[B, K, T]`.
 
-    With `kl_corrected` it is weighted by the importance ratio: an estimate under the policy itself
-    rather than its sampler, and since the ratio has a gradient too, that of the mean is the KL's
-    own (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
+    With `kl_corrected`, the KL is multiplied by the importance ratio. It then is an estimate under
+    the policy rather than the sampling policy, and the ratio's gradient makes the gradient of the
+    mean that of the KL (DeepSeek-V3.2, arXiv 2512.02556; the default of TRL).
+
+    Args:
+      config: the estimator and the correction.
+      logprobs_BxKxT: float32, under the policy.
+      reference_BxKxT: float32, under the reference policy.
+      ratio: from `importance_ratio`.
     """
     kl_BxKxT = kl_to_reference(logprobs_BxKxT, reference_BxKxT, config.kl_estimator)
     return kl_BxKxT * ratio if config.kl_corrected else kl_BxKxT
@@ -151,11 +177,17 @@ def clipped_objective(
     clip_high: float,
     delta: float = 0.0,
 ) -> jax.Array:
-    """Clipped surrogate, to be maximised, in the shape of the ratios.
+    """Clipped surrogate objective, to be maximised, in the shape of the ratios.
 
-    The clip is PPO's (arXiv 1707.06347); different bounds below and above are DAPO's (arXiv
-    2503.14476). `delta` bounds the ratio also where the advantage is negative, where the clip alone
-    does not (INTELLECT-2, arXiv 2505.07291).
+    PPO's clip (arXiv 1707.06347) with separate bounds below and above 1 (DAPO, arXiv 2503.14476).
+
+    Args:
+      ratio_BxKxT: importance ratios, per token or per completion.
+      advantages_BxK: float32.
+      clip_low: the ratio is clipped below 1 - clip_low.
+      clip_high: the ratio is clipped above 1 + clip_high.
+      delta: upper bound of the ratio for negative advantages, which the clip leaves unbounded
+        (INTELLECT-2, arXiv 2505.07291); 0: none.
     """
     advantages_BxKx1 = advantages_BxK[..., None]
     clipped = jnp.clip(ratio_BxKxT, 1 - clip_low, 1 + clip_high)
@@ -167,18 +199,21 @@ def clipped_objective(
 def token_weights(
     mask_BxKxT: jax.Array, counted_B: jax.Array, aggregation: str, max_tokens: int
 ) -> jax.Array:
-    """What each token weighs in the loss, which is the weighted sum of the tokens' losses.
+    """Weight of each token: the loss is the weighted sum of the token losses.
 
-    The denominators are those of the whole batch, so that sums over its parts add up to it.
+    The weights are normalised over the whole batch, so that losses of its parts add up.
 
     Args:
-      mask_BxKxT: bool, tokens that teach. A completion without any still counts as a completion.
+      mask_BxKxT: bool, tokens that enter the loss. A completion without any counts as a completion.
       counted_B: bool, groups that are part of the batch.
-      aggregation: "grpo", the mean over completions of their tokens' means; "dr_grpo", the sum over
-        completions x `max_tokens` (arXiv 2503.20783); "dapo", the mean of all tokens (arXiv
-        2503.14476). "bnpo" is in TRL the mean of a device's tokens, averaged over devices and
-        accumulated batches; for one whole batch, as it stands here, that is "dapo".
-      max_tokens: the rollout's budget, however the batch is padded.
+      aggregation: "grpo", the mean over completions of their token means; "dr_grpo", the sum
+        divided by completions x `max_tokens` (arXiv 2503.20783); "dapo", the mean over all tokens
+        (arXiv 2503.14476). "bnpo" in TRL is the mean over the tokens of a device, averaged over
+        devices and accumulated batches; here the batch is one, and it equals "dapo".
+      max_tokens: completion budget of the rollout, however the batch is padded.
+
+    Returns:
+      float32 `[B, K, T]`.
     """
     mask_BxKxT = mask_BxKxT & counted_B[:, None, None]
     completions = jnp.maximum(counted_B.sum() * mask_BxKxT.shape[1], 1)
@@ -201,22 +236,25 @@ def token_losses(
     advantages_BxK: jax.Array,
     mask_BxKxT: jax.Array,
 ) -> jax.Array:
-    """Loss of each token, `[B, K, T]`: the clipped surrogate and the KL penalty, if any.
+    """Loss of each token, `[B, K, T]`: the clipped surrogate and the KL penalty.
 
     Args:
-      old_BxKxT: log-probs under the policy that sampled.
-      reference_BxKxT: log-probs under the reference policy; read where `kl_weight` is not 0.
-      mask_BxKxT: bool; what the rest holds means nothing, and changes nothing.
+      config: the settings.
+      logprobs_BxKxT: float32, under the policy.
+      old_BxKxT: float32, under the sampling policy.
+      reference_BxKxT: float32, under the reference policy; read if `kl_weight` is not 0.
+      advantages_BxK: float32.
+      mask_BxKxT: bool, tokens that enter the loss; the values of other tokens have no effect.
     """
-    # Nothing trains the padding, so its ratio may overflow: it is taken out first.
-    kept = lambda x: jnp.where(mask_BxKxT, x, 0.0)
-    logprobs_BxKxT = kept(logprobs_BxKxT)
-    ratio = importance_ratio(logprobs_BxKxT, kept(old_BxKxT), mask_BxKxT, config.ratio_level)
+    # Masked before the ratio: log-probs of padding are arbitrary, and their ratio may overflow.
+    masked = lambda x: jnp.where(mask_BxKxT, x, 0.0)
+    logprobs_BxKxT = masked(logprobs_BxKxT)
+    ratio = importance_ratio(logprobs_BxKxT, masked(old_BxKxT), mask_BxKxT, config.ratio_level)
     loss = -clipped_objective(
         ratio, advantages_BxK, config.clip_low, config.clip_high, config.delta
     )
     if config.kl_weight:
-        kl = kl_terms(config, logprobs_BxKxT, kept(reference_BxKxT), ratio)
+        kl = kl_terms(config, logprobs_BxKxT, masked(reference_BxKxT), ratio)
         loss += config.kl_weight * kl
     return jnp.broadcast_to(loss, mask_BxKxT.shape)
 
@@ -229,40 +267,43 @@ def diagnostics(
     advantages_BxK: jax.Array,
     mask_BxKxT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """What TRL logs of an update: how far the policy is from its sampler and its reference.
+    """Metrics of an update, as TRL logs them: distances of policy, sampling policy and reference.
 
-    Means are over tokens; over completions, where a ratio is a completion's. `_min` and `_max` of
-    the clip fractions are over completions, of the ratio over tokens; where nothing teaches, no
-    ratio is clipped and all are 1.
+    Means are over tokens, or over completions if the ratio is per completion. `_min` and `_max` of
+    clip fractions are over completions, those of the ratio over tokens. If no token enters the
+    loss, the clip fractions are 0 and the ratios 1. The arguments are those of `token_losses`.
+
+    Returns:
+      Scalars by name.
     """
-    kept = lambda x: jnp.where(mask_BxKxT, x, 0.0)
-    logprobs = kept(logprobs_BxKxT)
-    ratio = importance_ratio(logprobs, kept(old_BxKxT), mask_BxKxT, config.ratio_level)
+    masked = lambda x: jnp.where(mask_BxKxT, x, 0.0)
+    logprobs = masked(logprobs_BxKxT)
+    ratio = importance_ratio(logprobs, masked(old_BxKxT), mask_BxKxT, config.ratio_level)
     mask = jnp.ones_like(ratio, bool) if config.ratio_level == "sequence" else mask_BxKxT
-    gain_BxKx1 = advantages_BxK[..., None]
+    advantages_BxKx1 = advantages_BxK[..., None]
     bounded = jnp.minimum(ratio, config.delta) if config.delta else ratio
-    low = (bounded < 1 - config.clip_low) & (gain_BxKx1 < 0)
-    high = (bounded > 1 + config.clip_high) & (gain_BxKx1 > 0)
-    taught = mask.any(-1)
-    of_completions = lambda x: (x & mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
-    seen = {
+    low = (bounded < 1 - config.clip_low) & (advantages_BxKx1 < 0)
+    high = (bounded > 1 + config.clip_high) & (advantages_BxKx1 > 0)
+    has_tokens = mask.any(-1)
+    per_completion = lambda x: (x & mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+    metrics = {
         "clip_fraction": masked_mean(low | high, mask),
         "clip_fraction_low": masked_mean(low, mask),
         "clip_fraction_low_min": jnp.where(
-            taught.any(), of_completions(low).min(where=taught, initial=1.0), 0.0
+            has_tokens.any(), per_completion(low).min(where=has_tokens, initial=1.0), 0.0
         ),
         "clip_fraction_high": masked_mean(high, mask),
-        "clip_fraction_high_max": of_completions(high).max(where=taught, initial=0.0),
+        "clip_fraction_high_max": per_completion(high).max(where=has_tokens, initial=0.0),
         "ratio": jnp.where(mask.any(), masked_mean(ratio, mask), 1.0),
         "ratio_min": jnp.where(mask.any(), ratio.min(where=mask, initial=jnp.inf), 1.0),
         "ratio_max": jnp.where(mask.any(), ratio.max(where=mask, initial=0.0), 1.0),
     }
     if config.kl_weight:
-        kl = kl_terms(config, logprobs, kept(reference_BxKxT), ratio)
-        seen["kl"] = masked_mean(kl, mask_BxKxT)
-    return seen
+        kl = kl_terms(config, logprobs, masked(reference_BxKxT), ratio)
+        metrics["kl"] = masked_mean(kl, mask_BxKxT)
+    return metrics
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over all tokens that count, whichever sequence they are in."""
+    """Mean over all elements where `mask` is True; 0 if there are none."""
     return jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(jnp.sum(mask), 1)

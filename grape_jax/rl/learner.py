@@ -1,7 +1,9 @@
-"""The train state and its two steps: the supervised warm-up step and the GRPO step."""
+"""Train state, supervised warm-up step and GRPO step."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -16,66 +18,80 @@ from grape_jax.rl import grpo, scoring
 from grape_jax.rl.grpo import GrpoConfig
 from grape_jax.rl.optimizer import OptimizerConfig, make_optimizer, next_rate
 from grape_jax.runtime import sharding
-from grape_jax.types import Prompts, Rollout, Scores
+from grape_jax.types import Params, Prompts, Rollout, Scores
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that training changes; donated to every step."""
+class TrainState(flax.struct.PyTreeNode):
+    """All arrays that training changes. Every step donates it."""
 
-    step: jax.Array  # int32, steps done
-    trained: dict  # the adapter, or all parameters; float32
-    reference: dict | None  # `trained` as GRPO began with it; None where the config keeps none
+    step: jax.Array  # int32, completed steps
+    trained: Params  # the adapter, or all parameters; float32
+    reference: Params | None  # copy of `trained` from the start of GRPO; None if no KL needs it
     optimizer: optax.OptState
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """Everything about a step that is fixed when it is compiled."""
+    """Static configuration of the train steps, fixed at compilation."""
 
     policy: policy.PolicyConfig
     lora: LoraConfig | None
     optimizer: OptimizerConfig
     grpo: GrpoConfig
     mesh: Mesh
-    microbatches: int  # parts of a batch, by prompts, whose activations exist at one time
-    logprob_chunk: int  # completion positions whose vocabulary scores exist at one time
+    microbatches: int  # parts of a batch, split by prompts; one part's activations exist at a time
+    logprob_chunk: int  # completion positions whose vocabulary logits exist at a time
 
 
-@flax.struct.dataclass
-class TrainBatch:
-    """A batch as the loss reads it."""
+class SupervisedBatch(flax.struct.PyTreeNode):
+    """Prompts and reference answers, for the warm-up."""
+
+    prompts: Prompts
+    tokens_Bx1xT: jax.Array  # int32
+    mask_Bx1xT: jax.Array  # bool, tokens that enter the loss
+    weight_Bx1xT: jax.Array  # float32, weight of each token's loss
+
+
+class TrainBatch(flax.struct.PyTreeNode):
+    """Prompts and completions with all that the GRPO loss needs."""
 
     prompts: Prompts
     tokens_BxKxT: jax.Array  # int32
-    mask_BxKxT: jax.Array  # bool, tokens that teach
-    weight_BxKxT: jax.Array  # float32, what each token weighs in the loss
-    old_BxKxT: jax.Array | None = None  # float32, log-probs under the policy that sampled
+    mask_BxKxT: jax.Array  # bool, tokens that enter the loss
+    weight_BxKxT: jax.Array  # float32, weight of each token's loss
+    old_BxKxT: jax.Array  # float32, log-probs under the sampling policy
+    advantage_BxK: jax.Array  # float32
     reference_BxKxT: jax.Array | None = None  # float32, log-probs under the reference policy
-    advantage_BxK: jax.Array | None = None  # float32
 
 
-def init_state(learner: Learner, key: jax.Array, base) -> TrainState:
-    """A state at step 0: a new adapter, or a copy of the base where all parameters are trained."""
-    start = functools.partial(_start, learner)
-    return jax.jit(start, out_shardings=state_shardings(learner))(key, base)
-
-
-def state_shapes(learner: Learner, base) -> TrainState:
-    """`init_state` as shapes with shardings; allocates nothing.
+def init_state(learner: Learner, key: jax.Array, base: Params) -> TrainState:
+    """The state at step 0: a new adapter, or a copy of the base for full-parameter training.
 
     Args:
-      base: the frozen parameters, or their shapes.
+      learner: the configuration.
+      key: PRNG key of the adapter.
+      base: the policy's frozen parameters.
     """
-    shapes = jax.eval_shape(lambda base: _start(learner, jax.random.key(0), base), base)
+    initial = functools.partial(_initial_state, learner)
+    return jax.jit(initial, out_shardings=state_shardings(learner))(key, base)
+
+
+def state_shapes(learner: Learner, base: Params) -> TrainState:
+    """`init_state` as `jax.ShapeDtypeStruct`s with shardings; allocates nothing.
+
+    Args:
+      learner: the configuration.
+      base: the policy's frozen parameters, or their shapes.
+    """
+    shapes = jax.eval_shape(lambda base: _initial_state(learner, jax.random.key(0), base), base)
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         state_shardings(learner),
     )
 
 
-def _start(learner: Learner, key: jax.Array, base) -> TrainState:
+def _initial_state(learner: Learner, key: jax.Array, base: Params) -> TrainState:
     if learner.lora is None:
         trained = jax.tree.map(jnp.copy, base)
     else:
@@ -86,92 +102,124 @@ def _start(learner: Learner, key: jax.Array, base) -> TrainState:
 
 
 def start_grpo(learner: Learner, state: TrainState) -> TrainState:
-    """What the warm-up reached becomes the reference policy, and the moments start anew.
+    """Copies the policy as the reference and resets the optimizer, at the end of the warm-up.
 
-    The reference is what GRPO begins with, not the base: a penalty for what the warm-up taught
-    would undo it. The moments of the supervised loss do not fit GRPO's gradients.
+    The reference is the policy after the warm-up, since a KL penalty towards the base would undo
+    the warm-up. The optimizer's moments are those of the supervised loss, which do not fit GRPO.
     """
     shardings = state_shardings(learner)
-    start = jax.jit(make_optimizer(learner.optimizer).init, out_shardings=shardings.optimizer)
+    init = jax.jit(make_optimizer(learner.optimizer).init, out_shardings=shardings.optimizer)
     reference = jax.tree.map(jnp.copy, state.trained) if learner.grpo.keeps_reference else None
-    return state.replace(reference=reference, optimizer=start(state.trained))
+    return state.replace(reference=reference, optimizer=init(state.trained))
 
 
 def state_shardings(learner: Learner) -> TrainState:
-    """Where each leaf of the state lives. Every step returns it there: nothing compiles twice."""
+    """The sharding of each leaf of the state.
+
+    Every step returns the state with these shardings, so that no step is compiled twice.
+    """
     boxed = jax.eval_shape(lambda: policy.init(learner.policy, jax.random.key(0), learner.lora))
     boxed = boxed["params"] if learner.lora is None else boxed["lora"]
-    trained = sharding.of_parameters(learner.mesh, boxed)
+    trained: Any = sharding.of_parameters(learner.mesh, boxed)
     optimizer = make_optimizer(learner.optimizer)
-    whole = sharding.replicated(learner.mesh)
+    replicated: Any = sharding.replicated(learner.mesh)
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, like: like,
+        lambda _, of_parameter: of_parameter,
         jax.eval_shape(optimizer.init, nn.unbox(boxed)),
         trained,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(whole, trained, trained if learner.grpo.keeps_reference else None, moments)
+    reference = trained if learner.grpo.keeps_reference else None
+    return TrainState(replicated, trained, reference, moments)
 
 
-def policy_variables(learner: Learner, base, trained) -> dict:
-    """The variables of the current policy."""
+def policy_variables(learner: Learner, base: Params, trained: Params) -> Params:
+    """The variables of the current policy: `{"params": ...}`, and `"lora"` beside it if trained."""
     return {"params": trained} if learner.lora is None else {"params": base, "lora": trained}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def warm_up_train_step(learner: Learner, state: TrainState, base, prompts: Prompts, tokens, mask):
-    """One supervised step: raises the likelihood of the references, tokens and mask `[B, 1, T]`."""
-    lesson = TrainBatch(prompts, tokens, mask, mask / jnp.maximum(mask.sum(), 1))
+def warm_up_train_step(
+    learner: Learner,
+    state: TrainState,
+    base: Params,
+    prompts: Prompts,
+    tokens_Bx1xT: jax.Array,
+    mask_Bx1xT: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One supervised step on reference answers, by the mean negative log-likelihood of tokens.
 
-    def loss_of(trained, part: TrainBatch):
+    Args:
+      learner: the configuration.
+      state: donated.
+      base: the policy's frozen parameters.
+      prompts: the prompts of the batch.
+      tokens_Bx1xT: int32, the answers, from `prompts.encode_references`.
+      mask_Bx1xT: bool, tokens that enter the loss.
+
+    Returns:
+      The next state, which keeps its parameters if the loss is not finite, and scalar metrics.
+    """
+    weight_Bx1xT = mask_Bx1xT / jnp.maximum(mask_Bx1xT.sum(), 1)
+    batch = SupervisedBatch(prompts, tokens_Bx1xT, mask_Bx1xT, weight_Bx1xT)
+
+    def loss_of(trained, part: SupervisedBatch):
         variables = policy_variables(learner, base, trained)
-        logprobs, entropy = token_logprobs(learner, variables, part.prompts, part.tokens_BxKxT, 1.0)
-        return -jnp.sum(jnp.where(part.mask_BxKxT, logprobs, 0) * part.weight_BxKxT), entropy
+        logprobs, entropy = token_logprobs(learner, variables, part.prompts, part.tokens_Bx1xT, 1.0)
+        return -jnp.sum(jnp.where(part.mask_Bx1xT, logprobs, 0) * part.weight_Bx1xT), entropy
 
-    loss, grads, entropy = accumulate(learner, loss_of, state.trained, lesson)
-    state, applied = _update(learner, state, loss, grads)
+    loss, grads, entropy = accumulate(learner, loss_of, state.trained, batch)
+    state, update = _update(learner, state, loss, grads)
     state = state.replace(step=state.step + 1)
-    return state, {"loss": loss, "entropy": grpo.masked_mean(entropy, mask)} | applied
+    return state, {"loss": loss, "entropy": grpo.masked_mean(entropy, mask_Bx1xT)} | update
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def grpo_train_step(
-    learner: Learner, state: TrainState, base, prompts: Prompts, rollout: Rollout, scores: Scores
-):
-    """One GRPO step: advantages, and one or more passes of loss, gradient and update.
+    learner: Learner,
+    state: TrainState,
+    base: Params,
+    prompts: Prompts,
+    rollout: Rollout,
+    scores: Scores,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One GRPO step: advantages, then `passes` updates on the same rollout.
 
     Args:
-      base: frozen parameters, over which the adapter lies.
-      scores: from `scoring.score_rewrites`.
+      learner: the configuration.
+      state: donated.
+      base: the policy's frozen parameters, to which the adapter is added.
+      prompts: the prompts of the batch.
+      rollout: K completions of each prompt, from `rollout.sample`.
+      scores: their rewards, from `scoring.score_rewrites`.
 
     Returns:
-      state: one step further; a pass whose loss was not finite changes nothing else.
-      metrics: scalars; those of an update are means over the passes.
+      state: the next state; an update whose loss or gradient is not finite is skipped.
+      metrics: scalars; those of the updates are means over the passes.
     """
     config = learner.grpo
-    lesson = make_train_batch(learner, state, base, prompts, rollout, scores)
+    batch = make_train_batch(learner, state, base, prompts, rollout, scores)
     flat_B = grpo.flat_groups(scores.compared)
-
-    taught = lesson.weight_BxKxT > 0
+    trained_BxKxT = batch.weight_BxKxT > 0
 
     def one_pass(state: TrainState, _):
-        loss, grads, (logprobs, entropy) = policy_gradient(learner, state.trained, base, lesson)
-        state, applied = _update(learner, state, loss, grads)
-        # How far learner and sampler disagree on the same tokens: rounding, in the first pass.
+        loss, grads, (logprobs, entropy) = policy_gradient(learner, state.trained, base, batch)
+        state, update = _update(learner, state, loss, grads)
+        # The difference between learner and sampler; in the first pass, rounding only.
         gap = jnp.abs(logprobs - rollout.logprobs_BxKxT)
-        seen = grpo.diagnostics(
+        metrics = grpo.diagnostics(
             config,
             logprobs,
-            lesson.old_BxKxT,
-            lesson.reference_BxKxT,
-            lesson.advantage_BxK,
-            taught,
+            batch.old_BxKxT,
+            batch.reference_BxKxT,
+            batch.advantage_BxK,
+            trained_BxKxT,
         )
-        seen |= {"loss": loss, "entropy": grpo.masked_mean(entropy, taught)}
-        seen["sampler_gap"] = gap.max(where=rollout.mask_BxKxT, initial=0.0)
-        seen["sampler_gap_mean"] = grpo.masked_mean(gap, rollout.mask_BxKxT)
-        return state, seen | applied
+        metrics |= {"loss": loss, "entropy": grpo.masked_mean(entropy, trained_BxKxT)}
+        metrics["sampler_gap"] = gap.max(where=rollout.mask_BxKxT, initial=0.0)
+        metrics["sampler_gap_mean"] = grpo.masked_mean(gap, rollout.mask_BxKxT)
+        return state, metrics | update
 
     state, passes = jax.lax.scan(one_pass, state, length=config.passes)
     metrics = {name: value.mean() for name, value in passes.items()}
@@ -187,9 +235,17 @@ def grpo_train_step(
 
 
 def make_train_batch(
-    learner: Learner, state: TrainState, base, prompts: Prompts, rollout: Rollout, scores: Scores
+    learner: Learner,
+    state: TrainState,
+    base: Params,
+    prompts: Prompts,
+    rollout: Rollout,
+    scores: Scores,
 ) -> TrainBatch:
-    """All that the passes over a batch share: weights, advantages, reference log-probs."""
+    """Computes what all passes over a rollout share: weights, advantages, reference log-probs.
+
+    The arguments are those of `grpo_train_step`.
+    """
     config = learner.grpo
     mask = rollout.mask_BxKxT
     if config.mask_truncated:
@@ -197,7 +253,7 @@ def make_train_batch(
     counted_B = jnp.ones(mask.shape[0], bool)
     if config.drop_flat_groups:
         counted_B = ~grpo.flat_groups(scores.compared)
-    lesson = TrainBatch(
+    batch = TrainBatch(
         prompts=prompts,
         tokens_BxKxT=rollout.tokens_BxKxT,
         mask_BxKxT=mask,
@@ -208,10 +264,11 @@ def make_train_batch(
         ),
     )
     if not config.kl_weight:
-        return lesson
+        return batch
     variables, lora = {"params": base}, None
     if config.reference == "start":
-        variables, lora = policy_variables(learner, base, state.reference), learner.lora
+        reference = cast(Params, state.reference)
+        variables, lora = policy_variables(learner, base, reference), learner.lora
     as_reference = dataclasses.replace(learner, lora=lora)
 
     def logprobs_of(part: TrainBatch):
@@ -219,12 +276,25 @@ def make_train_batch(
             as_reference, variables, part.prompts, part.tokens_BxKxT, config.temperature
         )[0]
 
-    reference = jax.lax.map(logprobs_of, _split(learner, lesson))
-    return lesson.replace(reference_BxKxT=_join(reference))
+    reference_logprobs = jax.lax.map(logprobs_of, _split(learner, batch))
+    return batch.replace(reference_BxKxT=_join(reference_logprobs))
 
 
-def policy_gradient(learner: Learner, trained, base, lesson: TrainBatch):
-    """Loss, its gradient in `trained`, and log-probs and entropy of every token `[B, K, T]`."""
+def policy_gradient(
+    learner: Learner, trained: Params, base: Params, batch: TrainBatch
+) -> tuple[jax.Array, Params, tuple[jax.Array, jax.Array]]:
+    """The GRPO loss of a batch and its gradient.
+
+    Args:
+      learner: the configuration.
+      trained: the parameters to differentiate by: the adapter, or all.
+      base: the policy's frozen parameters.
+      batch: from `make_train_batch`.
+
+    Returns:
+      The loss, the gradient in the shape of `trained`, and float32 log-probs and entropies of all
+      completion tokens, each `[B, K, T]`.
+    """
     config = learner.grpo
 
     def loss_of(trained, part: TrainBatch):
@@ -242,50 +312,58 @@ def policy_gradient(learner: Learner, trained, base, lesson: TrainBatch):
         )
         return jnp.sum(losses * part.weight_BxKxT), (logprobs, entropy)
 
-    return accumulate(learner, loss_of, trained, lesson)
+    return accumulate(learner, loss_of, trained, batch)
 
 
-def accumulate(learner: Learner, loss_of, trained, lesson: TrainBatch):
-    """Loss and gradient of a whole batch, one microbatch's activations at a time.
+def accumulate(
+    learner: Learner, loss_of: Callable, trained: Params, batch: SupervisedBatch | TrainBatch
+) -> tuple[jax.Array, Params, Any]:
+    """Loss and gradient of a batch, accumulated over microbatches.
 
-    The tokens' weights are those of the whole batch, so the microbatches' losses and gradients add
-    up to it: there is no mean of means.
+    The token weights are normalised over the whole batch, so that the losses and gradients of the
+    microbatches are summed, not averaged.
 
     Args:
-      loss_of: maps trained parameters and a part of the lesson to its share of the loss, and to
-        arrays with the part's prompts on their first axis.
+      learner: the configuration; `microbatches` sets the number of parts.
+      loss_of: maps `trained` and a part of the batch to the part's share of the loss, and to arrays
+        whose first axis is the part's prompts.
+      trained: the parameters to differentiate by.
+      batch: the whole batch.
 
     Returns:
-      loss, gradients, and the arrays of the whole batch.
+      The loss, the gradient, and the arrays of the whole batch.
     """
 
-    def add(total, part: TrainBatch):
-        (loss, seen), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
-        return jax.tree.map(jnp.add, total, (loss, grads)), seen
+    def add(total, part):
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), aux
 
-    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-    (loss, grads), seen = jax.lax.scan(add, nothing, _split(learner, lesson))
-    return loss, grads, jax.tree.map(_join, seen)
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    (loss, grads), aux = jax.lax.scan(add, zero, _split(learner, batch))
+    return loss, grads, jax.tree.map(_join, aux)
 
 
 def _split(learner: Learner, tree):
     """`[B, ...]` to `[microbatches, B / microbatches, ...]`.
 
-    A microbatch takes every n-th prompt, so that each device finds its share among its own.
+    A microbatch takes every n-th prompt, so that each device's share of it is already on the
+    device.
     """
     parts = learner.microbatches
-    apart = lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-    along = sharding.logical(learner.mesh, None, "batch")
-    return jax.lax.with_sharding_constraint(jax.tree.map(apart, tree), along)
+    split = lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    by_prompt = sharding.logical(learner.mesh, None, "batch")
+    return jax.lax.with_sharding_constraint(jax.tree.map(split, tree), by_prompt)
 
 
 def _join(x: jax.Array) -> jax.Array:
-    """What `_split` took apart."""
+    """The inverse of `_split`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def _sync_reference(config: GrpoConfig, state: TrainState) -> TrainState:
-    """Moves the reference towards the policy every so many steps (TR-DPO, arXiv 2404.09656)."""
+    """Mixes the policy into the reference every `reference_sync_every` steps (TR-DPO,
+    arXiv 2404.09656).
+    """
     if not (config.keeps_reference and config.reference_sync_every):
         return state
     due = state.step % config.reference_sync_every == 0
@@ -295,7 +373,7 @@ def _sync_reference(config: GrpoConfig, state: TrainState) -> TrainState:
 
 
 def _lengths(rollout: Rollout, scores: Scores) -> dict[str, jax.Array]:
-    """Completion lengths in tokens, of all and of those that ended; 0 where none did."""
+    """Completion lengths in tokens, of all completions and of those with an end token."""
     length_BxK = rollout.mask_BxKxT.sum(-1)
     ended_BxK = scores.ended_BxK
     shortest = length_BxK.min(where=ended_BxK, initial=rollout.mask_BxKxT.shape[-1])
@@ -309,13 +387,27 @@ def _lengths(rollout: Rollout, scores: Scores) -> dict[str, jax.Array]:
     }
 
 
-def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
-    """Log-probability of each completion token, and the entropy of its distribution (no gradient).
+def token_logprobs(
+    learner: Learner,
+    variables: Params,
+    prompts: Prompts,
+    tokens_BxKxT: jax.Array,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of completion tokens, and the entropies of their distributions.
 
-    The vocabulary scores exist for `logprob_chunk` positions at a time, also in the backward pass.
+    The vocabulary logits exist for `logprob_chunk` positions at a time, in the backward pass too.
+    The entropies have no gradient.
+
+    Args:
+      learner: the configuration.
+      variables: `{"params": ...}`, and `"lora"` beside it if `learner.lora` is set.
+      prompts: the prompts.
+      tokens_BxKxT: int32 completions.
+      temperature: divides the logits.
 
     Returns:
-      Two float32 arrays `[B, K, T]`.
+      Log-probabilities and entropies, each float32 `[B, K, T]`.
     """
     hidden = policy.hidden_states(learner.policy, variables, prompts, tokens_BxKxT, learner.lora)
     chunk = learner.logprob_chunk
@@ -326,15 +418,18 @@ def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
     hidden = jnp.moveaxis(hidden.reshape(B, K, -1, chunk, D), 2, 0)
     tokens = jnp.moveaxis(tokens.reshape(B, K, -1, chunk), 2, 0)
 
-    def read(hidden, tokens):
-        scores = policy.logits(variables, hidden) / temperature
-        partition = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-        still = jax.lax.stop_gradient(scores)
-        mean_score = jnp.sum(jax.nn.softmax(still) * still, axis=-1)
-        return chosen - partition, jax.lax.stop_gradient(partition) - mean_score
+    def chunk_logprobs(hidden, tokens):
+        logits = policy.logits(variables, hidden) / temperature
+        partition = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        detached = jax.lax.stop_gradient(logits)
+        mean_logit = jnp.sum(jax.nn.softmax(detached) * detached, axis=-1)
+        return chosen - partition, jax.lax.stop_gradient(partition) - mean_logit
 
-    one_chunk = jax.checkpoint(read) if learner.lora is None else _with_slope(read)
+    if learner.lora is None:
+        one_chunk = jax.checkpoint(chunk_logprobs)
+    else:
+        one_chunk = _with_saved_gradient(chunk_logprobs)
     _, (logprobs, entropy) = jax.lax.scan(
         lambda _, x: (None, one_chunk(*x)), None, (hidden, tokens)
     )
@@ -342,28 +437,32 @@ def token_logprobs(learner, variables, prompts, tokens_BxKxT, temperature):
     return join(logprobs), join(entropy)
 
 
-def _with_slope(read):
-    """`read` of `token_logprobs`, with its gradient in the states computed beside its values.
+def _with_saved_gradient(chunk_logprobs: Callable) -> Callable:
+    """Computes the gradient of `chunk_logprobs` by the hidden states in its forward pass.
 
-    Under an adapter nothing else of it is trained: a token's log-prob has one gradient, which the
-    loss only scales. The scores, at hand in the forward pass, are not computed a second time.
+    With an adapter, the output embedding is frozen: the gradient of a token's log-prob by its
+    hidden state is all that the backward pass needs, and the loss only scales it. The logits are
+    therefore computed once.
     """
-    one_chunk = jax.custom_vjp(read)
+    one_chunk = jax.custom_vjp(chunk_logprobs)
 
     def forward(hidden, tokens):
-        (logprobs, entropy), back = jax.vjp(lambda states: read(states, tokens), hidden)
-        (slope,) = back((jnp.ones_like(logprobs), jnp.zeros_like(entropy)))
-        return (logprobs, entropy), slope
+        of_hidden = lambda hidden: chunk_logprobs(hidden, tokens)
+        (logprobs, entropy), vjp = jax.vjp(of_hidden, hidden)
+        (gradient,) = vjp((jnp.ones_like(logprobs), jnp.zeros_like(entropy)))
+        return (logprobs, entropy), gradient
 
-    def backward(slope, given):
-        return given[0][..., None].astype(slope.dtype) * slope, None
+    def backward(gradient, cotangents):
+        return cotangents[0][..., None].astype(gradient.dtype) * gradient, None
 
     one_chunk.defvjp(forward, backward)
     return one_chunk
 
 
-def _update(learner: Learner, state: TrainState, loss, grads):
-    """One optimizer step, left out where the loss or a gradient is not finite."""
+def _update(
+    learner: Learner, state: TrainState, loss: jax.Array, grads: Params
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step, skipped if the loss or a gradient is not finite."""
     rate = next_rate(learner.optimizer, state.optimizer)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -1,26 +1,30 @@
-"""AdamW with a schedule, behind a clipped gradient."""
+"""AdamW with gradient clipping and a learning-rate schedule."""
 
 import dataclasses
 
 import jax
 import optax
 
+from grape_jax.types import Params
+
 SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """Settings of the optimizer."""
+
     learning_rate: float
     schedule: str  # one of SCHEDULES
     steps: int  # length of the schedule, in updates
-    ramp_steps: int  # linear, from one notch above 0
-    final_fraction: float  # of the learning rate, reached at `steps`; "constant" does not read it
-    weight_decay: float  # of matrices alone
+    ramp_steps: int  # linear warm-up of the rate, from learning_rate / ramp_steps
+    final_fraction: float  # of the learning rate, reached at `steps`; unused by "constant"
+    weight_decay: float  # of matrices only
     max_grad_norm: float
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient. Norms, biases and other vectors are not decayed."""
+    """AdamW after clipping by the global norm; norms, biases and other vectors are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -30,31 +34,33 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The rate ramps up linearly, and then follows its schedule down to `final_fraction`."""
-    down = max(1, config.steps - config.ramp_steps)
+    """Linear warm-up, then the schedule down to `final_fraction` of the learning rate."""
+    decay_steps = max(1, config.steps - config.ramp_steps)
     match config.schedule:
         case "linear":
             last = config.learning_rate * config.final_fraction
-            after = optax.linear_schedule(config.learning_rate, last, down)
+            after = optax.linear_schedule(config.learning_rate, last, decay_steps)
         case "cosine":
-            after = optax.cosine_decay_schedule(config.learning_rate, down, config.final_fraction)
+            after = optax.cosine_decay_schedule(
+                config.learning_rate, decay_steps, config.final_fraction
+            )
         case "constant":
             after = optax.constant_schedule(config.learning_rate)
         case _:
             raise ValueError(f"unknown schedule {config.schedule!r}")
-    # Starts one notch above zero: a step that changes nothing is a wasted rollout.
-    notch = config.learning_rate / max(1, config.ramp_steps)
-    ramp = optax.linear_schedule(notch, config.learning_rate, max(1, config.ramp_steps - 1))
+    # Not from 0: an update with rate 0 wastes a rollout.
+    first = config.learning_rate / max(1, config.ramp_steps)
+    ramp = optax.linear_schedule(first, config.learning_rate, max(1, config.ramp_steps - 1))
     return optax.join_schedules([ramp, after], [config.ramp_steps])
 
 
 def next_rate(config: OptimizerConfig, state: optax.OptState) -> jax.Array:
-    """The learning rate that the next update takes. One that was left out has not moved it on."""
-    of_schedule = lambda path, _: path[-1].tuple_name == "ScaleByScheduleState"
-    return learning_rate(config)(optax.tree.get(state, "count", filtering=of_schedule))
+    """Learning rate of the next update; skipped updates do not advance the schedule."""
+    is_schedule = lambda path, _: path[-1].tuple_name == "ScaleByScheduleState"
+    return learning_rate(config)(optax.tree.get(state, "count", filtering=is_schedule))
 
 
-def matrices(params):
-    """True for the leaves that are matrices, or stacks of one for each layer."""
-    stacked = lambda path: any(getattr(key, "key", None) == "layers" for key in path)
-    return jax.tree.map_with_path(lambda path, leaf: leaf.ndim - stacked(path) > 1, params)
+def matrices(params: Params) -> Params:
+    """A tree of bools: True for matrices, and for stacks of one matrix per layer."""
+    is_stacked = lambda path: any(getattr(key, "key", None) == "layers" for key in path)
+    return jax.tree.map_with_path(lambda path, leaf: leaf.ndim - is_stacked(path) > 1, params)

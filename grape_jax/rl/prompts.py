@@ -1,4 +1,4 @@
-"""Prompts out, answers in: chat template, output format, and the policy's tokenizer."""
+"""Prompts and answers: chat template, output format, stop tokens."""
 
 import dataclasses
 import math
@@ -7,13 +7,14 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
 
 FORMATS = ("line", "answer")
-PROMPT_UNIT = 16  # chosen lengths of prompts are multiples of it
-BUCKET_SHARES = (0.9, 0.99)  # of the prompts that fit the buckets below the longest
+PROMPT_UNIT = 16  # padded prompt lengths are multiples of it
+BUCKET_SHARES = (0.9, 0.99)  # quantiles of the prompt lengths that the shorter buckets hold
 ANSWER = re.compile(
     r"\s*(?:<think>(?:(?!<think>|<answer>).)*</think>\s*)?"
     r"<answer>((?:(?!</?answer>|</?think>).)*)</answer>\s*",
@@ -23,15 +24,24 @@ ANSWER = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    system: str  # the system turn
-    user: str  # the user turn, with {query} in it
-    answer_start: str  # what the assistant's turn starts with, before the policy writes
-    max_tokens: int  # S, prompts are padded on the left to this length
-    format: str  # "line": the first line is the rewrite; "answer": <answer>rewrite</answer>
+    """Text of the prompts, and the output format."""
+
+    system: str  # the system turn; "": none
+    user: str  # the user turn, which contains {query}
+    answer_start: str  # beginning of the assistant's turn, which the policy continues
+    max_tokens: int  # S, to which prompts are padded on the left
+    format: str  # "line": the answer is the rewrite; "answer": <answer>rewrite</answer>
 
 
-def encode_prompts(tokenizer, config: PromptConfig, queries: Sequence[str]) -> Prompts:
-    """Chat prompts `[B, S]`, aligned right (numpy).
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, config: PromptConfig, queries: Sequence[str]
+) -> Prompts:
+    """Chat prompts of queries, right-aligned (NumPy).
+
+    Args:
+      tokenizer: the policy's, with a chat template.
+      config: texts and length.
+      queries: B queries.
 
     Raises:
       UserError: a query is empty, or its prompt is longer than `max_tokens`.
@@ -43,15 +53,17 @@ def encode_prompts(tokenizer, config: PromptConfig, queries: Sequence[str]) -> P
         ids = _prompt_ids(tokenizer, config, query)
         tokens[row, config.max_tokens - len(ids) :] = ids
         mask[row, config.max_tokens - len(ids) :] = True
-    return Prompts(tokens, mask)
+    return Prompts(tokens, mask)  # type: ignore[arg-type]
 
 
 def to_bucket(prompts: Prompts, buckets: Sequence[int], longest: int | None = None) -> Prompts:
-    """Cuts padding that all prompts have: to the shortest bucket that holds the longest of them.
+    """Trims shared padding: to the shortest bucket that holds the longest prompt.
 
     Args:
-      buckets: lengths in rising order; where none is long enough, the prompts stay as they are.
-      longest: tokens of the longest, where these prompts are a part of a batch; None: of these.
+      prompts: a batch, or a process's part of one.
+      buckets: lengths in ascending order; if none is long enough, the prompts are returned
+        unchanged.
+      longest: tokens of the longest prompt of the whole batch; None: of `prompts`.
     """
     longest = int(prompts.mask_BxS.sum(axis=1).max()) if longest is None else longest
     width = prompts.tokens_BxS.shape[1]
@@ -59,70 +71,82 @@ def to_bucket(prompts: Prompts, buckets: Sequence[int], longest: int | None = No
     return Prompts(prompts.tokens_BxS[:, width - length :], prompts.mask_BxS[:, width - length :])
 
 
-def stop_tokens(tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
-    """The tokens that these texts are.
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """Token ids of stop texts.
 
     Raises:
-      UserError: one of them is not a single token.
+      UserError: a text is not a single token of this policy.
     """
-    found = [tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in texts]
-    for stop, ids in zip(texts, found, strict=True):
+    encoded = [tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in texts]
+    for stop, ids in zip(texts, encoded, strict=True):
         if len(ids) != 1:
             raise UserError(
-                f"rollout.stop has {stop!r}, which is {len(ids)} tokens of this policy: name texts "
-                "of one token each."
+                f"rollout.stop: {stop!r} is {len(ids)} tokens of this policy; give texts of one "
+                "token each."
             )
-    return tuple(ids[0] for ids in found)
+    return tuple(ids[0] for ids in encoded)
 
 
-def prompt_lengths(tokenizer, config: PromptConfig, queries: Sequence[str]) -> list[int]:
-    """Tokens of the prompt of each query, whatever `max_tokens` is."""
+def prompt_lengths(
+    tokenizer: PreTrainedTokenizerBase, config: PromptConfig, queries: Sequence[str]
+) -> list[int]:
+    """Tokens of each query's prompt, not limited by `max_tokens`."""
     unbounded = dataclasses.replace(config, max_tokens=2**31)
     return [len(_prompt_ids(tokenizer, unbounded, query)) for query in queries]
 
 
-def longest_prompt(tokenizer, config: PromptConfig, queries: Sequence[str]) -> int:
-    """Tokens of the longest prompt among these queries."""
+def longest_prompt(
+    tokenizer: PreTrainedTokenizerBase, config: PromptConfig, queries: Sequence[str]
+) -> int:
+    """Tokens of the longest prompt of these queries."""
     return max(prompt_lengths(tokenizer, config, queries))
 
 
-def choose_lengths(lengths: Sequence[int], most: int) -> tuple[int, ...]:
-    """Up to three lengths, in rising order, to pad prompts of these lengths to.
+def choose_lengths(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
+    """Up to three lengths, in ascending order, to which prompts are padded.
 
-    Multiples of PROMPT_UNIT, or `most`: every length compiles its own steps.
+    Each is a multiple of PROMPT_UNIT or `longest`. Every length compiles its own programs.
 
     Args:
-      lengths: tokens of each prompt, none above `most`.
+      lengths: tokens of each prompt, at most `longest`.
+      longest: upper bound of the lengths.
     """
     ordered = sorted(lengths)
-    tails = [ordered[math.ceil(share * len(ordered)) - 1] for share in BUCKET_SHARES]
-    rounded = {-(-length // PROMPT_UNIT) * PROMPT_UNIT for length in (*tails, ordered[-1])}
-    return tuple(sorted({min(length, most) for length in rounded}))
+    quantiles = [ordered[math.ceil(share * len(ordered)) - 1] for share in BUCKET_SHARES]
+    rounded = {-(-length // PROMPT_UNIT) * PROMPT_UNIT for length in (*quantiles, ordered[-1])}
+    return tuple(sorted({min(length, longest) for length in rounded}))
 
 
-def _prompt_ids(tokenizer, config: PromptConfig, query: str) -> list[int]:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, config: PromptConfig, query: str) -> list[int]:
     if not query.strip():
         raise UserError("a query is empty: remove it, or give it a text.")
     turns = [{"role": "user", "content": config.user.replace("{query}", query)}]
     if config.system:
         turns.insert(0, {"role": "system", "content": config.system})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text + config.answer_start, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(str(text) + config.answer_start, add_special_tokens=False)["input_ids"]
     if len(ids) > config.max_tokens:
         raise UserError(
             f"the prompt of query {query[:40]!r} has {len(ids)} tokens, more than "
-            f"prompt.max_tokens={config.max_tokens}: raise it, or shorten the query."
+            f"prompt.max_tokens={config.max_tokens}: increase it, or shorten the query."
         )
     return ids
 
 
-def encode_references(tokenizer, texts: Sequence[str], output_format: str, max_tokens: int):
-    """What the policy should have written for each reference text.
+def encode_references(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], output_format: str, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reference answers for the warm-up: texts in the output format, with the end token (NumPy).
+
+    Args:
+      tokenizer: the policy's.
+      texts: B reference rewrites.
+      output_format: one of `FORMATS`.
+      max_tokens: T.
 
     Returns:
-      tokens_Bx1xT int32 and mask_Bx1xT bool (numpy): the text in the output format and the end
-      token. The mask is empty where they are more than `max_tokens`: a text that is cut off would
-      teach the policy not to end.
+      int32 tokens and bool mask, `[B, 1, T]`. The mask of an answer longer than `max_tokens` is
+      False everywhere, since a truncated answer would train the policy not to end.
     """
     tokens = np.full((len(texts), 1, max_tokens), tokenizer.pad_token_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
@@ -136,12 +160,20 @@ def encode_references(tokenizer, texts: Sequence[str], output_format: str, max_t
 
 
 def read_answer(completion: str, ended: bool, output_format: str) -> tuple[str, bool]:
-    """The rewrite in a completion, and whether it is well formed.
+    """Reads the rewrite from a completion.
 
-    A well-formed answer has ended by itself and holds one rewrite in the output format. Of a
-    malformed one (cut off, several lines, missing, nested or repeated tags) the best reading is
-    still returned, so that it can be searched with and looked at; it is the reward that refuses it.
-    A reading without a letter, digit or symbol of any script is "" and never well formed.
+    A well-formed answer has ended and contains one rewrite in the output format. Of a malformed
+    answer (truncated, several lines, missing, nested or repeated tags) the most plausible rewrite
+    is returned for search and display; the reward handles the format. A rewrite without a letter,
+    digit or symbol is "", and never well formed.
+
+    Args:
+      completion: decoded text, without the end token.
+      ended: whether the completion has an end token.
+      output_format: one of `FORMATS`.
+
+    Returns:
+      The rewrite, and whether the answer is well formed.
     """
     if output_format == "line":
         lines = [line.strip() for line in completion.strip().splitlines()]

@@ -1,7 +1,8 @@
-"""From ranks, similarities and well-formedness to one reward a rewrite. Arrays only.
+"""Reward shapes: functions of ranks and similarities, one reward per rewrite. Arrays only.
 
-The paper's reward is linear in the rank (arXiv 2509.23370). Several targets of one query count by
-their best rank, where nothing else is said.
+The paper's reward is linear in the rank (arXiv 2509.23370). Shapes of a single rank take that of
+the best target. Arrays may have any leading axes; a name that ends in P has the targets on its last
+axis, with rank 0 for padding.
 """
 
 import jax
@@ -22,7 +23,13 @@ def best_rank(rank_P: jax.Array) -> jax.Array:
 
 
 def linear(rank: jax.Array, size: int, normalised: bool = True) -> jax.Array:
-    """1 for the best rank, 0 for the last; unnormalised: `size` - rank, the items it beats."""
+    """1 for the best rank, 0 for the last; unnormalised, `size` - rank: the number of items behind.
+
+    Args:
+      rank: int32, 1 is best.
+      size: corpus items.
+      normalised: whether to scale to 0 to 1.
+    """
     rank = rank.astype(jnp.float32)
     if normalised:
         return 1 - (rank - 1) / max(1, size - 1)
@@ -30,7 +37,7 @@ def linear(rank: jax.Array, size: int, normalised: bool = True) -> jax.Array:
 
 
 def log(rank: jax.Array, size: int) -> jax.Array:
-    """1 for the best rank, 0 for the last, and equal steps for equal ratios of ranks."""
+    """1 for the best rank, 0 for the last, linear in the logarithm of the rank."""
     return 1 - jnp.log(rank.astype(jnp.float32)) / jnp.log(max(2, size))
 
 
@@ -58,7 +65,7 @@ def reciprocal_gain(rank: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def ndcg(rank_P: jax.Array, k: int) -> jax.Array:
-    """nDCG@k of all targets, 0 to 1 (Järvelin and Kekäläinen, 2002)."""
+    """nDCG@k of all targets, 0 to 1 (Järvelin and Kekäläinen 2002)."""
     place_P = _places(rank_P)
     gained = jnp.where(place_P <= k, 1 / jnp.log2(1.0 + place_P), 0).sum(-1)
     P = rank_P.shape[-1]
@@ -68,14 +75,14 @@ def ndcg(rank_P: jax.Array, k: int) -> jax.Array:
 
 
 def recall(rank_P: jax.Array, k: int) -> jax.Array:
-    """The share of all targets among the best `k`, 0 to 1."""
+    """Share of the targets among the best `k` items, 0 to 1."""
     return (_places(rank_P) <= k).sum(-1) / jnp.maximum((rank_P < NO_RANK).sum(-1), 1)
 
 
 def rank_incentive(rank: jax.Array) -> jax.Array:
-    """2 to 1 over the first ten ranks, 1 to 0 over the first hundred, 0 beyond.
+    """From 2 to 1 over ranks 1 to 10, from 1 to 0 over ranks 10 to 100, 0 beyond.
 
-    ConvSearch-R1's pieces (arXiv 2505.15776); there a malformed answer gets -0.1.
+    The reward of ConvSearch-R1 (arXiv 2505.15776), which gives malformed answers -0.1.
     """
     rank = rank.astype(jnp.float32)
     tail = jnp.where(rank <= 100, 10 / 9 - rank / 90, 0.0)
@@ -83,22 +90,29 @@ def rank_incentive(rank: jax.Array) -> jax.Array:
 
 
 def similarity(rank_P: jax.Array, similarity_P: jax.Array) -> jax.Array:
-    """The similarity to the nearest target: the baseline that inflates."""
+    """Similarity to the nearest target; a baseline that rewards score inflation."""
     return jnp.where(rank_P < NO_RANK, similarity_P, -jnp.inf).max(-1)
 
 
 def contrastive(
     rank_P: jax.Array, similarity_P: jax.Array, log_partition: jax.Array, temperature: float
 ) -> jax.Array:
-    """The log-probability of the targets among all items of the corpus, 0 at best."""
+    """Log-probability of the targets under a softmax over the corpus, at most 0.
+
+    Args:
+      rank_P: int32, to find padding.
+      similarity_P: float32 cosines to the targets.
+      log_partition: float32, log-sum-exp over the corpus of similarity / temperature.
+      temperature: of the softmax.
+    """
     scores_P = jnp.where(rank_P < NO_RANK, similarity_P / temperature, -jnp.inf)
     return jax.nn.logsumexp(scores_P, axis=-1) - log_partition
 
 
 def improvement(rank: jax.Array, raw_rank: jax.Array) -> jax.Array:
-    """The gain over the rank that the raw query gets, as a share of the worse rank: -1 to 1.
+    """Gain over the rank of the unchanged query, divided by the worse of the two ranks: -1 to 1.
 
-    A share, because a plain difference is `linear` again once it is centred inside its group.
+    A plain difference would equal `linear` after the group's mean is subtracted.
     """
     rank, raw_rank = rank.astype(jnp.float32), raw_rank.astype(jnp.float32)
     return (raw_rank - rank) / jnp.maximum(raw_rank, rank)
@@ -114,15 +128,23 @@ def parts(
     format_rule: str,
     malformed: float,
 ) -> dict[str, jax.Array]:
-    """The weighted parts of the reward; their sum is the reward.
+    """The weighted parts of the reward, which add up to it.
 
-    Under "gate" a malformed answer is paid `malformed` and nothing else: without it an answer that
-    rambles past its budget would still be paid for the words that happened to be read. Under "sum"
-    its words are paid for, where there are any, and only the format's part is missing.
+    Rule "gate": a malformed answer gets `malformed` and nothing else. Otherwise a rambling answer
+    that exceeds its budget would be rewarded for the words that could be read. Rule "sum": the
+    words of a malformed answer are rewarded, if it has any, and only the format part is 0.
 
     Args:
-      score: float32, any shape of the above, and any array shape.
-      well_formed, has_text: bool, from `text.read_answer`.
+      score: float32, a shape's value, of any array shape.
+      well_formed: bool, of the same shape, from `prompts.read_answer`.
+      has_text: bool, of the same shape; whether the rewrite is not empty.
+      weight: multiplies `score`.
+      format_weight: the reward of a well-formed answer.
+      format_rule: one of `FORMAT_RULES`.
+      malformed: the reward of a malformed answer under "gate".
+
+    Returns:
+      "rank" and "format", each float32 of the shape of `score`.
     """
     if format_rule == "gate":
         return {
@@ -138,6 +160,6 @@ def parts(
 
 
 def _places(rank_P: jax.Array) -> jax.Array:
-    """Positions of the targets in one list together: a rank leaves the other targets out."""
+    """Places of the targets in one list of the corpus; ranks count non-targets only."""
     sorted_P = jnp.sort(rank_P, axis=-1)
     return jnp.where(sorted_P < NO_RANK, sorted_P + jnp.arange(rank_P.shape[-1]), NO_RANK)

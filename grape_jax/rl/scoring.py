@@ -1,4 +1,4 @@
-"""What each rewrite of a rollout is worth: text tower, exact ranks over the corpus, rewards."""
+"""Rewards of a rollout's rewrites: text tower, exact ranks over the corpus, reward shape."""
 
 import dataclasses
 import functools
@@ -11,37 +11,39 @@ from grape_jax.models import towers
 from grape_jax.retrieval.ranking import target_ranks
 from grape_jax.rl import rewards
 from grape_jax.runtime import sharding
-from grape_jax.types import Index, Ranks, Rewrites, Rollout, Scores
+from grape_jax.types import Index, Params, Ranks, Rewrites, Rollout, Scores
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
+    """The reward: its shape as a function of ranks, the weights of its parts, and penalties."""
+
     reward_shape: str  # one of rewards.SHAPES
-    reward_normalised: bool  # of "linear"
-    reward_k: int  # of "ndcg" and "recall"
-    reward_temperature: float  # of "contrastive"
-    reward_weight: float
-    format_weight: float
+    reward_normalised: bool  # "linear": scale to 0 to 1
+    reward_k: int  # "ndcg" and "recall": the cutoff
+    reward_temperature: float  # "contrastive": of the softmax over the corpus
+    reward_weight: float  # of the shape's value
+    format_weight: float  # reward of a well-formed answer
     format_rule: str  # one of rewards.FORMAT_RULES
-    malformed_reward: float
-    truncated_penalty: float  # taken from a completion without an end token, whatever it says
+    malformed_reward: float  # format rule "gate": total reward of a malformed answer
+    truncated_penalty: float  # subtracted from the reward of a completion without an end token
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Everything about scoring that is fixed when it is compiled."""
+    """Static configuration of the scoring step, fixed at compilation."""
 
     reward: RewardConfig
     retriever: towers.RetrieverConfig
-    corpus_size: int
-    stop_ids: tuple[int, ...]  # the rollout's
-    mesh: Mesh
+    corpus_size: int  # items, without padding rows
+    stop_ids: tuple[int, ...]  # end tokens of the rollout
+    mesh: Mesh  # over which batch and corpus are sharded
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_rewrites(
     scorer: Scorer,
-    retriever_params,
+    retriever_params: Params,
     index: Index,
     targets_BxP: jax.Array,
     rollout: Rollout,
@@ -49,13 +51,20 @@ def score_rewrites(
     excluded_BxX: jax.Array | None = None,
     raw_rank_B: jax.Array | None = None,
 ) -> Scores:
-    """What each rewrite is paid. Ranks and rewards are computed once, however often they teach.
+    """Ranks and rewards of the rewrites, computed once per rollout.
 
     Args:
-      index: from `ranking.shard_corpus`.
-      targets_BxP: int32 corpus rows of the right pictures, -1 is padding.
-      excluded_BxX: int32 corpus rows that leave the corpus for a query, -1 is padding.
-      raw_rank_B: int32, what the queries themselves rank; of the reward "improvement" only.
+      scorer: the configuration.
+      retriever_params: parameters of the retriever.
+      index: the corpus, from `ranking.shard_corpus`.
+      targets_BxP: int32 corpus rows of the targets, -1 is padding.
+      rollout: the completions.
+      rewrites: the rewrites read from them.
+      excluded_BxX: int32 corpus rows to leave out of the corpus for each query, -1 is padding.
+      raw_rank_B: int32, ranks of the unchanged queries; required by the shape "improvement".
+
+    Returns:
+      Scores `[B, K]`, sharded by prompts.
     """
     config = scorer.reward
     ranks = rank_rewrites(scorer, retriever_params, index, rewrites, targets_BxP, excluded_BxX)
@@ -69,7 +78,8 @@ def score_rewrites(
         format_rule=config.format_rule,
         malformed=config.malformed_reward,
     )
-    # By the end token itself: the mask alone looks the same when the budget ends with it.
+    # By the end token: the mask of a truncated completion and of one that ends with the budget are
+    # equal.
     stops = (rollout.tokens_BxKxT[..., None] == jnp.asarray(scorer.stop_ids)).any(-1)
     ended_BxK = (stops & rollout.mask_BxKxT).any(-1)
     reward_BxK = parts["rank"] + parts["format"]
@@ -93,9 +103,20 @@ def score_rewrites(
 
 
 def rank_rewrites(
-    scorer: Scorer, retriever_params, index, rewrites: Rewrites, targets_BxP, excluded_BxX=None
-):
-    """Ranks of each rewrite's targets over the whole corpus, with `[B, K]` for Q."""
+    scorer: Scorer,
+    retriever_params: Params,
+    index: Index,
+    rewrites: Rewrites,
+    targets_BxP: jax.Array,
+    excluded_BxX: jax.Array | None = None,
+) -> Ranks:
+    """Ranks of each rewrite's targets over the whole corpus.
+
+    The arguments are those of `score_rewrites`.
+
+    Returns:
+      Ranks whose first axis Q is `[B, K]`.
+    """
     B, K, L = rewrites.tokens_BxKxL.shape
     emb_QxE = towers.embed_texts(
         scorer.retriever,
@@ -116,7 +137,16 @@ def rank_rewrites(
 
 
 def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> jax.Array:
-    """What each rewrite's ranks are worth under the configured shape: float32 `[B, K]`."""
+    """The configured shape's value for each rewrite, unweighted: float32 `[B, K]`.
+
+    Args:
+      scorer: the configuration.
+      ranks: from `rank_rewrites`.
+      raw_rank_B: int32, ranks of the unchanged queries; required by the shape "improvement".
+
+    Raises:
+      ValueError: the shape is unknown, or "improvement" lacks `raw_rank_B`.
+    """
     config, size = scorer.reward, scorer.corpus_size
     rank_BxKxP, rank_BxK = ranks.rank_QxP, rewards.best_rank(ranks.rank_QxP)
     match config.reward_shape:
@@ -139,6 +169,8 @@ def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> 
                 rank_BxKxP, ranks.similarity_QxP, ranks.log_partition_Q, config.reward_temperature
             )
         case "improvement":
+            if raw_rank_B is None:
+                raise ValueError("the reward shape 'improvement' needs raw_rank_B")
             return rewards.improvement(rank_BxK, raw_rank_B[:, None])
     raise ValueError(f"unknown reward shape {config.reward_shape!r}")
 
@@ -178,7 +210,11 @@ def relative_rewards(
 
 
 def summary(scores: Scores) -> dict[str, jax.Array]:
-    """For the log: every part of the reward, raw and weighted, and what was found."""
+    """Metrics of the rewards, for the log: each part raw and weighted, ranks and similarities.
+
+    Returns:
+      Scalars by name.
+    """
     rank_BxK = scores.rank_BxK
     return {
         **_spread("reward", scores.reward_BxK),
@@ -188,14 +224,14 @@ def summary(scores: Scores) -> dict[str, jax.Array]:
         **_spread("format_reward_weighted", scores.format_part_BxK),
         "median_rank": jnp.median(rank_BxK),
         "recall_at_10": (rank_BxK <= 10).mean(),
-        # Whether scores inflate: similarities that rise everywhere find nothing.
+        # For score inflation: it rises while the ranks do not improve.
         "target_similarity": scores.similarity_BxK.mean(),
         "truncated": (~scores.ended_BxK).mean(),
     }
 
 
 def _spread(name: str, value_BxK: jax.Array) -> dict[str, jax.Array]:
-    """For the log: the mean, the deviation over all, and the mean of the groups' deviations."""
+    """Mean, standard deviation, and the mean of the groups' standard deviations."""
     return {
         name: value_BxK.mean(),
         f"{name}_std": value_BxK.std(ddof=1),

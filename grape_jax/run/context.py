@@ -184,7 +184,7 @@ def _check_retriever(config: ConfigDict, retriever: Retriever) -> None:
     lengths = encoder.text_lengths(retriever)
     if retriever.text_length not in lengths:
         raise UserError(
-            f"retriever.text_length must be {encoder.said(lengths)}, the lengths that the "
+            f"retriever.text_length must be {encoder.format_range(lengths)}, the lengths that the "
             "retriever reads."
         )
 

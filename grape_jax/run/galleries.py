@@ -89,5 +89,5 @@ def _check_precomputed(retriever: Retriever, given: Precomputed) -> None:
     """Refuses embeddings that another model than the retriever has made."""
     if retriever.preprocess is not None:
         given_NxE = given.bank_NxE[given.rows]
-        encoder.check_given(retriever, given.name, list(given.pictures), given_NxE)
-    encoder.check_given(retriever, given.name, given.texts, given.texts_NxE)
+        encoder.check_embeddings(retriever, given.name, list(given.pictures), given_NxE)
+    encoder.check_embeddings(retriever, given.name, given.texts, given.texts_NxE)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
+from grape_jax.retrieval.bank import text_bank
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run import settings
 from grape_jax.run.galleries import Galleries
@@ -54,4 +55,4 @@ class PictureCaptions:
             else list(dict.fromkeys(query.text for query in self.queries.training()))
         )
         folder = Path(self.config.data_dir) / "banks"
-        return texts, captions.embed_bank(self.retriever, texts, folder)
+        return texts, text_bank(self.retriever, texts, folder)

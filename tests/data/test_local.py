@@ -270,14 +270,14 @@ def test_embeddings_of_another_model_are_refused(mine, tmp_path):
     found = encoder.load()
     pictures = [path.read_bytes() for path in sorted((mine / "pictures").rglob("*.*"))[:4]]
     same_NxE = found.embed_images(pictures)
-    encoder.check_given(found, "mine.npy", pictures, 7 * same_NxE.astype(np.float16))
-    encoder.check_given(found, "mine.npy", ["soup"], found.embed_texts(["soup"]))
+    encoder.check_embeddings(found, "mine.npy", pictures, 7 * same_NxE.astype(np.float16))
+    encoder.check_embeddings(found, "mine.npy", ["soup"], found.embed_texts(["soup"]))
     with pytest.raises(UserError, match=r"median cosine of -?0\.\d\d .*retriever\.path"):
-        encoder.check_given(found, "mine.npy", pictures, unit_rows(4))
+        encoder.check_embeddings(found, "mine.npy", pictures, unit_rows(4))
     with pytest.raises(UserError, match="1 texts have a median cosine"):
-        encoder.check_given(found, "mine.npy", ["soup"], found.embed_texts(["a rocket"]))
+        encoder.check_embeddings(found, "mine.npy", ["soup"], found.embed_texts(["a rocket"]))
     with pytest.raises(UserError, match="have 100 numbers and the retriever's have 192"):
-        encoder.check_given(found, "mine.npy", [], np.zeros((0, 100)))
+        encoder.check_embeddings(found, "mine.npy", [], np.zeros((0, 100)))
 
 
 def unit_rows(count: int, width: int = 192) -> np.ndarray:

@@ -1,11 +1,7 @@
-"""The shipped retriever end to end, the bank's cache, and two steps of its training."""
+"""The shipped retriever end to end."""
 
-import dataclasses
-import importlib.util
-import io
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,11 +9,10 @@ import pytest
 from PIL import Image
 
 from grape_jax.data import openmoji
-from grape_jax.retrieval import bank, encoder, preprocessing
+from grape_jax.retrieval import encoder, preprocessing
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
-from recipes.retriever import icons, train
-from recipes.retriever.icons import Concept
+from recipes.retriever import icons
 
 
 @pytest.fixture(scope="module")
@@ -87,80 +82,6 @@ def test_transformers_tokenizer_and_processor_agree(shipped):
     )
 
 
-def test_bank_holds_what_embed_images_gives(shipped, tmp_path):
-    """In batches that are not full, with repeated pictures, in every form that a picture has."""
-    pictures = some_pictures(encoder.BATCH + 3)
-    encoded = [as_png(picture) for picture in pictures]
-    want = shipped.embed_images(pictures)
-    mixed = [*encoded, encoded[2], pictures[1]]
-    got = bank.corpus_bank(shipped, mixed, tmp_path)
-    np.testing.assert_array_equal(got, np.concatenate([want, want[[2, 1]]]))
-
-
-def test_bank_is_read_from_its_cache(shipped, tmp_path, monkeypatch):
-    pictures = some_pictures()
-    first = bank.corpus_bank(shipped, pictures, tmp_path)
-    (file,) = tmp_path.rglob("*.npz")
-    monkeypatch.setattr(encoder, "_embed", None)  # nothing is computed any more
-    np.testing.assert_array_equal(bank.corpus_bank(shipped, pictures, tmp_path), first)
-    # In another order, and where the corpus is another one.
-    some = [3, 1, 1]
-    chosen = bank.corpus_bank(shipped, [pictures[i] for i in some], tmp_path)
-    np.testing.assert_array_equal(chosen, first[some])
-    with pytest.raises(TypeError):
-        bank.corpus_bank(shipped, [*pictures, Image.new("RGB", (9, 9))], tmp_path)
-    other = dataclasses.replace(shipped, fingerprint="another checkpoint")
-    with pytest.raises(TypeError):
-        bank.corpus_bank(other, pictures, tmp_path)
-    assert list(tmp_path.rglob("*.npz")) == [file]
-
-
-def test_a_killed_bank_goes_on_with_the_rest(shipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "BATCH", 2)
-    monkeypatch.setattr(encoder, "PART", 2)
-    pictures = some_pictures(5)
-    embed, calls = encoder._embed, []
-
-    def embed_until_killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return embed(*arguments)
-
-    monkeypatch.setattr(encoder, "_embed", embed_until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        bank.corpus_bank(shipped, pictures, tmp_path)
-    assert len(list(tmp_path.rglob("*.npz"))) == 2
-    bank_NxE = bank.corpus_bank(shipped, pictures, tmp_path)
-    assert len(calls) == 4
-    np.testing.assert_array_equal(bank_NxE, shipped.embed_images(pictures))
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "flipped", "width", "no fields"])
-def test_damaged_cache_is_computed_anew_with_a_warning(shipped, tmp_path, damage):
-    pictures = some_pictures()
-    first = bank.corpus_bank(shipped, pictures, tmp_path)
-    (file,) = tmp_path.rglob("*.npz")
-    whole = file.read_bytes()
-    with np.load(file) as part:
-        fields = dict(part)
-    if damage == "zeros":
-        np.savez(file, **fields | {"embeddings": np.zeros_like(first)})
-    elif damage == "width":
-        np.savez(file, **fields | {"embeddings": first[:, 1:]})
-    elif damage == "no fields":
-        np.savez(file, others=first)
-    elif damage == "flipped":
-        place = len(whole) // 2
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    else:
-        file.write_bytes(b"" if damage == "empty" else whole[:200])
-    with pytest.warns(UserWarning, match="is damaged"):
-        again = bank.corpus_bank(shipped, pictures, tmp_path)
-    np.testing.assert_array_equal(again, first)
-    assert file.read_bytes() == whole
-
-
 def test_pictures_may_be_files(shipped, tmp_path):
     picture = some_pictures()[0]
     picture.save(tmp_path / "picture.png")
@@ -189,60 +110,9 @@ def test_shipped_files_are_small():
     assert sum(file.stat().st_size for file in encoder.SHIPPED.iterdir()) <= 16e6
 
 
-def test_two_steps_of_training_and_going_on(tmp_path, monkeypatch):
-    """The whole recipe on two concepts and one style: stopped, resumed, saved, loadable."""
-    concepts = [
-        Concept("1F680", "🚀", "rocket", "rocket", ("launch", "space")),
-        Concept("1F389", "🎉", "party popper", "party popper", ("tada",)),
-    ]
-    monkeypatch.setattr(icons, "concepts", lambda npm: concepts)
-    rng = np.random.default_rng(0)
-    pictures = train.Pictures(
-        rng.integers(0, 256, (4, 16, 16, 3), np.uint8),
-        np.asarray([0, 0, 1, 1], np.int32),
-        rng.integers(0, 256, (2, 16, 16, 3), np.uint8),
-    )
-    monkeypatch.setattr(train, "load_pictures", lambda *_: pictures)
-    config_file = Path(__file__).parents[2] / "configs" / "retriever.py"
-    spec = importlib.util.spec_from_file_location("retriever_config", config_file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    config.batch, config.phase1_steps, config.phase2_steps = 2, 2, 2
-    config.warmup, config.save_every = 1, 3
-    config.optimizer, config.short_text = "adamw", config.model.context  # compiles faster
-    config.model.update(
-        image_size=16, patch=8, vision_width=32, vision_layers=1, text_width=32, text_layers=1,
-        head_dim=16, projection=16, vocab=300,
-    )  # fmt: skip
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.train(config, tmp_path, whole)
-    stops = iter([False, True, True])
-    monkeypatch.setattr(train, "_stop_on_interrupt", lambda: lambda: next(stops))
-    train.train(config, tmp_path, parts)
-    assert not (parts / "recall.json").exists()
-    monkeypatch.setattr(train, "_stop_on_interrupt", lambda: lambda: False)
-    train.train(config, tmp_path, parts)
-
-    one, two = encoder.load(whole), encoder.load(parts)
-    assert one.fingerprint == two.fingerprint
-    recall = json.loads((whole / "recall.json").read_text())
-    assert set(recall) == {"phase 1", "final"}
-    config.seed = 1
-    with pytest.raises(UserError, match="another config"):
-        train.train(config, tmp_path, whole)
-
-
 def some_pictures(count: int = 5) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(count)]
-
-
-def as_png(picture: Image.Image) -> bytes:
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
-    return encoded.getvalue()
 
 
 def test_weights_split_over_eight_devices_give_the_same_bits(shipped):

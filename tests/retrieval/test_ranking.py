@@ -251,7 +251,7 @@ def test_ranks_do_not_depend_on_batch_tiles_or_devices(monkeypatch, dtype, make,
         alone = rank(emb[i : i + 1], corpus, targets[i : i + 1], dtype=dtype)
         np.testing.assert_array_equal(alone.rank_QxP[0], whole.rank_QxP[i])
     monkeypatch.setattr(ranking, "CORPUS_TILE", 256)
-    monkeypatch.setattr(ranking, "LARGEST_WHOLE", 512)
+    monkeypatch.setattr(ranking, "LARGEST_SINGLE_TILE", 512)
     ranking.target_ranks.clear_cache()
     tiled = rank(emb, corpus, targets, dtype=dtype)
     ranking.target_ranks.clear_cache()
