@@ -54,8 +54,8 @@ class Scores(flax.struct.PyTreeNode):
     similarity_BxK: jax.Array  # float32, cosine to the nearest target
     well_formed_BxK: jax.Array  # bool
     ended_BxK: jax.Array  # bool, the completion has its end token; otherwise it is truncated
-    # float32, rewards minus that of the group's best rank, computed from differences of ranks, which
-    # a reward itself may be too coarse to hold; None: the rewards
+    # float32, rewards minus that of the group's best rank, computed from differences of ranks,
+    # which a reward itself may be too coarse to hold; None: the rewards
     relative_BxK: jax.Array | None = None
 
     @property

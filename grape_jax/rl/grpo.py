@@ -56,8 +56,8 @@ def advantages(
 ) -> jax.Array:
     """Rewards minus their group's baseline, divided by a standard deviation (ddof 1) plus 1e-4.
 
-    A deviation below 1e-4 is doubled instead: in a corpus of millions one rank changes a reward by a
-    millionth or less, which 1e-4 would damp to nothing.
+    A deviation below 1e-4 is doubled instead: in a corpus of millions one rank changes a reward by
+    a millionth or less, which 1e-4 would damp to nothing.
 
     Args:
       reward_BxK: float32 rewards, a group per row.

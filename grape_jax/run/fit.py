@@ -272,9 +272,10 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     """The programs of a GRPO step, in order."""
     made, base, state = shapes.learner, shapes.base, shapes.state
     model, mesh = made.policy, made.mesh
-    in_batch = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=sharding.logical(mesh, "batch")
-    )
+
+    def in_batch(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.logical(mesh, "batch"))
+
     B, K, S = config.grpo.batch_size, config.grpo.group_size, config.prompt.max_tokens
     T, L = config.rollout.max_tokens, config.retriever.text_length
     L = L or shapes.scorer.retriever.context

@@ -190,12 +190,14 @@ def retriever_tokens(retriever: Retriever, answers: list[list[Answer]]) -> Rewri
     texts = [answer.text for group in answers for answer in group]
     tokens_QxL, mask_QxL = tokenize(retriever, texts)
     B, K = len(answers), len(answers[0])
-    return Rewrites(
-        tokens_BxKxL=tokens_QxL.reshape(B, K, -1),
-        mask_BxKxL=mask_QxL.reshape(B, K, -1),
-        well_formed_BxK=np.asarray([[one.well_formed for one in group] for group in answers]),
-        has_text_BxK=np.asarray([[bool(one.text) for one in group] for group in answers]),
+    flag = lambda read: np.asarray([[read(answer) for answer in group] for group in answers])
+    arrays: Any = (  # NumPy: placed on the mesh by the caller
+        tokens_QxL.reshape(B, K, -1),
+        mask_QxL.reshape(B, K, -1),
+        flag(lambda answer: answer.well_formed),
+        flag(lambda answer: bool(answer.text)),
     )
+    return Rewrites(*arrays)
 
 
 def raw_ranks(context: Context, queries: Sequence[Query]) -> jax.Array | None:
