@@ -33,6 +33,8 @@ def check_before_loading(
     Raises:
       UserError: a size does not fit the queries or the policy's context.
     """
+    tokenizer = opened.tokenizer
+    assert tokenizer is not None  # `policy.open_model` has checked it
     completion = max(config.rollout.max_tokens, config.evaluation.max_tokens)
     max_tokens = config.prompt.max_tokens
     room = opened.config.max_length - completion
@@ -45,10 +47,10 @@ def check_before_loading(
     lengths: list[int] = []
     for shift in config.shifts:
         if config.warm_up.steps and config.warm_up.towards == "references":
-            _check_references(config, opened.tokenizer, shift, queries.train(shift))
+            _check_references(config, tokenizer, shift, queries.train(shift))
         prompt = settings.prompt_config(config, shift, max_tokens or room)
-        texts = _texts_before_loading(config, opened.tokenizer, shift, queries)
-        found = prompts.prompt_lengths(opened.tokenizer, prompt, texts)
+        texts = _texts_before_loading(config, tokenizer, shift, queries)
+        found = prompts.prompt_lengths(tokenizer, prompt, texts)
         _check_longest(config, shift, max(found, default=0), prompt.max_tokens)
         lengths += found
     if max_tokens:
