@@ -11,8 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from grape_jax.run.context import Context
-from grape_jax.run.policy import merged_parameters
+from grape_jax.run.policy import RewritePolicy, merged_parameters
 from grape_jax.run.rewriter import restore
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
@@ -44,13 +43,14 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
     elif policy.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:
-        huggingface.save_adapter(out, trained, policy.lora, _base(run, out))
+        huggingface.save_adapter(
+            out, trained, policy.lora, _base(run.config.policy.path, policy, out)
+        )
     print(f"written: {out}")
 
 
-def _base(run: Context, out: Path) -> str:
+def _base(path: str, policy: RewritePolicy, out: Path) -> str:
     """The path or hub id of the base model; a GGUF file is converted to a directory."""
-    path, policy = run.config.policy.path, run.policy
     if path and not Path(path).is_file():
         return str(Path(path).resolve()) if Path(path).exists() else path
     base = out / "base"

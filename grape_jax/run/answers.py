@@ -93,6 +93,7 @@ def evaluate_policy(
     tasks = missing_tasks(context.config, context.queries, workdir, method)
     if not tasks:
         return None
+    evaluation = context.config.evaluation
     total = sum(len(task.set.queries) for task in tasks)
     processes.set_stage(f"the test of the {method} policy")
     paces: list[float] = []
@@ -109,7 +110,20 @@ def evaluate_policy(
                 raise Interrupted(step)
 
         for task in tasks:
-            _write_answers(context, variables, task, after_batch)
+            one = task.set
+            texts = context.captions.prompt_texts(one.queries, one.split)
+            policy = context.policy
+            if task.system is not None:
+                policy = with_system(policy, one.shift, task.system)
+                policy = with_room(policy, one.shift, texts, evaluation.max_tokens)
+            sampling = context.sampling(1, task.temperature, evaluation.max_tokens)
+            shifts = [one.shift] * len(texts)
+            rewrites = rewrite(
+                policy, variables, texts, shifts, sampling, evaluation.batch_size, task.seed,
+                after_batch,
+            )  # fmt: skip
+            if processes.is_main():
+                _write(task, rewrites)
     return eta.typical(paces)
 
 
@@ -172,26 +186,8 @@ def progress_bar(**settings) -> tqdm:
     return tqdm(**settings, disable=not processes.is_main())
 
 
-def _write_answers(context: Context, variables: dict[str, Any], task: Task, after_batch) -> None:
-    """Writes the answers of one task once all of them are known."""
-    config, one = context.config, task.set
-    texts = context.captions.prompt_texts(one.queries, one.split)
-    policy = context.policy
-    max_tokens = config.evaluation.max_tokens
-    if task.system is not None:
-        policy = with_system(policy, one.shift, task.system)
-        policy = with_room(policy, one.shift, texts, max_tokens)
-    rewrites = rewrite(
-        policy,
-        variables,
-        texts,
-        [one.shift] * len(texts),
-        context.sampling(1, task.temperature, max_tokens),
-        config.evaluation.batch_size,
-        seed=task.seed,
-        after_batch=after_batch,
-    )
-    if processes.is_main():
-        task.path.parent.mkdir(parents=True, exist_ok=True)
-        by_id = {query.id: text for query, text in zip(one.queries, rewrites, strict=True)}
-        files.replace(task.path, json.dumps(by_id, ensure_ascii=False, indent=1))
+def _write(task: Task, rewrites: Sequence[str]) -> None:
+    """Writes the answers of one task."""
+    task.path.parent.mkdir(parents=True, exist_ok=True)
+    by_id = {query.id: text for query, text in zip(task.set.queries, rewrites, strict=True)}
+    files.replace(task.path, json.dumps(by_id, ensure_ascii=False, indent=1))

@@ -21,7 +21,7 @@ from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import Scorer
 from grape_jax.run import checks, data_checks, policy, settings
 from grape_jax.run.digests import data_digests, run_digests
-from grape_jax.run.galleries import Galleries
+from grape_jax.run.galleries import Galleries, Gallery
 from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.policy import RewritePolicy
 from grape_jax.run.queries import Queries
@@ -113,7 +113,7 @@ def build(config: ConfigDict) -> Context:
         config, context.policy, context.galleries, queries, context.captions
     )
     if catalogue.load_precomputed(config) is not None:
-        _warn_of_chance(context)
+        _warn_of_chance(context.retriever, context.galleries.open("train"), queries)
     return context
 
 
@@ -189,25 +189,24 @@ def _check_retriever(config: ConfigDict, retriever: Retriever) -> None:
         )
 
 
-def _warn_of_chance(context: Context) -> None:
+def _warn_of_chance(retriever: Retriever, gallery: Gallery, queries: Queries) -> None:
     """Warns if the raw queries rank no better than chance: the embeddings may be of another model.
 
     The bound is three standard deviations of the mean of uniform ranks.
     """
-    gallery = context.galleries.open("train")
-    for shift in context.config.shifts:
-        queries = context.queries.split(shift, "train", ranking.QUERY_TILE)
-        if len(queries) < ranking.QUERY_TILE // 2:
+    for shift in queries.config.shifts:
+        asked = queries.split(shift, "train", ranking.QUERY_TILE)
+        if len(asked) < ranking.QUERY_TILE // 2:
             continue
-        emb_QxE = context.retriever.embed_texts([query.text for query in queries])
-        targets_Qx1 = np.asarray([query.targets[:1] for query in queries], np.int32)
+        emb_QxE = retriever.embed_texts([query.text for query in asked])
+        targets_Qx1 = np.asarray([query.targets[:1] for query in asked], np.int32)
         ranks = ranking.target_ranks(
-            emb_QxE, gallery.index, targets_Qx1, mesh=context.mesh, size=len(gallery)
+            emb_QxE, gallery.index, targets_Qx1, mesh=gallery.mesh, size=len(gallery)
         )
         mean = float(np.mean(ranks.rank_QxP)) / len(gallery)
-        if mean > 0.5 - 3 / math.sqrt(12 * len(queries)):
+        if mean > 0.5 - 3 / math.sqrt(12 * len(asked)):
             warnings.warn(
-                f"the targets of {len(queries)} queries rank at {100 * mean:.0f} % of the corpus "
+                f"the targets of {len(asked)} queries rank at {100 * mean:.0f} % of the corpus "
                 "on average, no better than chance: either the retriever cannot read such queries, "
                 "or another model made the embeddings.",
                 stacklevel=2,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
@@ -26,6 +27,7 @@ from grape_jax.reporting.results import (
     samples,
 )
 from grape_jax.retrieval import fusion
+from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.answers import (
     QuerySet,
     answers_path,
@@ -36,6 +38,7 @@ from grape_jax.run.answers import (
 )
 from grape_jax.run.context import Context
 from grape_jax.run.galleries import Gallery
+from grape_jax.run.queries import Queries
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import Found, best_ranks, search, search_fused
 from grape_jax.runtime import files, processes
@@ -44,20 +47,20 @@ CONSTANT_CAPTION = "a picture"  # a caption without content: what it finds, any 
 TOP = 5  # pictures shown of each search
 
 
-def validation_queries(context: Context) -> list[tuple[str, Query]]:
+def validation_queries(config: ConfigDict, queries: Queries) -> list[tuple[str, Query]]:
     """Shift and query of the validation sets of all shifts."""
-    limit = context.config.evaluation.validation_limit
+    limit = config.evaluation.validation_limit
     return [
         (shift, query)
-        for shift in context.config.shifts
-        for query in context.queries.split(shift, "validation", limit)
+        for shift in config.shifts
+        for query in queries.split(shift, "validation", limit)
     ]
 
 
 def validate(context: Context, variables: dict[str, Any]) -> dict[str, float]:
     """Ranks and similarities of greedy rewrites on the validation queries of all shifts."""
     config = context.config
-    shifts, queries = zip(*validation_queries(context), strict=True)
+    shifts, queries = zip(*validation_queries(config, context.queries), strict=True)
     texts = rewrite(
         context.policy,
         variables,
@@ -91,7 +94,7 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
         gallery = context.galleries.open(one.split)
         title = catalogue.find(context.config.benchmark).test_sets[one.split]
         image = None if gallery.corpus.images is None else gallery.image
-        answers = _search_methods(context, workdir, one, gallery)
+        answers = _search_methods(context.config, context.retriever, workdir, one, gallery)
         names = gallery.corpus.names
         named = names != gallery.corpus.ids
         found.append(TestSet(title, one.shift, one.queries, tuple(answers), names, image, named))
@@ -99,9 +102,9 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
 
 
 def _search_methods(
-    context: Context, workdir: Path, one: QuerySet, gallery: Gallery
+    config: ConfigDict, retriever: Retriever, workdir: Path, one: QuerySet, gallery: Gallery
 ) -> list[Answers]:
-    config, retriever, queries = context.config, context.retriever, one.queries
+    queries = one.queries
     raw = [query.text for query in queries]
     methods = config.evaluation.methods
     trained = trained_method(config)

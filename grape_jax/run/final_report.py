@@ -11,17 +11,21 @@ from ml_collections import ConfigDict
 from grape_jax.data import catalogue, submission
 from grape_jax.reporting import report
 from grape_jax.reporting.results import GRPO, RAW, UNTRAINED, WARM_UP, TestSet
-from grape_jax.run.answers import answers_path, read_answers, withheld_sets
+from grape_jax.retrieval.encoder import Retriever
+from grape_jax.run.answers import QuerySet, answers_path, read_answers, withheld_sets
 from grape_jax.run.context import Context
 from grape_jax.run.evaluation import file_name, search_test_sets
+from grape_jax.run.galleries import Galleries
 from grape_jax.runtime import processes
 
 
 def write_report(context: Context, workdir: Path) -> None:
     """Writes the report from the answers and logs in the workdir. All processes search together."""
     sets = search_test_sets(context, workdir)
-    write_submissions(context, workdir)
-    counted = context.retriever.cut_texts
+    config, retriever = context.config, context.retriever
+    sets_to_submit = withheld_sets(config, context.queries)
+    write_submissions(sets_to_submit, context.galleries, retriever, workdir)
+    counted = retriever.cut_texts
     if counted.cut:
         processes.announce(
             f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
@@ -29,15 +33,17 @@ def write_report(context: Context, workdir: Path) -> None:
         )
     processes.set_stage("the report", limited=False)
     if processes.is_main():
-        _write_tables_and_figures(context.config, workdir, sets)
+        _write_tables_and_figures(config, workdir, sets)
     # The others wait here: drawing takes longer than JAX's shutdown waits for process 0.
     processes.gather(None)
 
 
-def write_submissions(context: Context, workdir: Path) -> None:
+def write_submissions(
+    sets: list[QuerySet], galleries: Galleries, retriever: Retriever, workdir: Path
+) -> None:
     """Writes the results of sets with withheld targets, in the format of their server."""
-    for one in withheld_sets(context.config, context.queries):
-        gallery = context.galleries.open(one.split)
+    for one in sets:
+        gallery = galleries.open(one.split)
         paths = {m: answers_path(workdir, one, m, "greedy") for m in (UNTRAINED, WARM_UP, GRPO)}
         texts = {RAW: [query.text for query in one.queries]}
         texts |= processes.from_main(
@@ -45,7 +51,7 @@ def write_submissions(context: Context, workdir: Path) -> None:
         )
         for method, answers in texts.items():
             processes.set_stage(f"the submission of {one.shift} {one.split} for {method}")
-            emb_QxE = context.retriever.embed_texts(answers)
+            emb_QxE = retriever.embed_texts(answers)
             where = (gallery.corpus.ids, gallery.bank_NxE, emb_QxE)
             name = f"{one.split}-{file_name(method)}"
             if processes.is_main():

@@ -17,7 +17,7 @@ from grape_jax.rl.learner import TrainState, start_grpo
 from grape_jax.run import checks, context, steps
 from grape_jax.run.answers import evaluate_policy, trained_method
 from grape_jax.run.context import Context
-from grape_jax.run.evaluation import validate
+from grape_jax.run.evaluation import validate, validation_queries
 from grape_jax.run.final_report import write_report
 from grape_jax.run.monitor import Monitor
 from grape_jax.run.policy import sampling_variables, untrained_variables
@@ -69,8 +69,11 @@ def train_policy(
     last = config.warm_up.steps + config.grpo.steps
     identity = run.identity(splits=None)
     batches = batch_iterators(config, run.queries)
-    state, skipped = resume(run, manager, batches, identity)
-    monitor = Monitor(run, workdir, int(state.step), last, skipped, pace)
+    resumed = resume(manager, run.state_shapes(), identity, batches)
+    state, skipped = resumed or (run.initial_state("warm_up"), (0, 0))
+    validations = len(validation_queries(config, run.queries))
+    estimate = None if pace is None else pace * validations
+    monitor = Monitor(config, run.mesh, workdir, int(state.step), skipped, estimate)
 
     def save(step: int, metrics: dict) -> None:
         positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
@@ -119,18 +122,18 @@ def train_policy(
 
 
 def resume(
-    run: Context,
     manager: CheckpointManager,
-    batches: Mapping[str, grain.DatasetIterator],
+    shapes: TrainState,
     identity: dict,
-) -> tuple[TrainState, tuple[int, int]]:
-    """The state of the newest checkpoint, or a new one, with the numbers of skipped steps.
+    batches: Mapping[str, grain.DatasetIterator],
+) -> tuple[TrainState, tuple[int, int]] | None:
+    """The state of the newest checkpoint and its numbers of skipped steps; None if there is none.
 
     Sets the iterators to the positions that belong to the state.
     """
-    restored = checkpoint.restore(manager, run.state_shapes(), identity)
+    restored = checkpoint.restore(manager, shapes, identity)
     if restored is None:
-        return run.initial_state("warm_up"), (0, 0)
+        return None
     state, saved = restored
     for phase, iterator in batches.items():
         iterator.set_state(saved["positions"][phase])

@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from grape_jax.run import eta
 from grape_jax.run.answers import progress_bar
-from grape_jax.run.context import Context
-from grape_jax.run.evaluation import validation_queries
 from grape_jax.runtime import processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.log import Log, sample_table
@@ -28,19 +28,25 @@ class Monitor:
 
     def __init__(
         self,
-        run: Context,
+        config: ConfigDict,
+        mesh: Mesh,
         workdir: Path,
         first: int,
-        last: int,
         skipped: tuple[int, int],
-        pace: float | None,
+        validation_seconds: float | None,
     ):
-        self.config, self.mesh = run.config, run.mesh
+        """Opens the log, which drops the lines of steps after `first`.
+
+        Args:
+          validation_seconds: a first estimate, until a validation has been measured.
+        """
+        self.config, self.mesh = config, mesh
         self.log = Log(workdir, first)
         self.skipped = list(skipped)
         self.measured = eta.measured_in(self.log.lines())
-        if pace is not None and not self.measured[eta.VALIDATION]:
-            self.measured[eta.VALIDATION].append(pace * len(validation_queries(run)))
+        if validation_seconds is not None and not self.measured[eta.VALIDATION]:
+            self.measured[eta.VALIDATION].append(validation_seconds)
+        last = config.warm_up.steps + config.grpo.steps
         self.bar = progress_bar(
             total=last, initial=first, desc="training", dynamic_ncols=True, bar_format=BAR
         )

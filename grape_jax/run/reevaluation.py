@@ -1,14 +1,15 @@
 """Evaluation of a finished run with more methods, or of an untrained policy."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from grape_jax.data import catalogue
 from grape_jax.reporting.results import UNTRAINED
+from grape_jax.rl.learner import TrainState
 from grape_jax.run import checks, context
 from grape_jax.run.answers import evaluate_policy, missing_tasks, trained_method
-from grape_jax.run.context import Context
 from grape_jax.run.final_report import write_report
 from grape_jax.run.policy import sampling_variables, untrained_variables
 from grape_jax.run.rewriter import restore_trained
@@ -41,26 +42,29 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
         compilation_cache.enable(chosen)
         run = context.build(chosen)
         checkpoint.write_config(workdir, chosen)
+    method = trained_method(chosen)
     with StopSignal() as stop:
         evaluate_policy(run, workdir, untrained_variables(run.policy), UNTRAINED, 0, stop)
-        _evaluate_trained(run, workdir, stop)
+        missing = missing_tasks(chosen, run.queries, workdir, method)
+        if missing and checkpoint.holds_any(workdir):
+            last = chosen.warm_up.steps + chosen.grpo.steps
+            benchmark = catalogue.find(chosen.benchmark)
+            withheld = [benchmark.withheld] if benchmark.withheld else []
+            identity = run.identity([*benchmark.test_sets, *withheld])
+            trained = _finished_parameters(workdir, last, run.state_shapes(), identity)
+            if trained is not None:
+                variables = sampling_variables(run.policy, trained)
+                evaluate_policy(run, workdir, variables, method, last, stop)
     write_report(run, workdir)
 
 
-def _evaluate_trained(run: Context, workdir: Path, stop: StopSignal) -> None:
-    """Writes the answers of the policy at the end of training, if training has ended."""
-    method = trained_method(run.config)
-    if not missing_tasks(run.config, run.queries, workdir, method):
-        return
-    if not checkpoint.holds_any(workdir):
-        return
+def _finished_parameters(
+    workdir: Path, last: int, shapes: TrainState, identity: dict
+) -> dict[str, Any] | None:
+    """The trained parameters, or None with a note if training has not come to its last step."""
     with checkpoint.open_manager(workdir) as manager:
-        done, last = manager.latest_step(), run.config.warm_up.steps + run.config.grpo.steps
+        done = manager.latest_step()
         if done is None or done < last:
             print(f"trained {done or 0} of {last} steps: the unfinished policy is left out.")
-            return
-        benchmark = catalogue.find(run.config.benchmark)
-        splits = [*benchmark.test_sets, *([benchmark.withheld] if benchmark.withheld else [])]
-        trained = restore_trained(manager, run, run.identity(splits))
-    variables = sampling_variables(run.policy, trained)
-    evaluate_policy(run, workdir, variables, method, last, stop)
+            return None
+        return restore_trained(manager, shapes, identity)

@@ -11,6 +11,7 @@ from orbax.checkpoint import CheckpointManager
 from grape_jax.data import catalogue
 from grape_jax.data.pictures import Picture, open_picture
 from grape_jax.retrieval.encoder import SAME_MODEL, Retriever
+from grape_jax.rl.learner import TrainState
 from grape_jax.run import checks, context, settings
 from grape_jax.run.context import Context
 from grape_jax.run.galleries import Gallery
@@ -147,24 +148,24 @@ def restore(workdir: Path) -> tuple[Context, dict[str, Any]]:
     compilation_cache.enable(config)
     loaded = context.load_models(config)
     with checkpoint.open_manager(workdir) as manager:
-        trained = restore_trained(manager, loaded, loaded.identity())
+        trained = restore_trained(manager, loaded.state_shapes(), loaded.identity())
     if trained is None:
         raise UserError(f"{workdir} holds no checkpoint yet: train it first.")
     return loaded, trained
 
 
 def restore_trained(
-    manager: CheckpointManager, loaded: Context, identity: dict
+    manager: CheckpointManager, shapes: TrainState, identity: dict
 ) -> dict[str, Any] | None:
     """The trained parameters of the newest checkpoint, or None if there is none.
 
     Args:
+      shapes: of the whole training state.
       identity: what the checkpoint must agree with.
 
     Raises:
       UserError: as `checkpoint.restore`.
     """
-    shapes = loaded.state_shapes()
     wanted = dataclasses.replace(
         shapes,
         reference=checkpoint.skipped(shapes.reference),

@@ -23,8 +23,10 @@ from grape_jax.rl.rollout import filtered_mass, sample
 from grape_jax.rl.scoring import score_rewrites
 from grape_jax.run.context import Context
 from grape_jax.run.data_checks import reference_texts
+from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.policy import (
     Answer,
+    RewritePolicy,
     encode,
     read_answers,
     sampling_variables,
@@ -54,7 +56,7 @@ def warm_up(
     """One supervised step towards reference texts or towards the policy's own best rewrites."""
     config, policy = context.config, context.policy
     shifts, queries = zip(*batch, strict=True)
-    prompts = place_rows(context.mesh, _encode(context, queries, shifts))
+    prompts = place_rows(context.mesh, _encode(context.captions, policy, queries, shifts))
     if config.warm_up.towards == "references":
         goals = reference_texts(config, queries)
     else:
@@ -100,7 +102,9 @@ def own_best_rewrites(
     candidates = [[query.text, *row] for query, row in zip(queries, rewrites, strict=True)]
     texts = [text for row in candidates for text in row]
     repeated = [query for query, row in zip(queries, candidates, strict=True) for _ in row]
-    ranks = _ranks(context, texts, repeated)
+    emb_QxE = context.retriever.embed_texts(texts)
+    targets_QxP = context.queries.targets(repeated)
+    ranks = best_ranks(context.galleries.open("train"), emb_QxE, repeated, targets_QxP)
     _, mask = prompting.encode_references(
         policy.tokenizer, texts, config.prompt.format, config.rollout.max_tokens
     )
@@ -159,7 +163,7 @@ def rollout_and_score(
     prompts, targets, excluded = place_rows(
         mesh,
         (
-            _encode(context, queries, shifts),
+            _encode(context.captions, policy, queries, shifts),
             context.queries.targets(queries),
             excluded_of(queries),
         ),
@@ -172,15 +176,19 @@ def rollout_and_score(
     tokens, mask = sharding.local_to_host(mesh, (rollout.tokens_BxKxT, rollout.mask_BxKxT))
     answers = read_answers(policy, tokens, mask)
     rewrites = retriever_tokens(context.retriever, answers)
+    gallery, raw = context.galleries.open("train"), None
+    if config.grpo.reward_shape == "improvement":
+        emb_BxE = context.retriever.embed_texts([query.text for query in queries])
+        raw = best_ranks(gallery, emb_BxE, queries, context.queries.targets(queries))
     scores = score_rewrites(  # jit
         context.scorer(),
         context.retriever.params,
-        context.galleries.open("train").index,
+        gallery.index,
         targets,
         rollout,
         sharding.batch(mesh, rewrites),
         excluded,
-        raw_ranks(context, queries),
+        None if raw is None else place_rows(mesh, raw),
     )
     return RankedRollout(batch, answers, prompts, rollout, scores)
 
@@ -198,13 +206,6 @@ def retriever_tokens(retriever: Retriever, answers: list[list[Answer]]) -> Rewri
         flag(lambda answer: bool(answer.text)),
     )
     return Rewrites(*arrays)
-
-
-def raw_ranks(context: Context, queries: Sequence[Query]) -> jax.Array | None:
-    """The ranks of the unchanged queries, int32 `[B]`, if the reward is the gain over them."""
-    if context.config.grpo.reward_shape != "improvement":
-        return None
-    return place_rows(context.mesh, _ranks(context, [query.text for query in queries], queries))
 
 
 def flat_groups(mesh: Mesh, ranked: RankedRollout) -> np.ndarray:
@@ -240,18 +241,15 @@ def place_rows(mesh: Mesh, tree):
     return sharding.batch(mesh, jax.tree.map(lambda x: x[rows], tree))
 
 
-def _encode(context: Context, queries: Sequence[Query], shifts: Sequence[str]) -> Prompts:
+def _encode(
+    captions: PictureCaptions,
+    policy: RewritePolicy,
+    queries: Sequence[Query],
+    shifts: Sequence[str],
+) -> Prompts:
     """Prompts of a whole batch, padded to its bucket (numpy)."""
-    texts = context.captions.prompt_texts(queries, "train")
-    policy = context.policy
+    texts = captions.prompt_texts(queries, "train")
     return prompting.to_bucket(encode(policy, texts, shifts), policy.buckets)
-
-
-def _ranks(context: Context, texts: Sequence[str], queries: Sequence[Query]) -> np.ndarray:
-    """The best rank of any target in the training gallery, one text a query: int `[Q]`."""
-    emb_QxE = context.retriever.embed_texts(texts)
-    targets_QxP = context.queries.targets(queries)
-    return best_ranks(context.galleries.open("train"), emb_QxE, queries, targets_QxP)
 
 
 def _widened(prompts: Prompts, length: int) -> Prompts:
