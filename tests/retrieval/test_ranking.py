@@ -309,6 +309,7 @@ def test_rewrites_times_corpus_is_never_stored(Q, N, dtype):
     assert memory.output_size_in_bytes < 64 * Q + 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs jax[tpu], but no TPU")
 def test_a_slice_of_tpus_never_stores_it_either():
     """Compiled ahead of time: 4,096 rewrites, 16 M items of width 768, 256 chips."""
