@@ -240,6 +240,7 @@ def test_copies_of_an_item_share_its_bits(width, dtype, size):
     np.testing.assert_array_equal(got.rank_QxP[:, 0], first + np.arange(70))
 
 
+@pytest.mark.multiprocess
 def test_two_processes_give_the_same_ranks():
     """Two hosts of two devices each, over loopback."""
     with socket.socket() as free:
