@@ -9,7 +9,7 @@
 
 Expected, with the 1,640 English names as queries over all gallery pictures: R@1 12, R@10 35 after
 phase 1 (gallery style unseen), R@1 82, R@10 99 at the end (gallery pictures seen). About 35 minutes
-on 2 CPU cores and 2 GB of memory. More: grape_jax/assets/retriever/README.md.
+on 2 CPU cores and 2 GB of memory. More: grape_jax/retrieval/assets/retriever/README.md.
 """
 
 from ml_collections import ConfigDict

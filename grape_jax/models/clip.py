@@ -66,8 +66,6 @@ def embed_texts(
     """Embeds texts.
 
     Args:
-      config: the architecture.
-      params: from `init` or a checkpoint.
       tokens_NxL: int32, start token first, end token last, then padding; L <= config.context.
       mask_NxL: bool, False on padding.
 
@@ -87,8 +85,6 @@ def embed_images(
     """Embeds images.
 
     Args:
-      config: the architecture.
-      params: from `init` or a checkpoint.
       pixels_NxHxWx3: float32, H = W = config.image_size, normalised with the checkpoint's mean and
         standard deviation.
       patches_NxP: int32 row-major indices of the patches to use of each image, as in FLIP (Li et

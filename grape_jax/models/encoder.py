@@ -76,7 +76,6 @@ def attention(
     """Multi-head attention of Q positions to the L positions of a source.
 
     Args:
-      tower: the size.
       x_NxQxD: queries.
       source_NxLxD: keys and values.
       visible: bool `[N, 1, Q, L]`, or None: every position is visible.
@@ -144,9 +143,9 @@ def vector(module: nn.Module, name: str, width: int) -> jax.Array:
 
 
 def patchify(pixels_NxHxWx3: jax.Array, patch: int) -> jax.Array:
-    """[N, H, W, 3] to [N, patches, patch * patch * 3], rows first; a rest at the edge is left out.
+    """`[N, H, W, 3]` to `[N, patches, patch * patch * 3]`, row by row; a partial patch is dropped.
 
-    A convolution whose stride is its kernel is one matmul over these.
+    A convolution with a stride equal to its kernel is one product with these.
     """
     n, height, width, channels = pixels_NxHxWx3.shape
     rows, columns = height // patch, width // patch

@@ -74,9 +74,7 @@ def merge(params: Params, adapter: Params, config: LoraConfig) -> Params:
     A bfloat16 sum would lose updates below half a unit in the last place of a weight.
 
     Args:
-      params: the policy's parameters.
       adapter: the collection "lora".
-      config: the adapter's configuration.
 
     Returns:
       float32 parameters.

@@ -125,8 +125,6 @@ def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None) -
     """Random variables, boxed with their logical axes.
 
     Args:
-      config: the architecture.
-      key: PRNG key.
       lora: the adapter's configuration, or None.
 
     Returns:
@@ -168,10 +166,7 @@ def prefill(
     """Computes keys and values of the prompts.
 
     Args:
-      config: the architecture.
       variables: `{"params": ...}`, and `"lora"` beside it if `lora` is given.
-      prompts: B prompts.
-      lora: the adapter's configuration.
 
     Returns:
       last_BxD: normed state of each prompt's last token, for `logits`.
@@ -202,13 +197,10 @@ def decode(
     """Computes token `t` of all completions.
 
     Args:
-      config: the architecture.
-      variables: as in `prefill`.
       cache: keys and values up to position t - 1.
       prompt_mask_BxS: bool, False on padding.
       tokens_BxK: int32, the tokens at position t.
       t: int32 scalar, counted from 0.
-      lora: the adapter's configuration.
 
     Returns:
       hidden_BxKxD: normed states, for `logits`.
@@ -266,11 +258,7 @@ def hidden_states(
     """States that predict the completion tokens; each prompt is computed once for its group.
 
     Args:
-      config: the architecture.
-      variables: as in `prefill`.
-      prompts: B prompts.
       tokens_BxKxT: int32 completions.
-      lora: the adapter's configuration.
 
     Returns:
       `[B, K, T, D]`, normed. State t predicts token t, so state 0 is that of the prompt's last
@@ -321,9 +309,7 @@ def in_compute_dtype(
     """Casts variables to the dtype of the computation once; norms stay in float32.
 
     Args:
-      config: the architecture.
       variables: `{"params": ...}`, `{"lora": ...}`, or both.
-      lora: the adapter's configuration.
     """
     boxed = jax.eval_shape(lambda: init(config, jax.random.key(0), lora))
     axes = nn.get_partition_spec({name: boxed[name] for name in variables})

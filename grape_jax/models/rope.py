@@ -37,8 +37,6 @@ def rotate(
     Args:
       x_BxNxHxd: queries or keys.
       positions_BxN: int32.
-      theta: base of the frequencies.
-      scaling: the scaling, or None.
       max_length: length up to which "dynamic" scaling changes nothing; a longer row is rotated with
         frequencies for its own length.
 
@@ -63,11 +61,6 @@ def rotate(
 def scaled_frequencies(d: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Frequencies of the pairs for all kinds of scaling but "dynamic".
 
-    Args:
-      d: head dimension.
-      theta: base of the frequencies.
-      scaling: the scaling, or None.
-
     Returns:
       float64 `[d / 2]`, radians per position (NumPy).
     """
@@ -89,8 +82,6 @@ def dynamic_frequencies(
     Source: "dynamic NTK" scaling, as transformers computes it for a whole sequence.
 
     Args:
-      d: head dimension.
-      theta: base of the frequencies.
       factor: of the scaling.
       length: int32 `[...]`, lengths of the sequences.
       max_length: the context.

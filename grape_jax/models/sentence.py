@@ -42,8 +42,6 @@ def embed_texts(
     """Embeds texts.
 
     Args:
-      config: the architecture.
-      params: from `init` or a checkpoint.
       tokens_NxL: int32, start token first, end token last, then padding; L <= config.context.
       mask_NxL: bool, False on padding.
 

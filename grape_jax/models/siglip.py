@@ -59,8 +59,6 @@ def embed_texts(config: SiglipConfig, params: Params, tokens_NxL: jax.Array) -> 
     """Embeds texts.
 
     Args:
-      config: the architecture.
-      params: from `init` or a checkpoint.
       tokens_NxL: int32, padded by the tokenizer to L = config.context.
 
     Returns:
@@ -74,8 +72,6 @@ def embed_images(config: SiglipConfig, params: Params, pixels_NxHxWx3: jax.Array
     """Embeds images.
 
     Args:
-      config: the architecture.
-      params: from `init` or a checkpoint.
       pixels_NxHxWx3: float32, H = W = config.image_size, normalised with the checkpoint's mean and
         standard deviation.
 

@@ -24,8 +24,6 @@ def embed_texts(
     """Embeds texts with the family's text tower.
 
     Args:
-      config: of a family.
-      params: its parameters.
       tokens_NxL: int32 token ids, padded as the family's tokenizer pads.
       mask_NxL: bool, False on padding.
 
@@ -47,8 +45,6 @@ def embed_images(
     """Embeds images with the family's image tower.
 
     Args:
-      config: of a family with images.
-      params: its parameters.
       pixels_NxHxWx3: float32, normalised by `preprocessing.preprocess`.
 
     Returns:

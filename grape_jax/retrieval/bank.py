@@ -41,7 +41,6 @@ def corpus_bank(
     file is deleted with a warning, and its embeddings are computed again.
 
     Args:
-      retriever: the encoder, from `encoder.load`.
       items: pictures, or texts if the retriever reads text only. The sequence may be lazy: an item
         is read once for its hash, and once more if it is new.
       cache_dir: the cache, shared by all corpora and retrievers.

@@ -186,8 +186,6 @@ def tokenize(
     """Token ids of texts; texts that are too long are truncated before their end token.
 
     Args:
-      retriever: from `load`.
-      texts: N texts.
       length: L, one of `text_lengths`; None: the retriever's `text_length`, or its context.
 
     Returns:
@@ -234,7 +232,6 @@ def encode(
 
     Args:
       tokenizer: of the retriever.
-      texts: N texts.
       length: L, to which texts are padded or truncated.
 
     Returns:
@@ -264,7 +261,6 @@ def check_embeddings(
     """Checks that given embeddings are those of the retriever, which queries are compared with.
 
     Args:
-      retriever: from `load`.
       name: of the embeddings, for the error message.
       items: pictures, or texts (str), to embed again; none: only the width is checked.
       given_NxE: their given embeddings, of any length.
@@ -363,9 +359,7 @@ def _embed_rows(
     A process reads only the rows that its devices embed, the next batch while the last is computed.
 
     Args:
-      retriever: from `load`.
       tower: `towers.embed_texts` or `towers.embed_images`.
-      rows_N: row numbers.
       read: maps row numbers to the arrays that the tower reads, a tuple.
 
     Yields:
@@ -434,9 +428,7 @@ def image_batches(
     """Embeds the pictures in the given rows.
 
     Args:
-      retriever: from `load`.
       images: pictures; the sequence may be lazy.
-      rows: row numbers.
 
     Yields:
       float32 `[n, E]`, batch by batch in the order of the rows.

@@ -119,10 +119,8 @@ def index_shapes(mesh: Mesh, size: int, width: int, dtype: str) -> Index:
     """The result of `shard_corpus` as `jax.ShapeDtypeStruct`s with shardings.
 
     Args:
-      mesh: as in `shard_corpus`.
       size: corpus items, before padding.
       width: E, the embedding width.
-      dtype: as in `shard_corpus`.
     """
     rows = padded_size(mesh, size)
     shape = lambda dims, dtype, *names: jax.ShapeDtypeStruct(
@@ -137,7 +135,6 @@ def check_targets(targets_QxP: np.ndarray, size: int) -> None:
 
     Args:
       targets_QxP: int corpus rows (numpy), -1 is padding.
-      size: corpus items.
 
     Raises:
       UserError: a query has no target, or a target beyond the corpus.
@@ -194,15 +191,11 @@ def subset_ranks(
 ) -> jax.Array:
     """Ranks each rewrite's targets among a few corpus items only (subset recall of CIRR).
 
-    The similarities are bitwise those of `target_ranks`.
+    The similarities are bitwise those of `target_ranks`. Other arguments are as there.
 
     Args:
-      emb_QxE: as in `target_ranks`.
-      index: as in `target_ranks`.
-      targets_QxP: as in `target_ranks`.
       subset_QxX: int32 corpus rows that the targets compete with, -1 is padding. Targets among them
         and repeated rows make no difference.
-      mesh: as in `target_ranks`.
 
     Returns:
       int32 `[Q, P]`, 1 is best, `NO_RANK` where the target is padding.
@@ -222,12 +215,9 @@ def nearest_rows(
 ) -> jax.Array:
     """The first items of each rewrite's ranked list, in the order of `target_ranks`.
 
+    Other arguments are as in `target_ranks`.
+
     Args:
-      emb_QxE: as in `target_ranks`.
-      index: as in `target_ranks`.
-      excluded_QxX: as in `target_ranks`.
-      mesh: as in `target_ranks`.
-      size: as in `target_ranks`.
       depth: D, the length of the returned list; at most `size`.
 
     Returns:

@@ -239,7 +239,6 @@ def token_losses(
     """Loss of each token, `[B, K, T]`: the clipped surrogate and the KL penalty.
 
     Args:
-      config: the settings.
       logprobs_BxKxT: float32, under the policy.
       old_BxKxT: float32, under the sampling policy.
       reference_BxKxT: float32, under the reference policy; read if `kl_weight` is not 0.

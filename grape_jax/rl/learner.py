@@ -68,7 +68,6 @@ def init_state(learner: Learner, key: jax.Array, base: Params) -> TrainState:
     """The state at step 0: a new adapter, or a copy of the base for full-parameter training.
 
     Args:
-      learner: the configuration.
       key: PRNG key of the adapter.
       base: the policy's frozen parameters.
     """
@@ -80,7 +79,6 @@ def state_shapes(learner: Learner, base: Params) -> TrainState:
     """`init_state` as `jax.ShapeDtypeStruct`s with shardings; allocates nothing.
 
     Args:
-      learner: the configuration.
       base: the policy's frozen parameters, or their shapes.
     """
     shapes = jax.eval_shape(lambda base: _initial_state(learner, jax.random.key(0), base), base)
@@ -151,10 +149,8 @@ def warm_up_train_step(
     """One supervised step on reference answers, by the mean negative log-likelihood of tokens.
 
     Args:
-      learner: the configuration.
       state: donated.
       base: the policy's frozen parameters.
-      prompts: the prompts of the batch.
       tokens_Bx1xT: int32, the answers, from `prompts.encode_references`.
       mask_Bx1xT: bool, tokens that enter the loss.
 
@@ -187,10 +183,8 @@ def grpo_train_step(
     """One GRPO step: advantages, then `passes` updates on the same rollout.
 
     Args:
-      learner: the configuration.
       state: donated.
       base: the policy's frozen parameters, to which the adapter is added.
-      prompts: the prompts of the batch.
       rollout: K completions of each prompt, from `rollout.sample`.
       scores: their rewards, from `scoring.score_rewrites`.
 
@@ -286,7 +280,6 @@ def policy_gradient(
     """The GRPO loss of a batch and its gradient.
 
     Args:
-      learner: the configuration.
       trained: the parameters to differentiate by: the adapter, or all.
       base: the policy's frozen parameters.
       batch: from `make_train_batch`.
@@ -328,7 +321,6 @@ def accumulate(
       loss_of: maps `trained` and a part of the batch to the part's share of the loss, and to arrays
         whose first axis is the part's prompts.
       trained: the parameters to differentiate by.
-      batch: the whole batch.
 
     Returns:
       The loss, the gradient, and the arrays of the whole batch.
@@ -400,9 +392,7 @@ def token_logprobs(
     The entropies have no gradient.
 
     Args:
-      learner: the configuration.
       variables: `{"params": ...}`, and `"lora"` beside it if `learner.lora` is set.
-      prompts: the prompts.
       tokens_BxKxT: int32 completions.
       temperature: divides the logits.
 

@@ -40,8 +40,6 @@ def encode_prompts(
 
     Args:
       tokenizer: the policy's, with a chat template.
-      config: texts and length.
-      queries: B queries.
 
     Raises:
       UserError: a query is empty, or its prompt is longer than `max_tokens`.
@@ -139,7 +137,6 @@ def encode_references(
     """Reference answers for the warm-up: texts in the output format, with the end token (NumPy).
 
     Args:
-      tokenizer: the policy's.
       texts: B reference rewrites.
       output_format: one of `FORMATS`.
       max_tokens: T.

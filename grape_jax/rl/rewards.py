@@ -27,7 +27,6 @@ def linear(rank: jax.Array, size: int, normalised: bool = True) -> jax.Array:
 
     Args:
       rank: int32, 1 is best.
-      size: corpus items.
       normalised: whether to scale to 0 to 1.
     """
     rank = rank.astype(jnp.float32)

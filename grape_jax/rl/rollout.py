@@ -55,14 +55,10 @@ def sample(
     """Samples K completions of each prompt.
 
     Args:
-      config: the policy.
-      sampling: the settings.
       variables: `{"params": ...}`, and `"lora"` beside it if `lora` is given.
-      prompts: B prompts.
       key: PRNG key. The draw of a token depends on the key, on K, and on the positions of its
         completion and of the token, but not on the other prompts of the batch, on padding or on
         devices.
-      lora: the adapter's configuration.
 
     Returns:
       A rollout `[B, K, T]`.
@@ -149,7 +145,6 @@ def draw_tokens(
       logits_BxKxV: float32, of the next token.
       sampling: temperature and filters. At temperature 0 the most probable token is taken, with its
         log-probability at temperature 1.
-      key: PRNG key.
 
     Returns:
       int32 tokens `[B, K]`, their float32 log-probabilities at the temperature, and the same under
@@ -184,7 +179,6 @@ def score_floor(scaled_BxKxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
     Args:
       scaled_BxKxV: float32, logits divided by the temperature.
-      sampling: the filters.
 
     Returns:
       float32 `[B, K, 1]`.

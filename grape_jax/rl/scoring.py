@@ -54,11 +54,9 @@ def score_rewrites(
     """Ranks and rewards of the rewrites, computed once per rollout.
 
     Args:
-      scorer: the configuration.
       retriever_params: parameters of the retriever.
       index: the corpus, from `ranking.shard_corpus`.
       targets_BxP: int32 corpus rows of the targets, -1 is padding.
-      rollout: the completions.
       rewrites: the rewrites read from them.
       excluded_BxX: int32 corpus rows to leave out of the corpus for each query, -1 is padding.
       raw_rank_B: int32, ranks of the unchanged queries; required by the shape "improvement".
@@ -140,7 +138,6 @@ def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> 
     """The configured shape's value for each rewrite, unweighted: float32 `[B, K]`.
 
     Args:
-      scorer: the configuration.
       ranks: from `rank_rewrites`.
       raw_rank_B: int32, ranks of the unchanged queries; required by the shape "improvement".
 

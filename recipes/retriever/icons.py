@@ -1,9 +1,9 @@
-"""What the retriever learns from: pictures of the gallery's concepts in other styles, with texts.
+"""Training data of the retriever: pictures of the gallery's concepts in other styles, with texts.
 
-The pictures are the Iconify packages of npm (`@iconify-json/*`: SVG bodies by name), the texts the
-English name of each concept (PyPI `emoji`) and its English name and keywords in CLDR (npm
-`cldr-annotations-full`, `cldr-annotations-derived-full`). English only, spelled correctly: a
-benchmark's shifted queries (other languages, glosses, typing errors) never come from here.
+The pictures are those of Iconify's npm packages (`@iconify-json/*`: SVG bodies by name). The texts
+are the English name of each concept (PyPI `emoji`) and its English name and keywords in CLDR (npm
+`cldr-annotations-full`, `cldr-annotations-derived-full`), all in correct English, so that a
+benchmark's shifted queries (other languages, glosses, typing errors) do not occur in training.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from PIL import Image
 from grape_jax.data import openmoji
 from grape_jax.runtime.errors import UserError
 
-# Package, licence. Share-alike sets are left out: the weights stay free of that question there.
+# Package and licence. Share-alike sets are excluded, to keep the licence of the weights clear.
 STYLES = (
     ("noto", "Apache-2.0"),
     ("noto-v1", "Apache-2.0"),
@@ -33,9 +33,9 @@ INSTALL = "npm install " + " ".join(
     [f"@iconify-json/{name}" for name, _ in STYLES]
     + ["cldr-annotations-full", "cldr-annotations-derived-full"]
 )
-# A render is larger than the input of the retriever, as a benchmark's pictures are.
+# Larger than the retriever's input, as the pictures of a benchmark are.
 RENDER_SIZE = 128
-# Little words that English phrases have and keyword lists do not.
+# Function words that occur in phrases but not in keyword lists.
 FRAMES = (
     "a {}",
     "the {}",
@@ -52,7 +52,7 @@ FRAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """One gallery item and what English says about it."""
+    """A gallery item with its English texts."""
 
     code: str  # OpenMoji's code points: "1F600"
     emoji: str
@@ -62,33 +62,36 @@ class Concept:
 
 
 def concepts(npm: Path) -> list[Concept]:
-    """The gallery's items in its order, with their English texts.
+    """The items of the gallery, in its order, with their English texts.
+
+    Args:
+      npm: the node_modules folder.
 
     Raises:
-      UserError: a package is missing from `npm` (a node_modules folder) or cannot be read.
+      UserError: a package is missing or cannot be read.
     """
     texts = _cldr(npm, "cldr-annotations-full", "annotations")
     texts |= _cldr(npm, "cldr-annotations-derived-full", "annotationsDerived")
-    found = []
+    items = []
     for picture in openmoji.gallery():
         entry = texts.get(_bare(picture.emoji), {})
         cldr_name = entry.get("tts", [picture.name])[0]
         names = {picture.name.lower(), cldr_name.lower()}
         keywords = tuple(k for k in entry.get("default", []) if k.lower() not in names)
-        found.append(Concept(picture.code, picture.emoji, picture.name, cldr_name, keywords))
-    return found
+        items.append(Concept(picture.code, picture.emoji, picture.name, cldr_name, keywords))
+    return items
 
 
 def style_svgs(npm: Path, style: str, wanted: list[Concept]) -> dict[str, str]:
-    """SVG documents of one Iconify package by concept code; concepts it lacks are left out.
+    """SVG documents of one Iconify package by concept code, without the concepts it lacks.
 
     Raises:
-      UserError: the package is missing from `npm` or cannot be read.
+      UserError: the package is missing or cannot be read.
     """
     folder = npm / "@iconify-json" / style
     icons = _read_json(folder / "icons.json")
     names_by_chars = _read_json(folder / "chars.json")
-    # Some packages write "grinningface" where others write "grinning-face".
+    # Packages differ in hyphens: "grinningface" and "grinning-face".
     names = {name.replace("-", ""): name for name in [*icons["icons"], *icons.get("aliases", {})]}
     svgs = {}
     for concept in wanted:
@@ -102,19 +105,19 @@ def style_svgs(npm: Path, style: str, wanted: list[Concept]) -> dict[str, str]:
 
 
 def render_all(svgs: list[str], size: int) -> np.ndarray:
-    """Draws SVG documents: uint8 [N, size, size, 3]. One that cannot be drawn is white."""
+    """Renders SVG documents: uint8 `[N, size, size, 3]`; one that cannot be rendered is white."""
     with multiprocessing.get_context("spawn").Pool() as pool:
         jobs = [(svg, size) for svg in svgs]
         return np.stack(pool.starmap(_draw, jobs, chunksize=32))
 
 
 def is_blank(pixels_HxWx3: np.ndarray) -> bool:
-    """Whether nothing was drawn."""
+    """Whether a picture is all white."""
     return bool((pixels_HxWx3 == 255).all())
 
 
 def resize(picture: Image.Image, size: int) -> Image.Image:
-    """As CLIP's image processor does it with PIL: bicubic, antialiased."""
+    """Resizes as CLIP's image processor does: bicubic, with antialiasing."""
     return picture.resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -124,45 +127,49 @@ def words(text: str) -> list[str]:
 
 
 def vocabulary(all_concepts: list[Concept]) -> list[str]:
-    """Every English text there is, once: what a tokenizer is trained on."""
+    """All English texts without repetition, to train a tokenizer."""
     texts = {t for c in all_concepts for t in (c.name, c.cldr_name, *c.keywords)}
     return sorted(texts | set(FRAMES))
 
 
-def held_phrase(concept: Concept) -> str:
-    """Three keywords that `sample_text` never writes together alone: to evaluate with.
+def held_out_phrase(concept: Concept) -> str:
+    """Three keywords for evaluation, which `sample_text` never uses alone.
 
-    Empty where a concept has fewer than six keywords.
+    "" for a concept with fewer than six keywords.
     """
     if len(concept.keywords) < 6:
         return ""
-    # Seeded by the concept, so that it does not depend on the order of anything.
+    # Seeded by the concept, and so independent of the order of concepts.
     rng = np.random.default_rng([ord(c) for c in concept.code])
     chosen = rng.choice(len(concept.keywords), 3, replace=False)
     return ", ".join(concept.keywords[i] for i in chosen)
 
 
 def sample_text(concept: Concept, rng: np.random.Generator) -> tuple[str, bool]:
-    """An English text about a concept, and whether it holds a whole name.
+    """A random English text about a concept.
 
-    Names, names with words left out or moved, keyword lists, and both together: what a rewriter
-    may say that is right or partly right.
+    Names, names with missing or shuffled words, lists of keywords, or a name with a list: texts
+      that a
+    rewriter may write, right or partly right.
+
+    Returns:
+      The text, and whether it contains a whole name.
     """
     name = concept.name if rng.random() < 0.8 else concept.cldr_name
     kind = rng.random()
     if not concept.keywords or kind < 0.30:
-        text, whole = name, True
+        text, has_name = name, True
     elif kind < 0.45:
-        text, whole = _some_words(name, rng), False
+        text, has_name = _some_words(name, rng), False
     elif kind < 0.75:
-        text, whole = _keyword_list(concept, rng), False
+        text, has_name = _keyword_list(concept, rng), False
     else:
         parts = [name, _keyword_list(concept, rng)]
         rng.shuffle(parts)
-        text, whole = _separator(rng).join(parts), True
+        text, has_name = _separator(rng).join(parts), True
     if rng.random() < 0.15:
         text = FRAMES[rng.integers(len(FRAMES))].format(text)
-    return text, whole
+    return text, has_name
 
 
 def _some_words(name: str, rng: np.random.Generator) -> str:
@@ -177,12 +184,12 @@ def _some_words(name: str, rng: np.random.Generator) -> str:
 
 
 def _keyword_list(concept: Concept, rng: np.random.Generator) -> str:
-    held = set(held_phrase(concept).split(", "))
+    held_out = set(held_out_phrase(concept).split(", "))
     while True:
         count = min(int(rng.integers(1, 5)), len(concept.keywords))
         chosen = rng.choice(len(concept.keywords), count, replace=False)
         keywords = [concept.keywords[i] for i in chosen]
-        if set(keywords) != held:
+        if set(keywords) != held_out:
             return _separator(rng).join(keywords)
 
 
@@ -209,7 +216,7 @@ def _document(icons: dict, icon: dict) -> str:
 
 
 def _resolve(icons: dict, name: str | None) -> dict | None:
-    """Follows aliases; one that turns or mirrors its parent is another picture: None."""
+    """Follows aliases; None for one that rotates or mirrors its parent, a different picture."""
     while name is not None and name not in icons["icons"]:
         alias = icons.get("aliases", {}).get(name, {})
         name = alias.get("parent") if set(alias) <= {"parent", "hidden"} else None
@@ -233,6 +240,8 @@ def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: run `{INSTALL}` and give its node_modules.") from error
+        raise UserError(
+            f"{path} is missing: run `{INSTALL}` and set --npm to its node_modules."
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON: install its package again.") from error

@@ -82,18 +82,18 @@ def test_texts_are_english_words_of_the_concept_and_frames():
     """No word comes from anywhere but the English texts: no other language, no typing error."""
     rng = np.random.default_rng(0)
     for concept in (ROCKET, PARTY):
-        said = icons.words(" ".join((concept.name, concept.cldr_name, *concept.keywords)))
-        allowed = {*said, *icons.words(" ".join(icons.FRAMES))}
+        concept_words = icons.words(" ".join((concept.name, concept.cldr_name, *concept.keywords)))
+        allowed = {*concept_words, *icons.words(" ".join(icons.FRAMES))}
         texts = [icons.sample_text(concept, rng) for _ in range(500)]
         assert all(set(icons.words(text)) <= allowed for text, _ in texts)
         assert all(concept.name in text for text, whole in texts if whole)
         assert len({text for text, _ in texts}) > 50
 
 
-def test_held_phrase_is_never_sampled():
-    held = icons.held_phrase(PARTY)
-    assert held == icons.held_phrase(PARTY) and len(held.split(", ")) == 3
-    assert icons.held_phrase(ROCKET) == ""
+def test_held_out_phrase_is_never_sampled():
+    held = icons.held_out_phrase(PARTY)
+    assert held == icons.held_out_phrase(PARTY) and len(held.split(", ")) == 3
+    assert icons.held_out_phrase(ROCKET) == ""
     rng = np.random.default_rng(0)
     wanted = sorted(held.split(", "))
     for _ in range(3000):

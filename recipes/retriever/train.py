@@ -1,9 +1,9 @@
-"""Trains the small CLIP that is shipped as the default retriever. See configs/retriever.py.
+"""Trains the small CLIP shipped as the default retriever. See configs/retriever.py.
 
-Contrastive learning of pictures and English texts (Radford et al. 2021), with texts that fit
-several pictures counted as positives of all of them, and one learned vector (a proxy) for each
-concept, against which both sides are classified as well. Phase 1 sees other drawing styles than
-the gallery's; phase 2 adds the gallery's pictures.
+Contrastive learning of pictures and English texts (Radford et al. 2021), with two additions: a text
+is a positive of every picture that it describes, and pictures and texts are also classified against
+one learned vector per concept (a proxy). Phase 1 uses drawing styles other than the gallery's;
+phase 2 adds the pictures of the gallery.
 """
 
 import concurrent.futures
@@ -51,35 +51,46 @@ MAX_LOGIT_SCALE = math.log(100)
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Everything drawn once. M pictures in other styles, N concepts."""
+    """Rendered pictures: M in other styles, and N of the gallery, one per concept."""
 
     pixels_MxHxWx3: np.ndarray  # uint8
     concept_M: np.ndarray  # int32, index into the concepts
     gallery_NxHxWx3: np.ndarray  # uint8, in the order of the concepts
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
+    """B pairs of a picture and a text."""
+
     pixels_BxHxWx3: jax.Array  # uint8
     tokens_BxL: jax.Array  # int32
     mask_BxL: jax.Array  # bool
     concept_B: jax.Array  # int32
-    fits_BxN: jax.Array  # bool, the concepts that the text says nothing wrong about
+    fits_BxN: jax.Array  # bool, the concepts that the text describes
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
+    """All arrays that training changes."""
+
     step: jax.Array  # int32
     params: Params  # {"clip": ..., "proxies": [N, E]}
     opt: optax.OptState
 
 
 def train(config: ConfigDict, npm: Path, out: Path) -> None:
-    """The whole recipe: pictures, tokenizer, two phases, checkpoint. Goes on where it stopped."""
+    """Runs the recipe: pictures, tokenizer, two phases, checkpoint. Resumes an interrupted run.
+
+    Args:
+      config: see configs/retriever.py.
+      npm: the node_modules folder with the packages.
+      out: the directory of the checkpoint; its folder `work` holds the state of the run.
+
+    Raises:
+      UserError: a package is missing, or `out` holds a run of another config.
+    """
     out.mkdir(parents=True, exist_ok=True)
     work = out / "work"
     work.mkdir(exist_ok=True)
-    _claim(work, config)
+    _write_config(work, config)
     concepts = icons.concepts(npm)
     pictures = load_pictures(config, npm, concepts, work / "pictures.npz")
     _save_configs(config, out)
@@ -104,7 +115,7 @@ def train(config: ConfigDict, npm: Path, out: Path) -> None:
         if stop() or (step + 1) % config.save_every == 0:
             _save_state(work, state)
         if stop():
-            print(f"stopped after step {step + 1}; the same command goes on from here")
+            print(f"stopped after step {step + 1}; run the same command to resume")
             return
     _save_state(work, state)
     _finish(out, "final", clip_config, state, concepts, pictures, tokenizer)
@@ -114,7 +125,7 @@ def train(config: ConfigDict, npm: Path, out: Path) -> None:
 
 
 def load_pictures(config: ConfigDict, npm: Path, concepts: list[Concept], cache: Path) -> Pictures:
-    """Draws every picture, or reads what an earlier run drew."""
+    """Renders all pictures, or reads those that an earlier run rendered."""
     if cache.exists():
         with np.load(cache) as stored:
             return Pictures(stored["pixels"], stored["concept"], stored["gallery"])
@@ -131,17 +142,17 @@ def load_pictures(config: ConfigDict, npm: Path, concepts: list[Concept], cache:
     print("drawing the gallery", flush=True)
     gallery = icons.render_all([p.svg.read_text() for p in openmoji.gallery()], size)
     pictures = Pictures(np.stack(pixels), np.asarray(concept_ids, np.int32), gallery)
-    # Written aside and moved, so that a killed run leaves no half file.
-    aside = cache.with_suffix(".partial.npz")
-    np.savez(aside, pixels=pictures.pixels_MxHxWx3, concept=pictures.concept_M, gallery=gallery)
-    aside.replace(cache)
+    # Written to another name and renamed, so that a killed run leaves no partial file.
+    partial = cache.with_suffix(".partial.npz")
+    np.savez(partial, pixels=pictures.pixels_MxHxWx3, concept=pictures.concept_M, gallery=gallery)
+    partial.replace(cache)
     return pictures
 
 
 def load_tokenizer(
     config: ConfigDict, concepts: list[Concept], out: Path
 ) -> PreTrainedTokenizerBase:
-    """Byte-level BPE of lower-case English, learned from the names and keywords."""
+    """The tokenizer of an earlier run, or a byte-level BPE trained on names and keywords."""
     path = out / TOKENIZER_FILE
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
@@ -153,7 +164,7 @@ def load_tokenizer(
                 normalizers.Strip(),
             ]
         )
-        # The space before the first word makes it the same token as later in a text.
+        # With a leading space, the first word has the same tokens as elsewhere in a text.
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = BpeTrainer(
@@ -178,7 +189,11 @@ def _batches(
     start: int,
     stop: int,
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches of steps `start` to `stop`, made ahead on a thread; each from (seed, step) alone."""
+    """Batches of the steps from `start` to `stop`, prepared in a thread.
+
+    Yields:
+      The step and its batch, which depends on (seed, step) only.
+    """
     of_concept = [np.flatnonzero(pictures.concept_M == i) for i in range(len(concepts))]
     fits = _WordTable(concepts)
 
@@ -189,10 +204,10 @@ def _batches(
         pixels, texts, fits_BxN = [], [], []
         for i in concept_B:
             if rng.random() < share or not len(of_concept[i]):
-                chosen = pictures.gallery_NxHxWx3[i]
+                picture = pictures.gallery_NxHxWx3[i]
             else:
-                chosen = pictures.pixels_MxHxWx3[rng.choice(of_concept[i])]
-            pixels.append(_jitter(chosen, rng))
+                picture = pictures.pixels_MxHxWx3[rng.choice(of_concept[i])]
+            pixels.append(_jitter(picture, rng))
             text, has_name = icons.sample_text(concepts[i], rng)
             texts.append(text)
             fits_BxN.append(fits.only(i) if has_name else fits.all_of(text, i))
@@ -202,41 +217,44 @@ def _batches(
             np.stack(pixels), tokens_BxL, mask_BxL, concept_B.astype(np.int32), np.stack(fits_BxN)
         )
 
-    ahead = 4
+    depth = 4
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(make, step) for step in range(start, min(start + ahead, stop))]
+        queue = [pool.submit(make, step) for step in range(start, min(start + depth, stop))]
         for step in range(start, stop):
-            batch = waiting.pop(0).result()
-            if step + ahead < stop:
-                waiting.append(pool.submit(make, step + ahead))
+            batch = queue.pop(0).result()
+            if step + depth < stop:
+                queue.append(pool.submit(make, step + depth))
             yield step, batch
 
 
 class _WordTable:
-    """Which concepts have all words of a text among their names and keywords."""
+    """Finds the concepts whose names and keywords contain all words of a text."""
 
     def __init__(self, concepts: list[Concept]):
         self.count = len(concepts)
-        said = [set(icons.words(" ".join((c.name, c.cldr_name, *c.keywords)))) for c in concepts]
-        framing = set(icons.words(" ".join(icons.FRAMES)))
-        self.index = {word: i for i, word in enumerate(sorted(set.union(*said)))}
+        texts = [" ".join((c.name, c.cldr_name, *c.keywords)) for c in concepts]
+        vocabularies = [set(icons.words(text)) for text in texts]
+        frame_words = set(icons.words(" ".join(icons.FRAMES)))
+        self.index = {word: i for i, word in enumerate(sorted(set.union(*vocabularies)))}
         self.has_VxN = np.zeros((len(self.index), self.count), bool)
-        for concept, its_words in enumerate(said):
-            for word in its_words:
+        for concept, vocabulary in enumerate(vocabularies):
+            for word in vocabulary:
                 self.has_VxN[self.index[word], concept] = True
-        # "a", "icon" and the like say nothing about a concept.
-        self.has_VxN[[self.index[word] for word in framing if word in self.index]] = True
+        # Words such as "a" and "icon" fit every concept.
+        self.has_VxN[[self.index[word] for word in frame_words if word in self.index]] = True
 
     def only(self, concept: int) -> np.ndarray:
+        """This concept only: bool `[N]`."""
         return np.arange(self.count) == concept
 
     def all_of(self, text: str, concept: int) -> np.ndarray:
-        known = [self.index[word] for word in icons.words(text) if word in self.index]
-        return self.has_VxN[known].all(axis=0) | self.only(concept)
+        """The concepts that contain all words of the text, and this one: bool `[N]`."""
+        rows = [self.index[word] for word in icons.words(text) if word in self.index]
+        return self.has_VxN[rows].all(axis=0) | self.only(concept)
 
 
 def _jitter(pixels_HxWx3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turns, scales and shifts a little; one picture of five stays as it is."""
+    """Rotates, scales and shifts a picture slightly; one of five is returned unchanged."""
     if rng.random() < 0.2:
         return pixels_HxWx3
     size = pixels_HxWx3.shape[0]
@@ -270,6 +288,7 @@ def _update(
     state: State,
     batch: Batch,
 ) -> tuple[State, dict[str, jax.Array]]:
+    """One training step."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     pixels = _recolour(batch.pixels_BxHxWx3.astype(jnp.float32) / 255, key)
     pixels = (pixels - jnp.asarray(MEAN)) / jnp.asarray(STD)
@@ -282,6 +301,7 @@ def _update(
 def _loss(
     clip_config: ClipConfig, proxy_weight: float, batch: Batch, pixels: jax.Array, params: Params
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The contrastive loss and the loss against the proxies, in both directions."""
     image_BxE = clip.embed_images(clip_config, params["clip"], pixels)
     text_BxE = clip.embed_texts(clip_config, params["clip"], batch.tokens_BxL, batch.mask_BxL)
     proxy_NxE = params["proxies"]
@@ -290,12 +310,12 @@ def _loss(
 
     pairs_BxB = scale * text_BxE @ image_BxE.T
     fits_BxB = batch.fits_BxN[:, batch.concept_B]
-    own_BxN = batch.concept_B[:, None] == jnp.arange(proxy_NxE.shape[0])
+    is_concept_BxN = batch.concept_B[:, None] == jnp.arange(proxy_NxE.shape[0])
     contrastive = _soft_cross_entropy(pairs_BxB, fits_BxB) + _soft_cross_entropy(
         pairs_BxB.T, fits_BxB.T
     )
     to_proxies = _soft_cross_entropy(scale * text_BxE @ proxy_NxE.T, batch.fits_BxN)
-    to_proxies += _soft_cross_entropy(scale * image_BxE @ proxy_NxE.T, own_BxN)
+    to_proxies += _soft_cross_entropy(scale * image_BxE @ proxy_NxE.T, is_concept_BxN)
     loss = contrastive + proxy_weight * to_proxies
     right = jnp.mean(jnp.argmax(pairs_BxB.T, axis=1) == jnp.arange(pairs_BxB.shape[0]))
     metrics = {"loss": loss, "pairs": contrastive, "proxies": to_proxies, "right": right}
@@ -303,20 +323,20 @@ def _loss(
 
 
 def _soft_cross_entropy(logits_RxC: jax.Array, positive_RxC: jax.Array) -> jax.Array:
-    """Mean over rows; every positive of a row is to get the same share."""
+    """Cross-entropy to the uniform distribution over each row's positives, mean over rows."""
     target_RxC = positive_RxC / jnp.sum(positive_RxC, axis=1, keepdims=True)
     return -jnp.mean(jnp.sum(target_RxC * jax.nn.log_softmax(logits_RxC), axis=1))
 
 
 def _recolour(pixels_BxHxWx3: jax.Array, key: jax.Array) -> jax.Array:
-    """Other colours, grey, darker edges: what differs from one drawing style to another."""
+    """Changes colours, removes them or darkens edges: the differences between drawing styles."""
     count = pixels_BxHxWx3.shape[0]
     mix_key, gain_key, grey_key, edge_key, strong_key = jax.random.split(key, 5)
     mix_Bx3x3 = jnp.eye(3) + 0.12 * jax.random.normal(mix_key, (count, 3, 3))
     gain_B = jax.random.uniform(gain_key, (count,), minval=0.8, maxval=1.2)
     grey_B = jax.random.bernoulli(grey_key, 0.1, (count,))
     mix_Bx3x3 = jnp.where(grey_B[:, None, None], 1 / 3, mix_Bx3x3 * gain_B[:, None, None])
-    # White paper stays white: what is mixed is the distance from it.
+    # Mixes the distance from white, so that a white background stays white.
     ink = 1 - jnp.einsum("bhwc,bcd->bhwd", 1 - pixels_BxHxWx3, mix_Bx3x3)
 
     right = jnp.abs(jnp.diff(ink, axis=2, append=ink[:, :, -1:]))
@@ -373,7 +393,7 @@ def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
     )
     muon = optax.chain(
         optax.contrib.scale_by_muon(
-            # Kernels are [layers, in, out]: each layer is orthogonalised by itself.
+            # Kernels are [layers, in, out]; each layer is orthogonalised separately.
             weight_dimension_numbers=lambda params: jax.tree.map(
                 lambda _: optax.contrib.MuonDimensionNumbers((1,), (2,)), params
             )
@@ -387,7 +407,7 @@ def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _decayed(params: Params) -> Params:
-    """Weight decay is for matrices only."""
+    """True for parameters with weight decay: kernels and the token embedding."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: path[-1].key in ("kernel", "token_embedding"), params
     )
@@ -405,34 +425,39 @@ def _init(
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def _claim(work: Path, config: ConfigDict) -> None:
-    """Refuses to go on with a run of another config."""
+def _write_config(work: Path, config: ConfigDict) -> None:
+    """Writes the config of a new run.
+
+    Raises:
+      UserError: the directory holds a run of another config.
+    """
     path, text = work / "config.json", config.to_json(sort_keys=True, indent=2)
     if path.exists() and path.read_text() != text:
-        raise UserError(f"{work} holds a run of another config: give another --out, or delete it.")
+        raise UserError(f"{work} holds a run of another config: set another --out, or delete it.")
     path.write_text(text)
 
 
 def _restore(work: Path, fresh: State) -> State:
+    """The saved state of a run, or `fresh` if there is none."""
     path = work / "state.msgpack"
     if not path.exists():
         return fresh
     try:
         state = flax.serialization.from_bytes(fresh, path.read_bytes())
-    except Exception as error:  # msgpack raises a different one for each kind of damage
+    except Exception as error:  # the type depends on the damage
         raise UserError(f"{path} is damaged: delete it to start again.") from error
-    print(f"going on from step {int(state.step)}")
+    print(f"resuming from step {int(state.step)}")
     return jax.tree.map(jnp.asarray, state)
 
 
 def _save_state(work: Path, state: State) -> None:
-    aside = work / "state.partial"
-    aside.write_bytes(flax.serialization.to_bytes(jax.device_get(state)))
-    aside.replace(work / "state.msgpack")
+    partial = work / "state.partial"
+    partial.write_bytes(flax.serialization.to_bytes(jax.device_get(state)))
+    partial.replace(work / "state.msgpack")
 
 
 def _stop_on_interrupt() -> Callable[[], bool]:
-    """A function that says whether Ctrl-C was pressed; pressed twice, it ends at once."""
+    """Returns a function that tells whether Ctrl-C was pressed; a second Ctrl-C exits at once."""
     pressed = []
 
     def handler(*_) -> None:
@@ -456,7 +481,7 @@ def _finish(
     pictures: Pictures,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Saves the checkpoint and adds what it reaches to recall.json."""
+    """Saves the checkpoint and adds its recall to recall.json."""
     clip_weights.save(out, clip_config, jax.device_get(state.params["clip"]), np.float16)
     path = out / "recall.json"
     table = json.loads(path.read_text()) if path.exists() else {}
@@ -468,18 +493,21 @@ def _finish(
 def evaluate(
     model: encoder.Retriever, concepts: list[Concept], gallery_NxHxWx3: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Recall at 1, 5 and 10 over the whole gallery, per cent; a query has one right picture.
+    """Recall at 1, 5 and 10 over the gallery, in per cent, with one right picture per query.
 
-    Queries: the English names; three keywords that training never wrote together alone.
+    The queries are the English names, and phrases of three keywords that training never used alone.
+
+    Returns:
+      "names" and "held keyword phrases", each with R@1, R@5 and R@10.
     """
     bank_NxE = model.embed_images([Image.fromarray(x) for x in gallery_NxHxWx3])
-    phrases = [icons.held_phrase(concept) for concept in concepts]
-    held = [i for i, phrase in enumerate(phrases) if phrase]
+    phrases = [icons.held_out_phrase(concept) for concept in concepts]
+    rows = [i for i, phrase in enumerate(phrases) if phrase]
     names = [concept.name for concept in concepts]
     return {
         "names": _recall(model, bank_NxE, names, np.arange(len(names))),
         "held keyword phrases": _recall(
-            model, bank_NxE, [phrases[i] for i in held], np.asarray(held)
+            model, bank_NxE, [phrases[i] for i in rows], np.asarray(rows)
         ),
     }
 
@@ -490,13 +518,13 @@ def _recall(
     if not queries:
         return {}
     scores_QxN = model.embed_texts(queries) @ bank_NxE.T
-    own_Q = scores_QxN[np.arange(len(queries)), target_Q]
-    rank_Q = 1 + (scores_QxN > own_Q[:, None]).sum(axis=1)
+    target_score_Q = scores_QxN[np.arange(len(queries)), target_Q]
+    rank_Q = 1 + (scores_QxN > target_score_Q[:, None]).sum(axis=1)
     return {f"R@{k}": round(100 * float((rank_Q <= k).mean()), 1) for k in (1, 5, 10)}
 
 
 def _save_configs(config: ConfigDict, out: Path) -> None:
-    """The small files beside the weights."""
+    """Writes the configs of image processor and tokenizer."""
     size = config.model.image_size
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -527,7 +555,7 @@ def _save_configs(config: ConfigDict, out: Path) -> None:
 
 
 class _Progress:
-    """Prints a line now and then: losses and the seconds left."""
+    """Prints losses and the remaining time every so many steps."""
 
     def __init__(self, start: int, last: int, every: int):
         self.start, self.last, self.every, self.began = start, last, every, time.monotonic()
@@ -536,18 +564,19 @@ class _Progress:
         if step % self.every and step != self.last:
             return
         values = "  ".join(f"{name} {float(value):.3f}" for name, value in metrics.items())
-        a_step = (time.monotonic() - self.began) / max(step - self.start, 1)
-        left = a_step * (self.last - step)
-        print(f"step {step}/{self.last}  {values}  {a_step:.2f} s a step, {left:.0f} s left")
+        seconds = (time.monotonic() - self.began) / max(step - self.start, 1)
+        left = seconds * (self.last - step)
+        print(f"step {step}/{self.last}  {values}  {seconds:.2f} s per step, {left:.0f} s left")
 
 
 def main() -> None:
+    """Entry point of `python -m recipes.retriever.train`."""
     command_line.define_config()
     flags.DEFINE_string("npm", "node_modules", "The node_modules folder with the packages.")
-    flags.DEFINE_string("out", None, "Where the checkpoint goes; a run found there goes on.")
+    flags.DEFINE_string("out", None, "Directory of the checkpoint; a run in it is resumed.")
     command_line.parse()
     if flags.FLAGS.out is None:
-        raise UserError("no output directory is given: add --out=runs/retriever.")
+        raise UserError("--out is missing: set the output directory, such as --out=runs/retriever.")
     train(flags.FLAGS.config, Path(flags.FLAGS.npm), Path(flags.FLAGS.out))
 
 

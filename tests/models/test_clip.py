@@ -54,6 +54,7 @@ def random_params(config: ClipConfig) -> clip.Params:
     )
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("end_token", [49, clip.LEGACY_END_TOKEN])
 def test_agrees_with_transformers(tmp_path, activation, end_token):
@@ -96,6 +97,7 @@ def test_agrees_with_transformers(tmp_path, activation, end_token):
     assert np.all(np.sum(ours_image * output.image_embeds.numpy(), axis=1) >= 0.99999)
 
 
+@pytest.mark.parity
 def test_transformers_reads_what_we_save(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

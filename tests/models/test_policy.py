@@ -71,9 +71,10 @@ def perplexity(logits, ids):
     return np.exp(-scores[np.arange(len(ids) - 1), ids[1:]].mean())
 
 
+@pytest.mark.parity
 def test_smollm2_equals_transformers(smollm2):
     """The same GGUF file, read by transformers into torch: its tokenizer and its logits."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = pretrained.policy_path("")
@@ -93,9 +94,10 @@ def test_smollm2_equals_transformers(smollm2):
     assert np.abs(got - expected).max() <= 2e-4 * np.ptp(expected)
 
 
+@pytest.mark.parity
 def test_smollm2_from_a_directory_made_of_it(smollm2, tmp_path):
     """GGUF to a Hugging Face directory, which both sides read: same logits, same perplexity."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ends = (smollm2.tokenizer.eos_token_id, 0)

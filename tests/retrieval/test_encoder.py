@@ -64,6 +64,7 @@ def test_overlong_text_is_cut_before_its_end_token(shipped):
         encoder.tokenize(shipped, ["rocket"], length=shipped.config.context + 1)
 
 
+@pytest.mark.parity
 def test_transformers_tokenizer_and_processor_agree(shipped):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(encoder.SHIPPED)

@@ -37,6 +37,8 @@ transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
 spm = pytest.importorskip("sentencepiece")
 
+pytestmark = pytest.mark.parity
+
 CONTEXT = 16
 SENTENCE_CONTEXT = 40  # more than one padded length
 SENTENCES = (

@@ -272,6 +272,7 @@ def test_copies_of_an_item_share_its_bits(width, dtype, size):
     np.testing.assert_array_equal(got.rank_QxP[:, 0], first + np.arange(70))
 
 
+@pytest.mark.multiprocess
 def test_two_processes_give_the_same_ranks():
     """Two hosts of two devices each, over loopback."""
     with socket.socket() as free:
@@ -358,6 +359,7 @@ def test_rewrites_times_corpus_is_never_stored(Q, N, dtype):
     assert memory.output_size_in_bytes < 64 * Q + 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs jax[tpu], but no TPU")
 def test_a_slice_of_tpus_never_stores_it_either():
     """Compiled ahead of time: 4,096 rewrites, 16 M items of width 768, 256 chips."""

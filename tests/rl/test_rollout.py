@@ -89,6 +89,7 @@ def test_draws_follow_the_distribution(name):
     np.testing.assert_allclose(filtered[0], np.log(probs[chosen]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "filters",
     [filters for filters, _ in FILTERS.values()]
@@ -285,6 +286,7 @@ def test_greedy_takes_the_likeliest_token(variables, prompts):
     assert (np.asarray(rollout.tokens_BxKxT)[mask] == np.asarray(likeliest)[mask]).all()
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_greedy_is_what_transformers_generates(family, tmp_path):
     """50 prompts of all lengths, padded on the left, two end tokens of the generation config."""
@@ -340,6 +342,7 @@ def test_impossible_sampling_is_refused(key, value, sentence):
         checks.check(config)
 
 
+@pytest.mark.parity
 def test_a_damaged_generation_config_is_one_sentence(tmp_path):
     pytest.importorskip("torch")
     import tiny_decoders

@@ -11,14 +11,20 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import tiny_decoders
-import torch
 
-from benchmarks import trl_ten_steps as peer
 from grape_jax import load_policy
 from grape_jax.rl import grpo
 from grape_jax.rl.learner import make_train_batch, policy_gradient, token_logprobs
 from grape_jax.types import Prompts, Rollout
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl")
+
+import tiny_decoders  # noqa: E402
+
+from benchmarks import trl_ten_steps as peer  # noqa: E402
+
+pytestmark = pytest.mark.parity
 
 B, K, S, T = 3, 4, 6, 7
 CONFIG = dataclasses.replace(peer.CONFIG, max_tokens=T, kl_weight=0.1)
