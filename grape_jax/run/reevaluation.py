@@ -52,7 +52,7 @@ def _evaluate_trained(run: Context, workdir: Path, stop: StopSignal) -> None:
     method = trained_method(run.config)
     if not missing_tasks(run.config, run.queries, workdir, method):
         return
-    if not checkpoint.holds_any(workdir):
+    if not checkpoint.has_checkpoints(workdir):
         return
     with checkpoint.open_manager(workdir) as manager:
         done, last = manager.latest_step(), run.config.warm_up.steps + run.config.grpo.steps
