@@ -106,7 +106,7 @@ def evaluate_policy(
             began = time.perf_counter()
             bar.update(done)
             processes.set_stage(f"the test of the {method} policy after {bar.n} rewrites")
-            if stop.asked_anywhere():
+            if stop.requested_anywhere():
                 raise Interrupted(step)
 
         for task in tasks:

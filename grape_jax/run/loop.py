@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     checkpoint.refuse_other_config(workdir, config)
     compilation_cache.enable(config)
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
-    with lock.held(workdir):
+    with lock.exclusive(workdir):
         run = context.prepare(config, workdir)
         with StopSignal() as stop:
             variables = untrained_variables(run.policy)

@@ -8,11 +8,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from grape_jax.reporting.rewrite_table import rewrite_table
 from grape_jax.run import eta
 from grape_jax.run.answers import progress_bar
 from grape_jax.runtime import processes, sharding
 from grape_jax.runtime.errors import UserError
-from grape_jax.runtime.log import Log, sample_table
+from grape_jax.runtime.log import Log
 from grape_jax.runtime.shutdown import StopSignal
 
 SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
@@ -91,7 +92,7 @@ class Monitor:
         if table:
             self.log.keep_rewrites(self.step - 1, table)
             if (self.step - 1) % self.config.log.sample_every == 0 and processes.is_main():
-                tqdm.write(sample_table(self.step - 1, table))
+                tqdm.write(rewrite_table(self.step - 1, table))
 
     def validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Runs a validation and adds its seconds to its metrics."""

@@ -46,7 +46,7 @@ def evaluate(config: ConfigDict | None, workdir: Path, methods: tuple[str, ...] 
     with StopSignal() as stop:
         evaluate_policy(run, workdir, untrained_variables(run.policy), UNTRAINED, 0, stop)
         missing = missing_tasks(chosen, run.queries, workdir, method)
-        if missing and checkpoint.holds_any(workdir):
+        if missing and checkpoint.has_checkpoints(workdir):
             last = chosen.warm_up.steps + chosen.grpo.steps
             benchmark = catalogue.find(chosen.benchmark)
             withheld = [benchmark.withheld] if benchmark.withheld else []

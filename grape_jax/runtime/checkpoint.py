@@ -1,4 +1,4 @@
-"""State, data positions and config, saved and restored together."""
+"""Checkpoints that hold training state, data positions and config; the config file of a run."""
 
 import contextlib
 import hashlib
@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from grape_jax.runtime import files, processes
@@ -23,8 +25,8 @@ from grape_jax.runtime.errors import UserError
 
 CONFIG_FILE = "config.json"
 BEST_BY = "validation_recall_at_10"
-# What may change between the runs of one workdir without making it another run.
-# The answers on disk depend on the test sets and the token budget: those may not.
+# Keys that may change when a run is resumed. Test sets and token budgets may not: the answers on
+# disk depend on them.
 FREE_KEYS = (
     "evaluation.every",
     "evaluation.validation_limit",
@@ -41,10 +43,10 @@ FREE_KEYS = (
     "wordnet_dir",
 )
 RETRY_WAITS = (1.0, 5.0, 20.0)  # seconds before each further attempt to read a checkpoint
-# Errors that say that the content is missing. Any other OSError is the disk's.
+# Errors of missing content. Any other OSError is an error of the disk.
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-# Tensorstore raises a ValueError for everything; its message begins with one of absl's statuses.
-# NOT_FOUND, DATA_LOSS, OUT_OF_RANGE, FAILED_PRECONDITION and INVALID_ARGUMENT are of the content.
+# Tensorstore always raises ValueError, with an absl status at the start of the message. The other
+# statuses (NOT_FOUND, DATA_LOSS, OUT_OF_RANGE, FAILED_PRECONDITION, INVALID_ARGUMENT) mean damage.
 DISK_STATUS = re.compile(
     r"\b(UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL"
     r"|PERMISSION_DENIED|UNAUTHENTICATED): "
@@ -55,16 +57,17 @@ DISK_STATUS = re.compile(
 def open_manager(
     workdir: Path, keep: int = 0, keep_best: int = 0
 ) -> Iterator[ocp.CheckpointManager]:
-    """The run's checkpoints, written in the background.
+    """A manager of the run's checkpoints, which are written in the background.
 
-    Leaving it waits for what is still being written.
+    On exit, waits for pending writes.
 
     Args:
-      keep: how many of the newest are kept; 0: they are only read, perhaps beside a run.
-      keep_best: how many of those with the best validation are kept beside them.
+      keep: the number of newest checkpoints to keep; 0 opens them for reading only, which is safe
+        while another process trains.
+      keep_best: the number of checkpoints with the best validation to keep in addition.
 
     Raises:
-      UserError: the last of them could not be written.
+      UserError: the last checkpoint could not be written.
     """
     directory = workdir / "checkpoints"
     directory = directory.resolve() if files.is_local(directory) else directory
@@ -77,21 +80,21 @@ def open_manager(
         create=keep > 0,
         read_only=keep == 0,
         cleanup_tmp_directories=keep > 0,
-        best_fn=by,  # metrics are only written where this is given
+        best_fn=by,  # without it, metrics are not written
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
     )
-    # Named beforehand: what a checkpoint holds is asked for before it is read.
+    # Registered, because the metadata of items is read before the items.
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for kind in (ocp.args.StandardSave, ocp.args.PyTreeRestore):
         registry.add("state", kind)
     for kind in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add("run", kind)
-    with contextlib.nullcontext() if keep else _without_remarks():
+    with contextlib.nullcontext() if keep else _no_read_only_warning():
         manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
     try:
         yield manager
     except BaseException:
-        # What went wrong first is what is told; several processes must not wait for each other.
+        # Keep the first error; with several processes, closing would wait for the others.
         if jax.process_count() == 1:
             with contextlib.suppress(Exception):
                 manager.close()
@@ -101,8 +104,8 @@ def open_manager(
 
 
 @contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Hides Orbax's warning that a manager opened to read cannot write."""
+def _no_read_only_warning() -> Iterator[None]:
+    """Hides Orbax's warning that a read-only manager cannot write."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -112,25 +115,28 @@ def _without_remarks() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def holds_any(workdir: Path) -> bool:
-    """Whether the run has come to a checkpoint."""
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a training has been started in the workdir."""
     return (workdir / "checkpoints").is_dir()
 
 
-def save(manager: ocp.CheckpointManager, step: int, state, run: dict, metrics: dict) -> None:
-    """Saves a step once, in one piece, while the run goes on.
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, run: dict, metrics: dict[str, float]
+) -> None:
+    """Starts writing a checkpoint in the background; does nothing if the step has one.
 
     Args:
-      run: what goes with the state, as JSON: the states of the data iterators, and what a run that
-        goes on from here must agree with, under "about".
-      metrics: of this step; what is best is decided by `BEST_BY`, where it is among them.
+      state: a tree of arrays.
+      run: saved with the state as JSON: the positions of the data iterators, and under "about" what
+        a resumed run must agree with.
+      metrics: the metrics of this step; `BEST_BY`, if present, ranks the checkpoint.
 
     Raises:
-      UserError: this checkpoint, or the one before it, cannot be written.
+      UserError: this checkpoint or the previous one cannot be written.
     """
     if step in manager.all_steps():
         return
-    with _told(manager):
+    with _explain_write_errors(manager):
         manager.save(
             step,
             metrics={BEST_BY: metrics[BEST_BY]} if BEST_BY in metrics else None,
@@ -139,38 +145,38 @@ def save(manager: ocp.CheckpointManager, step: int, state, run: dict, metrics: d
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Until everything is written.
+    """Waits for pending writes.
 
     Raises:
-      UserError: it cannot be.
+      UserError: a checkpoint could not be written.
     """
-    with _told(manager):
+    with _explain_write_errors(manager):
         manager.wait_until_finished()
 
 
 def restore(
-    manager: ocp.CheckpointManager, like, about: dict | None = None
+    manager: ocp.CheckpointManager, like: Any, about: dict | None = None
 ) -> tuple[Any, dict] | None:
-    """The newest complete checkpoint, placed as `like` is, and what was saved with it, or None.
+    """The newest readable checkpoint: its state and its `run` dict; None if there is none.
 
-    One with damaged content is left out, with a warning. A disk that fails is tried again.
+    A damaged checkpoint is skipped with a warning. Disk errors are retried.
 
     Args:
-      like: the state, or its shapes with shardings, from which nothing is allocated twice. Parts
-        made with `skipped` are not read.
-      about: what must be as it was; None: whatever it was. Of "data" (`Job.data_digests`) only the
-        parts named here are compared.
+      like: the state, or its shapes with shardings, which avoids a second allocation. The result
+        has the same shardings. Parts made with `skipped` are not read.
+      about: must equal what was saved under "about"; None: not compared. Of its entry "data", only
+        the names that are given are compared.
 
     Raises:
-      UserError: the checkpoint is of another model, config or data; none of them can be read; the
-        disk stays unreadable.
+      UserError: the checkpoint is of another model, config or data, no checkpoint can be read, or
+        disk errors persist.
     """
     processes.set_stage("restoring the newest checkpoint")
     steps = sorted(manager.all_steps(), reverse=True)
     if any(seen != steps for seen in processes.gather(steps)):
         raise UserError(
             f"the processes see different checkpoints in {manager.directory}: give a --workdir "
-            "that all of them share, on one disk or as gs://bucket/run."
+            "that all of them share, on a shared disk or as gs://bucket/run."
         )
     for step in steps:
         found, damage = _read_with_retries(manager, step, like, about)
@@ -184,56 +190,56 @@ def restore(
             )
     if steps:
         raise UserError(
-            f"none of the checkpoints in {manager.directory} can be read: bring one back, or begin "
-            "in another --workdir."
+            f"none of the checkpoints in {manager.directory} can be read: restore one from a "
+            "backup, or choose another --workdir."
         )
     return None
 
 
-def skipped(tree):
-    """A part of a state that `restore` leaves on disk."""
+def skipped(tree: Any) -> Any:
+    """A part of a state that `restore` does not read."""
     return jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
 
 
 def _read_with_retries(
-    manager: ocp.CheckpointManager, step: int, like, about: dict | None
-) -> tuple[tuple | None, str | None]:
-    """`_read`, repeated where the disk fails; all processes repeat it together.
+    manager: ocp.CheckpointManager, step: int, like: Any, about: dict | None
+) -> tuple[tuple[Any, dict] | None, str | None]:
+    """`_read` with retries after disk errors, on all processes together.
 
     Returns:
-      What was read, and None; or None, and what is wrong with the content.
+      The state and the `run` dict, and None; or None, and a description of the damage.
 
     Raises:
-      UserError: the disk stays unreadable.
+      UserError: disk errors persist.
     """
-    for wait in (*RETRY_WAITS, None):
+    for pause in (*RETRY_WAITS, None):
         found, failure = None, None
         try:
             found = _read(manager, step, like, about)
         except (OSError, ValueError, KeyError) as error:
-            failure = _first_line(error), _is_of_the_disk(error)
+            failure = _first_line(error), _is_disk_error(error)
         failures = [one for one in processes.gather(failure) if one]
-        of_the_disk = [line for line, is_of_the_disk in failures if is_of_the_disk]
-        if not of_the_disk:
+        disk_errors = [line for line, is_disk_error in failures if is_disk_error]
+        if not disk_errors:
             return (None, failures[0][0]) if failures else (found, None)
-        if wait is not None:
-            time.sleep(wait)
+        if pause is not None:
+            time.sleep(pause)
     raise UserError(
-        f"the disk does not give the checkpoint of step {step} in {manager.directory} "
-        f"({of_the_disk[0]}): no checkpoint was changed; give the same command again once the disk "
-        "can be read."
+        f"the disk fails to read the checkpoint of step {step} in {manager.directory} "
+        f"({disk_errors[0]}): no checkpoint was changed; repeat the command once the disk can be "
+        "read."
     )
 
 
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether reading failed, rather than what was read being wrong."""
+def _is_disk_error(error: Exception) -> bool:
+    """Whether the disk failed, rather than the content being damaged."""
     if isinstance(error, OSError):
         return not isinstance(error, MISSING)
     return bool(DISK_STATUS.search(_first_line(error)))
 
 
 def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
-    """Moves away the checkpoints after a step, which could not be read; it is reached again."""
+    """Renames the checkpoints after a step, which are damaged, so that they can be saved again."""
     damaged = [s for s in manager.all_steps() if s > step]
     if not damaged:
         return
@@ -249,13 +255,13 @@ def set_aside_after(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def _free_name(directory: Path, name: str) -> Path:
-    """`name`, or with a number behind it where an earlier one has it."""
-    names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
+    """The path `name`, with a number appended if it exists."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(directory / free for free in names if not (directory / free).exists())
 
 
-def fingerprint(tree) -> str:
-    """Of parameters, to the bit, the same on every mesh: hexadecimal."""
+def fingerprint(tree: Any) -> str:
+    """A hash of the bits of parameters, the same on every mesh: 32 hexadecimal digits."""
     sums = jax.device_get(_bit_sums(tree))
     named = [
         f"{jax.tree_util.keystr(path)} {leaf}" for path, leaf in jax.tree.leaves_with_path(sums)
@@ -265,16 +271,19 @@ def fingerprint(tree) -> str:
 
 @jax.jit
 def _bit_sums(tree):
-    """Sums of bit patterns that wrap around: whole numbers, so their order does not matter."""
+    """Wrapping sums of each array's bits as integers, which do not depend on the order."""
 
-    def one(leaf) -> jax.Array:
+    def one(leaf: jax.Array) -> jax.Array:
         kind = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).sum(dtype=jnp.uint32)
 
     return jax.tree.map(one, tree)
 
 
-def _read(manager: ocp.CheckpointManager, step: int, like, about: dict | None):
+def _read(
+    manager: ocp.CheckpointManager, step: int, like: Any, about: dict | None
+) -> tuple[Any, dict]:
+    """Compares a checkpoint with `about` and `like`, then reads it."""
     run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
     where = f"the checkpoint of step {step} in {manager.directory}"
     if about is not None:
@@ -283,21 +292,22 @@ def _read(manager: ocp.CheckpointManager, step: int, like, about: dict | None):
         _refuse_differences(where, before, now)
     saved = manager.item_metadata(step).state
     if saved is None:
-        raise ValueError("what it holds is not written down")
+        raise ValueError("its metadata is missing")
     _refuse_other_shapes(where, saved.tree, like)
     target = jax.tree.map(
         lambda x: x if x is ocp.PLACEHOLDER else ocp.utils.to_shape_dtype_struct(x), like
     )
-    # Of a PyTree, because a standard restore takes no placeholders; the files are the same.
-    how = ocp.checkpoint_utils.construct_restore_args(target)
+    # PyTreeRestore, because StandardRestore does not accept placeholders; the files are the same.
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     restored = manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, restore_args=how))
+        step,
+        args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, restore_args=restore_args)),
     )
     return restored.state, run
 
 
 def _refuse_other_data(where: str, before: dict, now: dict) -> None:
-    """Refuses a checkpoint whose queries or corpora are not those of now."""
+    """Refuses a checkpoint that was made with other queries or corpora."""
 
     def difference(name: str) -> str:
         old, new = before[name]["count"], now[name]["count"]
@@ -310,13 +320,13 @@ def _refuse_other_data(where: str, before: dict, now: dict) -> None:
     ]
     if differs:
         raise UserError(
-            f"{where} was made with other data: {'; '.join(differs)}. Restore the data, or begin "
-            "in another --workdir."
+            f"{where} was made with other data: {'; '.join(differs)}. Restore the data, or choose "
+            "another --workdir."
         )
 
 
-def _refuse_other_shapes(where: str, saved, like) -> None:
-    """Refuses a checkpoint of a model with other parameters."""
+def _refuse_other_shapes(where: str, saved: Any, like: Any) -> None:
+    """Refuses a checkpoint whose parameters have other names or shapes."""
     shapes = lambda tree: {
         jax.tree_util.keystr(path, simple=True, separator="."): (
             None if leaf is ocp.PLACEHOLDER else tuple(leaf.shape)
@@ -324,7 +334,7 @@ def _refuse_other_shapes(where: str, saved, like) -> None:
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
     old, new = shapes(saved), shapes(like)
-    # Parts that are skipped have no shapes to compare.
+    # Skipped parts have no shapes to compare.
     old = {name: shape for name, shape in old.items() if new.get(name, ()) is not None}
     differs = [
         f"{name} was {old.get(name, 'missing')} and is now {new.get(name, 'missing')}"
@@ -340,17 +350,17 @@ def _refuse_other_shapes(where: str, saved, like) -> None:
 
 
 @contextlib.contextmanager
-def _told(manager: ocp.CheckpointManager):
-    """Turns a failure to write into a sentence."""
+def _explain_write_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Raises a `UserError` if a checkpoint cannot be written."""
     try:
         yield
     except (OSError, ValueError) as error:
-        there = manager.directory.exists()
-        complete = list(ocp.utils.checkpoint_steps(manager.directory)) if there else []
-        rest = f"goes on from step {max(complete)}" if complete else "begins anew"
+        exists = manager.directory.exists()
+        complete = list(ocp.utils.checkpoint_steps(manager.directory)) if exists else []
+        resumed = f"goes on from step {max(complete)}" if complete else "starts from the beginning"
         raise UserError(
             f"a checkpoint could not be saved in {manager.directory} ({_first_line(error)}): make "
-            f"room there or mend the folder; the same command then {rest}."
+            f"room or repair the directory; the same command then {resumed}."
         ) from error
 
 
@@ -359,26 +369,27 @@ def _first_line(error: Exception) -> str:
 
 
 def _report_half_written(directory: Path) -> None:
+    """Warns of checkpoints that a killed run left incomplete; the manager deletes them."""
     if not directory.exists():
         return
     for path in sorted(directory.iterdir()):
         if "orbax-checkpoint-tmp" in path.name and processes.is_main():
             warnings.warn(
-                f"{path} was only half written when a run ended: it is left out.", stacklevel=4
+                f"{path} was only half written when a run ended: it is ignored.", stacklevel=4
             )
 
 
-def refuse_other_config(workdir: Path, config) -> None:
-    """Holds a workdir to one config, and to being writable.
+def refuse_other_config(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the workdir can be written and has no run of another config.
 
     Raises:
-      UserError: the workdir holds a run of a different config, or cannot be written.
+      UserError: the workdir has a run of another config, or cannot be written.
     """
     if (workdir / CONFIG_FILE).exists():
         _refuse_differences(str(workdir), read_config(workdir), resolved(config))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Named by the process: several may try this at the same time.
+        # A name for each process: several may write at the same time.
         probe = workdir / f".probe-{os.uname().nodename}-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
@@ -388,14 +399,16 @@ def refuse_other_config(workdir: Path, config) -> None:
         ) from error
 
 
-def write_config(workdir: Path, config, patience: float = 60.0) -> None:
-    """Writes the resolved config beside the run, once everything that it names was found.
+def write_config(workdir: Path, config: ConfigDict, patience: float = 60.0) -> None:
+    """Writes the resolved config to the workdir on process 0; other processes wait for the file.
 
-    Process 0 writes; another sees that it is there, for which a shared disk may take `patience`
-    seconds. Several processes call it in the order of `processes.main_process_first`.
+    Must be called through `processes.main_process_first`.
+
+    Args:
+      patience: seconds that a shared disk may need to show the file to other processes.
 
     Raises:
-      UserError: it is not there.
+      UserError: the file does not appear on this process.
     """
     path = workdir / CONFIG_FILE
     if processes.is_main():
@@ -407,16 +420,16 @@ def write_config(workdir: Path, config, patience: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"process {jax.process_index()} does not see what process 0 wrote to {workdir}: "
-                "give a --workdir that all of them share, on one disk or as gs://bucket/run."
+                "give a --workdir that all of them share, on a shared disk or as gs://bucket/run."
             )
         time.sleep(min(1.0, patience))
 
 
 def read_config(workdir: Path) -> dict:
-    """The resolved config of a run.
+    """The resolved config of the run in a workdir.
 
     Raises:
-      UserError: there is no run.
+      UserError: there is no run, or its config file is damaged.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
@@ -425,12 +438,12 @@ def read_config(workdir: Path) -> dict:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): bring it back, or begin in another --workdir."
+            f"{path} is damaged ({error}): restore it from a backup, or choose another --workdir."
         ) from error
 
 
 def _refuse_differences(where: str, before: dict, now: dict) -> None:
-    old, new = _flat(before), _flat(now)
+    old, new = flatten_dict(before, sep="."), flatten_dict(now, sep=".")
     differs = [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -443,20 +456,11 @@ def _refuse_differences(where: str, before: dict, now: dict) -> None:
         )
 
 
-def resolved(config) -> dict:
-    """The config as JSON has it."""
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
-def flat_config(config) -> dict:
-    """`resolved`, with dotted keys."""
-    return _flat(resolved(config))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+def flat_config(config: ConfigDict) -> dict[str, Any]:
+    """`resolved` with dotted keys."""
+    return flatten_dict(resolved(config), sep=".")

@@ -1,15 +1,17 @@
-"""Command lines: a config file, overrides for every key, help, one sentence for a mistake."""
+"""Command lines: a config file with overrides for every key, --help, and error messages."""
 
 import difflib
-import importlib.util
 import logging
 import re
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from grape_jax.runtime import files, processes
@@ -20,27 +22,30 @@ FLAGS = flags.FLAGS
 
 
 def define_config() -> None:
+    """Defines --config, and --config.KEY for every key of the file."""
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/emoji.py.")
 
 
 def quiet() -> None:
-    """Leaves out what libraries say of every file and text; a warning is one line."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
-    # The run says at its end how many there were.
+    """Silences messages of libraries about single files and texts; prints warnings in one line."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
+    # Counted, and reported once at the end of the run.
     warnings.filterwarnings("ignore", message="a text is longer than")
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
 
 
 def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list[str]:
-    """Parses the flags that the command has defined; returns what is not a flag.
-
-    With --help it prints what there is to know and ends the process.
+    """Parses the flags that the command has defined; --help prints them and exits.
 
     Args:
-      config_needed: whether a command that knows --config can do nothing without it.
+      argv: None: `sys.argv`.
+      config_needed: whether --config is required, if the command has it.
+
+    Returns:
+      The arguments that are not flags.
 
     Raises:
-      UserError: an unknown flag or key, a value of the wrong type, a missing config file.
+      UserError: an unknown flag or key, a value of the wrong type, or a missing config file.
     """
     argv = list(sys.argv if argv is None else argv)
     if "--help" in argv:
@@ -49,26 +54,21 @@ def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list
     if "config" in FLAGS:
         _check_config(argv, config_needed)
     try:
-        rest = FLAGS(argv)
+        _, *arguments = FLAGS(argv)
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{str(error).splitlines()[0]} (see --help).") from error
-    if len(rest) > 1 and "config" in FLAGS:
-        raise UserError(f"unexpected argument {rest[1]!r}: options start with --.")
-    return rest[1:]
+    if arguments and "config" in FLAGS:
+        raise UserError(f"unexpected argument {arguments[0]!r}: options start with --.")
+    return arguments
 
 
 def _print_help(config_path: str | None) -> None:
-    """What the command says of itself, its own options, and the keys of a config that is given."""
+    """Prints the command's docstring, its flags, and the keys of the config if one is given."""
     print(sys.modules["__main__"].__doc__)
-    for module, found in FLAGS.flags_by_module_dict().items():
-        if module == sys.argv[0] or module.startswith("grape_jax."):
-            for flag in found:
-                default = str(flag.default_as_str).strip("'")
-                shown = f" Default: {default}." if flag.default else ""
-                print(f"  --{flag.name:<18} {flag.help}{shown}")
+    print(FLAGS.main_module_help() + FLAGS.module_help(__name__))
     if config_path is not None:
         print(f"\n--config.KEY=VALUE sets a key of {config_path} (explained in configs/):\n")
-        for key, value in _leaves(load(config_path)):
+        for key, value in _flat(load(config_path)).items():
             print(f"  {key} = {value!r}")
     elif "config" in FLAGS:
         print("\n--help --config=FILE lists the keys of a config, which --config.KEY=VALUE sets.")
@@ -79,18 +79,18 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def _joined(argv: list[str]) -> list[str]:
-    """`--config path` as `--config=path`: to absl they are the same."""
+    """The arguments with `--config PATH` written as `--config=PATH`; absl accepts both."""
     return re.sub(r"(--?config)\0(?!-)", r"\1=", "\0".join(argv)).split("\0")
 
 
 def _check_config(argv: list[str], needed: bool) -> None:
-    """Names the closest keys before ml_collections answers an unknown one with a traceback."""
+    """Refuses unknown keys, and names similar ones; ml_collections would raise a traceback."""
     path = _config_path(argv)
     if path is None:
         if needed or any(re.match(r"--?config\.", argument) for argument in argv):
             raise UserError("no config is given: add --config=configs/emoji.py.")
         return
-    known = [key for key, _ in _leaves(load(path))]
+    known = _flat(load(path)).keys()
     for argument in _joined(argv):
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and match.group(1) not in known:
@@ -100,40 +100,33 @@ def _check_config(argv: list[str], needed: bool) -> None:
 
 
 def load(path: str) -> ConfigDict:
-    """`get_config()` of a config file.
+    """The result of `get_config()` in a config file.
 
     Raises:
-      UserError: the file is missing or is not such a file.
+      UserError: the file is missing, or `get_config` fails.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}: give one, such as configs/emoji.py.")
-    # So that one config can start from another, `from configs import default`, from any folder.
+    # Lets one config import another (`from configs import default`) from any directory.
     root = str(Path(path).resolve().parent.parent)
     if root not in sys.path:
         sys.path.append(root)
     try:
-        spec = importlib.util.spec_from_file_location("config_file", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config()
+        return runpy.run_path(path)["get_config"]()
     except Exception as error:
         raise UserError(f"the config file {path} cannot be read: {error}.") from error
 
 
-def _leaves(config: ConfigDict, prefix: str = ""):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    return flatten_dict(config.to_dict(), sep=".")
 
 
 def run_command(start: Callable[[ConfigDict, Path], None], example: str) -> None:
-    """Runs a resumable command with --config and --workdir, alone or as one of several processes.
+    """Runs a resumable command with --config and --workdir, in one or several processes.
 
     Args:
-      start: receives the config and the workdir; may raise `shutdown.Interrupted`.
-      example: a workdir for the message about a missing one.
+      start: called with the config and the workdir; may raise `shutdown.Interrupted`.
+      example: a workdir to suggest if none is given.
     """
     define_config()
     flags.DEFINE_string("workdir", None, "The run's directory; an existing run is resumed.")

@@ -1,15 +1,15 @@
-"""The one exception that a user's mistake raises, and how a command line ends with it."""
+"""The exception for user errors, and how a command ends with one."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """One clear sentence that names what is wrong and says what to do."""
+    """An error that the user can fix: one sentence with what is wrong and what to do."""
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Runs a command line; a `UserError` becomes its sentence on stderr and exit code 2."""
+    """Runs a command; prints a `UserError` to stderr without a traceback and exits with code 2."""
     try:
         main()
     except UserError as error:

@@ -1,7 +1,4 @@
-"""Writing files so that no reader, and no later run, finds half of one; letting go of mapped ones.
-
-Local disks and object stores.
-"""
+"""Atomic file writes on local disks and object stores, and memory-mapped arrays."""
 
 import contextlib
 import errno
@@ -10,23 +7,23 @@ import io
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePath
-from typing import BinaryIO
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 from etils import epath
 
 from grape_jax.runtime.errors import UserError
 
-# What is wrong with the disk, not with the program.
+# Errors of the disk, not of the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV)
 
 
-def path(name: str | PurePath) -> Path:
-    """A local path, or one of an object store such as gs://bucket/run, with the same methods.
+def path(name: str | Path) -> Path:
+    """A local path, or a path with the same methods in an object store, such as gs://bucket/run.
 
     Raises:
-      UserError: the package that reaches the store is missing.
+      UserError: the package for this object store is not installed.
     """
     if "://" not in str(name):
         return Path(name)
@@ -35,22 +32,23 @@ def path(name: str | PurePath) -> Path:
     return epath.Path(name)
 
 
-def is_local(path: PurePath) -> bool:
+def is_local(path: Path) -> bool:
+    """Whether a path is on a local disk, rather than in an object store."""
     return isinstance(path, Path)
 
 
-def replace(path: str | PurePath, content: bytes | str) -> None:
-    """Writes aside and moves: a reader sees the old file or the new one, never half of it."""
+def replace(path: str | Path, content: bytes | str) -> None:
+    """Writes a file atomically: readers see the old content or the new one, never a part of it."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def replacing(path: str | PurePath) -> Iterator[BinaryIO]:
-    """`replace` for what is written piece by piece; an exception leaves the old file."""
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """`replace` for content that is written in pieces; an exception leaves the old file."""
     path = Path(path) if isinstance(path, str) else path
     if not is_local(path):
-        # An object store shows a file once it is whole.
+        # Object stores write a file atomically.
         content = io.BytesIO()
         yield content
         path.write_bytes(content.getvalue())
@@ -59,7 +57,7 @@ def replacing(path: str | PurePath) -> Iterator[BinaryIO]:
     try:
         with aside.open("wb") as file:
             yield file
-            # Otherwise a power failure may leave the new name without its content.
+            # Without fsync, a power failure could leave the new name with no content.
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -67,14 +65,14 @@ def replacing(path: str | PurePath) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def replace_lines(path: str | PurePath, lines: Iterable[str]) -> None:
-    """`replace` for a file that need not fit in memory; the lines end with their line breaks."""
+def replace_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """`replace` for lines that may not fit in memory together; each ends with a line break."""
     with replacing(path) as file:
         file.writelines(line.encode() for line in lines)
 
 
 def append(path: Path, text: str) -> None:
-    """Adds to the end of a file; in an object store, which cannot, the file is written anew."""
+    """Appends to a file; an object store cannot append, so there the file is written again."""
     if is_local(path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -83,8 +81,8 @@ def append(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def failures_told():
-    """Turns a disk that is full, read-only or gone into a sentence."""
+def explain_disk_errors() -> Iterator[None]:
+    """Raises a `UserError` if a disk is full, read-only or gone."""
     try:
         yield
     except OSError as error:
@@ -92,13 +90,13 @@ def failures_told():
             raise
         name = error.filename or "a file"
         raise UserError(
-            f"{name} could not be written ({error.strerror}): make room or mend the disk; the same "
-            "command then goes on from the last checkpoint."
+            f"{name} could not be written ({error.strerror}): make room or repair the disk; the "
+            "same command then resumes from the last checkpoint."
         ) from error
 
 
 def release(array: np.ndarray) -> None:
-    """Gives back the memory of what was read of a memory-mapped file; of other arrays, nothing."""
-    mapped = isinstance(array.base, mmap.mmap) and not array.flags.writeable
-    if mapped and hasattr(mmap, "MADV_DONTNEED"):
-        array.base.madvise(mmap.MADV_DONTNEED)
+    """Frees the pages of a memory-mapped file that were read; does nothing for other arrays."""
+    base: object = array.base  # numpy's type does not allow for a mapping
+    if isinstance(base, mmap.mmap) and not array.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)

@@ -1,9 +1,10 @@
-"""A lock on a workdir, so that two launches do not write to it at the same time.
+"""A lock on a workdir, so that only one run writes to it at a time.
 
-The lock is a small file with host, pid and a heartbeat. On the same host the pid decides whether
-its holder lives. On another host, or in another container, it is watched: a lock that does not
-change for `LIMIT` seconds is stale. No clocks are compared. Kernel locks (fcntl, the package
-filelock) are unreliable on network disks and unknown to object stores.
+The lock is a small file with host, pid and a heartbeat. If its holder is on this host, the pid
+shows whether it is alive. If the holder is on another host or in another container, the file is
+watched: a lock that does not change for `LIMIT` seconds is stale. No clocks are compared. Kernel
+locks (fcntl, the package filelock) are unreliable on network disks and do not exist on object
+stores.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from grape_jax.runtime import files, processes
 from grape_jax.runtime.errors import UserError
@@ -23,15 +25,15 @@ from grape_jax.runtime.errors import UserError
 NAME = "run.lock"
 BEAT = 10.0  # seconds between heartbeats
 LIMIT = 90.0  # seconds without one after which a lock is stale
-SETTLE = 1.0  # seconds in which two that replace a lock at the same time see each other
+SETTLE = 1.0  # seconds after which processes that wrote the lock at the same time see who won
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run. Process 0 has the lock; all processes must call it together.
+def exclusive(workdir: Path) -> Iterator[None]:
+    """Locks the workdir for this run. A collective; process 0 holds the lock.
 
     Raises:
-      UserError: another run holds it and lives.
+      UserError: another running process holds the lock.
     """
     lock = processes.raise_together(
         lambda: _acquire(workdir / NAME) if processes.is_main() else None
@@ -44,9 +46,9 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 class _Lock:
-    """A lock that this process holds, with the thread that refreshes it."""
+    """A lock held by this process, with a thread that writes its heartbeat."""
 
-    def __init__(self, path: Path, content: dict):
+    def __init__(self, path: Path, content: dict[str, Any]):
         self.path, self.content = path, content
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
@@ -54,12 +56,12 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT):
-            # A disk that fails for a moment is tried again at the next beat.
+            # After a disk error the next beat tries again.
             with contextlib.suppress(OSError):
                 if self._is_lost():
                     print(
-                        f"error: another run has taken over {self.path}, since this one was silent "
-                        f"for more than {LIMIT:g} s: it ends here.",
+                        f"error: another run took over {self.path}, because this run wrote no "
+                        f"heartbeat for {LIMIT:g} s: this run ends.",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -92,7 +94,7 @@ def _acquire(path: Path) -> _Lock:
     while True:
         found = _read(path)
         if found is not None:
-            _refuse_living(path, found)
+            _refuse_if_alive(path, found)
             warnings.warn(
                 f"{path} was left by a run that has ended ({_holder(found)}): it is taken over.",
                 stacklevel=5,
@@ -102,7 +104,7 @@ def _acquire(path: Path) -> _Lock:
 
 
 def _write(path: Path, content: str, new: bool) -> bool:
-    """Whether this process has the lock now, rather than another that came at the same time."""
+    """Writes the lock; whether this process has it, rather than one that wrote at the same time."""
     if new and files.is_local(path):
         try:
             with path.open("x") as file:
@@ -123,7 +125,7 @@ def _read(path: Path) -> str | None:
 
 
 def _parse(content: str) -> dict:
-    """The lock's fields; none where its writer was killed in the middle."""
+    """The lock's fields; empty if its writer was killed while writing."""
     try:
         fields = json.loads(content)
     except ValueError:
@@ -138,25 +140,25 @@ def _holder(content: str) -> str:
     return f"host {fields.get('host')}, pid {fields.get('pid')}, since {fields.get('since')}"
 
 
-def _refuse_living(path: Path, found: str) -> None:
-    """Returns where the lock is stale or gone.
+def _refuse_if_alive(path: Path, found: str) -> None:
+    """Returns if the lock is stale or gone.
 
     Raises:
-      UserError: its holder lives.
+      UserError: the holder is alive.
     """
-    lives = _lives_here(_parse(found))
-    if lives is None:
+    alive = _is_alive_here(_parse(found))
+    if alive is None:
         processes.announce(f"waiting up to {LIMIT:g} s for a heartbeat of {_holder(found)} ...")
-        lives = _beats(path, found)
-    if lives:
+        alive = _changes(path, found)
+    if alive:
         raise UserError(
             f"another run is at work in {path.parent} ({_holder(_read(path) or found)}): wait for "
             "it, stop it, or choose another --workdir."
         )
 
 
-def _beats(path: Path, found: str) -> bool:
-    """Watches a lock of another host: whether it changes."""
+def _changes(path: Path, found: str) -> bool:
+    """Whether the lock of another host changes within `LIMIT` seconds."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         time.sleep(min(1.0, LIMIT / 4))
@@ -166,17 +168,17 @@ def _beats(path: Path, found: str) -> bool:
     return False
 
 
-def _lives_here(fields: dict) -> bool | None:
-    """Whether the holder lives; None where that cannot be seen from here."""
+def _is_alive_here(fields: dict) -> bool | None:
+    """Whether the holder is alive; None if it is not on this host."""
     if fields.get("place") is None or fields["place"] != _place():
         return None
-    # A pid is given out again, but not with the same start.
+    # Pids are reused, but not with the same start time.
     started = _start_time(fields["pid"])
     return started is not None and started == fields["started"]
 
 
 def _place() -> list[str] | None:
-    """Host, boot and pid namespace, within which a pid means something; None where unknown."""
+    """Host, boot id and pid namespace, in which a pid is unique; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return [os.uname().nodename, boot, os.readlink("/proc/self/ns/pid")]
@@ -185,9 +187,9 @@ def _place() -> list[str] | None:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process was started, in ticks since boot; None where there is none, or a zombie."""
+    """The start time of a process in ticks since boot; None if there is none, or only a zombie."""
     try:
-        # The name, in parentheses, may hold anything.
+        # The name, in parentheses, may contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,7 +1,8 @@
-"""What a run says of its steps: JSON lines, TensorBoard events, and a table on the terminal."""
+"""Logs of a training run: JSON lines and TensorBoard events."""
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,22 +10,26 @@ from tensorboardX import SummaryWriter
 
 from grape_jax.runtime import files, processes
 
-SHOWN_QUERIES = 3  # of a step, in the table of rewrites
-COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, cached programs included
+# The event that JAX records for every compilation, and for every program loaded from its cache.
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Log:
-    """metrics.jsonl, rewrites.jsonl and TensorBoard events; a resumed run drops what it redoes.
+    """Writer of metrics.jsonl, rewrites.jsonl and TensorBoard events, on process 0 only.
 
-    Process 0 alone writes. Lines are on a local disk at once. An object store would write the whole
-    file anew for each of them: there they wait for `flush`, which comes before each checkpoint, so
-    that a run which goes on from one misses none.
+    On a local disk every line is written at once. An object store would write the whole file again
+    for each line, so there lines are kept until `flush`, to be called before each checkpoint.
+
+    Args:
+      workdir: the run's directory.
+      first: the step that the run starts from; entries of later steps are deleted, because a
+        resumed run repeats them.
     """
 
     def __init__(self, workdir: Path, first: int):
         self.workdir = workdir
-        self.waiting = {}
-        self.events = None
+        self.pending: dict[str, str] = {}  # text that is not written yet, by file name
+        self.events: SummaryWriter | None = None
         self.compiled = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
         if processes.is_main():
@@ -35,72 +40,54 @@ class Log:
     def _count(self, event: str, *_, **__) -> None:
         self.compiled += event == COMPILED
 
-    def write(self, step: int, phase: str, metrics: dict) -> None:
+    def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step; numbers that are not finite are null in metrics.jsonl."""
         if self.events is None:
             return
-        # Since the line before: a step that goes on compiling is a step of ever new shapes.
+        # Compilations since the previous line: in steady state there are none.
         metrics = metrics | {"compilations": self.compiled}
         self.compiled = 0
-        # JSON has no word for what is not finite.
-        known = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-        self._append("metrics.jsonl", [json.dumps({"step": step, "phase": phase} | known)])
+        # JSON has neither infinity nor NaN.
+        finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        self._append("metrics.jsonl", [json.dumps({"step": step, "phase": phase} | finite)])
         for name, value in metrics.items():
             self.events.add_scalar(f"{phase}/{name}", value, step)
 
     def lines(self) -> list[dict]:
-        """The lines of metrics.jsonl so far; none on a process that does not write."""
+        """The lines of metrics.jsonl so far; none on processes other than 0."""
         path = self.workdir / "metrics.jsonl"
         if self.events is None or not path.exists():
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def keep_rewrites(self, step: int, table: list[dict]) -> None:
+        """Writes one line a query to rewrites.jsonl; `step` counts from 0, in the file from 1."""
         if self.events is None:
             return
         lines = [json.dumps({"step": step + 1} | row, ensure_ascii=False) for row in table]
         self._append("rewrites.jsonl", lines)
 
     def _append(self, name: str, lines: list[str]) -> None:
-        self.waiting[name] = self.waiting.get(name, "") + "".join(f"{line}\n" for line in lines)
+        self.pending[name] = self.pending.get(name, "") + "".join(f"{line}\n" for line in lines)
         if files.is_local(self.workdir):
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits."""
-        for name, text in self.waiting.items():
+        """Writes pending lines."""
+        for name, text in self.pending.items():
             files.append(self.workdir / name, text)
-        self.waiting = {}
+        self.pending = {}
 
     def close(self) -> None:
+        """Writes pending lines and closes the files."""
         self.flush()
         jax.monitoring.unregister_event_duration_listener(self._count)
         if self.events is not None:
             self.events.close()
 
 
-def _drop_lines(path: Path, dropped) -> None:
+def _drop_lines(path: Path, dropped: Callable[[dict], bool]) -> None:
     if path.exists():
-        # The last line of a killed run may be half a line: it has no end.
-        whole = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
-        files.replace(path, b"".join(line for line in whole if not dropped(json.loads(line))))
-
-
-def sample_table(step: int, table: list[dict]) -> str:
-    """For the terminal: the queries of widest spread, each with its best, middle and worst rewrite.
-
-    Texts stand last: those of other scripts are of any width.
-    """
-    by_rank = lambda row: sorted(row["rewrites"], key=lambda rewrite: rewrite["rank"])
-    spread = lambda row: by_rank(row)[-1]["rank"] - by_rank(row)[0]["rank"]
-    lines = [f"step {step + 1}" + f"{'rank':>9}{'reward':>9}  rewrite"]
-    for row in sorted(table, key=spread, reverse=True)[:SHOWN_QUERIES]:
-        meant = f", which is {row['reference']!r}" if row["reference"] else ""
-        lines.append(f"  {row['query']!r}{meant}")
-        ranked = by_rank(row)
-        for i in sorted({0, len(ranked) // 2, len(ranked) - 1}):
-            one = ranked[i]
-            said = repr(one["text"])
-            if not one["well_formed"]:
-                said = f"malformed: {one['completion']!r}"
-            lines.append(f"{one['rank']:15d}{one['reward']:9.3f}  {said}")
-    return "\n".join(lines)
+        # A killed run may leave an incomplete last line, without a line break.
+        complete = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+        files.replace(path, b"".join(line for line in complete if not dropped(json.loads(line))))

@@ -1,7 +1,8 @@
-"""The mesh, and the one table from logical axes to mesh axes."""
+"""The device mesh, and the table that maps logical axes to mesh axes."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,10 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from grape_jax.runtime import processes
 from grape_jax.runtime.errors import UserError
 
+MeshAxes = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, MeshAxes]]
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Another layout is another table, nothing else.
-RULES = (
+# Logical axis -> mesh axes. This table alone determines the layout.
+RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("corpus", MESH_AXES),
     ("embed", "fsdp"),
@@ -25,13 +29,18 @@ RULES = (
     ("rank", None),
     ("norm", None),
 )
-# Where sampling finds the parameters: it reads all of them for every token, too often to gather
-# them each time.
-SAMPLING_RULES = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
+# Parameters for sampling are replicated along "fsdp": every token reads all of them, so gathering
+# them each time would be too slow.
+SAMPLING_RULES: Rules = tuple((name, None if axes == "fsdp" else axes) for name, axes in RULES)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one size may be -1, "whatever is left".
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes "data", "fsdp" and "tensor"; one size may be -1, for the remaining devices.
+
+    Args:
+      devices: None: all devices of all processes.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -51,40 +60,44 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def logical(mesh: Mesh, *names: str | None) -> NamedSharding:
     """The sharding of an array whose axes have these logical names."""
-    return NamedSharding(mesh, nn.logical_to_mesh_axes(names, RULES))
+    return NamedSharding(mesh, _mesh_axes(names, RULES))
 
 
 def constrain(mesh: Mesh | None, x: jax.Array, *names: str | None) -> jax.Array:
-    """Holds an activation inside a jitted function to the table; None leaves it to the compiler.
+    """Constrains the sharding of an activation in a jitted function; does nothing without a mesh.
 
-    Left alone, the compiler splits activations as the weights are split that they meet, and then
-    sums them over the mesh after every product. An axis that the mesh does not divide stays whole.
+    Without it, the compiler shards activations like the weights that they are multiplied with, and
+    sums them over the mesh after every product. Axes that the mesh does not divide are replicated.
+
+    Args:
+      names: the logical axes of `x`; None leaves an axis to the compiler.
     """
     if mesh is None or mesh.size == 1:
         return x
-    axes = nn.logical_to_mesh_axes(names, RULES)
+    axes = _mesh_axes(names, RULES)
     fitting = [a if _divides(mesh, a, n) else None for a, n in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fitting)))
 
 
-def of_parameters(mesh: Mesh, boxed, rules=RULES) -> object:
+def of_parameters(mesh: Mesh, boxed: Any, rules: Rules = RULES) -> Any:
     """Shardings of a tree whose leaves declare logical axes (`nn.with_logical_partitioning`).
 
-    An axis that the mesh does not divide is kept whole, so that odd head counts still load.
+    An axis that the mesh does not divide is replicated, so that odd head counts still load.
     """
     specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(boxed))
 
     def sharding(spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-        axes = nn.logical_to_mesh_axes(spec, rules)
+        axes = _mesh_axes(tuple(spec), rules)
         fitting = [a if _divides(mesh, a, n) else None for a, n in zip(axes, shape, strict=False)]
-        # The form in which a compiled step gives an array back: the same array in another form
-        # would compile the step again.
+        # Compiled functions return shardings in this form. Another form of the same sharding would
+        # compile the step again.
         while fitting and fitting[-1] is None:
             fitting.pop()
         return NamedSharding(mesh, PartitionSpec(*fitting))
@@ -92,17 +105,17 @@ def of_parameters(mesh: Mesh, boxed, rules=RULES) -> object:
     return jax.tree.map(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def batch(mesh: Mesh, tree, axis: str = "batch"):
-    """Places host arrays whose first axis is the batch, of which each process gives `local_rows`.
+def batch(mesh: Mesh, tree: Any, axis: str = "batch") -> Any:
+    """Global arrays of host arrays that hold the `local_rows` of each process on their first axis.
 
     Args:
-      axis: the logical axis that the first one is, "batch" or "corpus".
+      axis: the logical name of the first axis, "batch" or "corpus".
 
     Raises:
       UserError: the batch does not divide over the mesh.
     """
     parts = _parts(mesh, axis)
-    size = _whole_size(mesh, jax.tree.leaves(tree)[0].shape[0], axis)
+    size = _global_size(mesh, jax.tree.leaves(tree)[0].shape[0], axis)
     if size % parts:
         raise UserError(
             f"a batch of {size} does not divide over data x fsdp = {parts} devices: "
@@ -110,7 +123,7 @@ def batch(mesh: Mesh, tree, axis: str = "batch"):
         )
     where, rows = logical(mesh, axis), local_rows(mesh, size, axis)
 
-    def one(array) -> jax.Array:
+    def one(array: np.ndarray) -> jax.Array:
         block = lambda index: array[np.searchsorted(rows, np.arange(size)[index[0]])]
         return jax.make_array_from_callback((size, *array.shape[1:]), where, block)
 
@@ -118,45 +131,49 @@ def batch(mesh: Mesh, tree, axis: str = "batch"):
 
 
 def local_rows(mesh: Mesh, size: int, axis: str = "batch") -> np.ndarray:
-    """Which rows of a global batch lie on this process's devices, ascending."""
-    held = logical(mesh, axis).addressable_devices_indices_map((size,)).values()
-    return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+    """The rows of a global batch that are on this process's devices, ascending: int `[rows]`."""
+    blocks = logical(mesh, axis).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[block] for block in blocks]))
 
 
-def local_to_host(mesh: Mesh, tree):
-    """The `local_rows` of global arrays whose first axis is the batch (numpy)."""
+def local_to_host(mesh: Mesh, tree: Any) -> Any:
+    """The `local_rows` of global arrays whose first axis is the batch, as numpy arrays."""
 
     def blocks(array: jax.Array) -> list[jax.Array]:
-        starts = {
+        shards = {
             shard.index[0].indices(len(array))[0]: shard for shard in array.addressable_shards
         }
-        return [starts[start].data for start in sorted(starts)]
+        return [shards[start].data for start in sorted(shards)]
 
     leaves, treedef = jax.tree.flatten(jax.device_put(tree, logical(mesh, "batch")))
     fetched = jax.device_get([blocks(leaf) for leaf in leaves])
-    return treedef.unflatten([np.concatenate(parts) for parts in fetched])
+    return jax.tree.unflatten(treedef, [np.concatenate(parts) for parts in fetched])
 
 
-def replicated_to_host(mesh: Mesh, tree):
-    """Global arrays on every process, whole (numpy)."""
+def replicated_to_host(mesh: Mesh, tree: Any) -> Any:
+    """Complete global arrays on every process, as numpy arrays. A collective."""
     if jax.process_count() > 1:
         tree = jax.device_put(tree, replicated(mesh))
     return jax.device_get(tree)
 
 
 def gather_rows(mesh: Mesh, items: Sequence) -> list:
-    """JSON values that each process has for its `local_rows`, brought together in batch order."""
+    """The items of all rows, in order, from those of each process's `local_rows`. A collective.
+
+    Args:
+      items: JSON values.
+    """
     if jax.process_count() == 1:
         return list(items)
-    size = _whole_size(mesh, len(items), "batch")
-    by_row = {}
+    size = _global_size(mesh, len(items), "batch")
+    by_row: dict[int, Any] = {}
     for rows, part in processes.gather([local_rows(mesh, size).tolist(), list(items)]):
         by_row |= dict(zip(rows, part, strict=True))
     return [by_row[row] for row in range(size)]
 
 
-def place(tree, shardings):
-    """Places host arrays that every process has; each process gives what its devices hold."""
+def place(tree: Any, shardings: Any) -> Any:
+    """Global arrays of host arrays that are the same on every process."""
     put = lambda array, where: jax.make_array_from_callback(
         array.shape, where, lambda index: np.asarray(array[index])
     )
@@ -164,18 +181,29 @@ def place(tree, shardings):
 
 
 def _parts(mesh: Mesh, axis: str) -> int:
-    """Into how many parts the mesh cuts a logical axis."""
-    return math.prod(mesh.shape[name] for name in dict(RULES)[axis])
+    """The number of parts that a logical axis is split into."""
+    return math.prod(mesh.shape[name] for name in _names(dict(RULES)[axis]))
 
 
-def _whole_size(mesh: Mesh, own_size: int, axis: str) -> int:
-    """How long an axis is of which this process holds so much."""
+def _global_size(mesh: Mesh, local_size: int, axis: str) -> int:
+    """The length of a logical axis of which this process has `local_size` rows."""
     parts = _parts(mesh, axis)
-    return own_size * parts // len(local_rows(mesh, parts, axis))
+    return local_size * parts // len(local_rows(mesh, parts, axis))
 
 
-def _divides(mesh: Mesh, axes, size: int) -> bool:
-    """Whether an array axis is really split over these mesh axes, into equal parts."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
+def _mesh_axes(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    axes = nn.logical_to_mesh_axes(names, rules)
+    if axes is None:
+        raise ValueError("logical names are needed to find mesh axes")
+    return axes
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _divides(mesh: Mesh, axes: MeshAxes, size: int) -> bool:
+    """Whether these mesh axes split an array axis into several equal parts."""
+    names = _names(axes)
     parts = math.prod(mesh.shape[name] for name in names)
     return parts > 1 and size % parts == 0

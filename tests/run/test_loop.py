@@ -24,7 +24,7 @@ from grape_jax.data import catalogue
 from grape_jax.rl import prompts as text
 from grape_jax.run import checks, context, loop, policy, rewriter, rewriting, steps
 from grape_jax.run.search import best_ranks
-from grape_jax.runtime import checkpoint, command_line, log, sharding
+from grape_jax.runtime import checkpoint, command_line, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
 
@@ -166,33 +166,6 @@ def test_the_log_holds_every_rewrite(folder, undisturbed):
             assert one["well_formed"] or one["reward"] == 0
             ended.add(one["well_formed"])
     assert ended == {True, False}
-
-
-def test_a_few_rewrites_of_a_step_can_be_read():
-    """The queries that differ most, each with its best, middle and worst rewrite."""
-
-    def one(text, rank, completion=None):
-        entry = {"text": text, "rank": rank, "reward": 1 / rank, "well_formed": completion is None}
-        return entry if completion is None else entry | {"completion": completion}
-
-    spreads = {"aple": [7, 1, 3], "dgo": [5, 5, 5], "sum": [90, 2, 8], "cta": [2, 3, 4]}
-    table = [
-        {"query": query, "reference": query[::-1], "rewrites": [one(f"is {r}", r) for r in ranks]}
-        for query, ranks in spreads.items()
-    ]
-    table[2]["rewrites"][0] = one("is", 90, "is\n90")
-    said = log.sample_table(14, table).splitlines()
-    assert said[0].split() == ["step", "15", "rank", "reward", "rewrite"]
-    shown = [line.split()[0] for line in said if "which is" in line]
-    assert shown == ["'sum',", "'aple',", "'cta',"]
-    assert [line.split()[:2] for line in said[2:5]] == [
-        ["2", "0.500"], ["8", "0.125"], ["90", "0.011"],
-    ]  # fmt: skip
-    assert said[4].endswith("malformed: 'is\\n90'")
-    assert len({line.index("0.") for line in said if " 0." in line}) == 1
-    for row in table:
-        row["reference"] = ""
-    assert log.sample_table(14, table).splitlines()[1] == "  'sum'"
 
 
 def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undisturbed):

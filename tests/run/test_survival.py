@@ -221,7 +221,7 @@ def test_damaged_content_is_not_waited_for(tmp_path, waits):
 
 def test_a_damaged_config_is_one_sentence(tmp_path):
     (tmp_path / checkpoint.CONFIG_FILE).write_bytes(b"\0" * 40)
-    with pytest.raises(UserError, match=r"is damaged .* begin in another --workdir"):
+    with pytest.raises(UserError, match=r"config\.json is damaged .*--workdir"):
         checkpoint.read_config(tmp_path)
 
 
@@ -333,16 +333,16 @@ def test_a_full_disk_while_saving_is_told_and_costs_nothing_saved(tmp_path, requ
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path, full_disk):
     path = tmp_path / "metrics.jsonl"
     told = r"could not be written \(File too large\): make room"
-    with pytest.raises(UserError, match=told), files.failures_told():
+    with pytest.raises(UserError, match=told), files.explain_disk_errors():
         for _ in range(100):
             files.append(path, "x" * 100 + "\n")
-    with pytest.raises(UserError, match="could not be written"), files.failures_told():
+    with pytest.raises(UserError, match="could not be written"), files.explain_disk_errors():
         files.replace(tmp_path / "report.md", "x" * 2000)
     assert not (tmp_path / "report.md").exists()
 
 
 def test_only_the_disk_is_blamed_for_what_the_disk_did(tmp_path):
-    with pytest.raises(FileNotFoundError), files.failures_told():
+    with pytest.raises(FileNotFoundError), files.explain_disk_errors():
         (tmp_path / "nowhere" / "file").write_text("")
 
 

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir: locks that are held, left behind, or of another host."""
+"""Locks of a workdir: of a running process, of one that has ended, and of another host."""
 
 import json
 import os
@@ -11,14 +11,14 @@ import pytest
 
 from grape_jax.runtime import files, lock, processes
 from grape_jax.runtime.errors import UserError
-from grape_jax.runtime.shutdown import Interrupted, Unprepared
+from grape_jax.runtime.shutdown import Interrupted, InterruptedBetweenSteps
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from grape_jax.runtime import lock
 lock.BEAT = 0.1
-with lock.held(Path(sys.argv[1])):
+with lock.exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)
 """
@@ -26,7 +26,7 @@ with lock.held(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process of this host that holds the workdir."""
+    """Another process on this host that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -39,7 +39,7 @@ def holder(tmp_path):
 
 
 def elsewhere(workdir, **changes):
-    """A lock as another host leaves it."""
+    """Writes the lock of another host."""
     content = {
         "host": "elsewhere", "pid": os.getpid(), "since": "2026-01-01", "place": ["elsewhere"],
         "started": 1, "token": "t", "beat": 0,
@@ -47,30 +47,34 @@ def elsewhere(workdir, **changes):
     (workdir / lock.NAME).write_text(json.dumps(content | changes))
 
 
-def test_the_second_is_refused_while_the_first_lives(tmp_path, holder):
+def test_a_second_run_is_refused_while_the_first_is_alive(tmp_path, holder):
     began = time.monotonic()
     with (
         pytest.raises(UserError, match=rf"at work in .*pid {holder.pid}, since .* --workdir"),
-        lock.held(tmp_path),
+        lock.exclusive(tmp_path),
     ):
         raise AssertionError("both hold it")
     assert time.monotonic() - began < 5
     before = (tmp_path / lock.NAME).read_text()
     time.sleep(0.5)
-    assert (tmp_path / lock.NAME).read_text() != before  # its heart beats
+    assert (tmp_path / lock.NAME).read_text() != before  # a heartbeat
     # Killed, not yet waited for: a zombie.
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     began = time.monotonic()
-    with pytest.warns(UserWarning, match=rf"pid {holder.pid}.* taken over"), lock.held(tmp_path):
+    taken_over = pytest.warns(UserWarning, match=rf"pid {holder.pid}.* taken over")
+    with taken_over, lock.exclusive(tmp_path):
         assert f'"pid": {os.getpid()}' in (tmp_path / lock.NAME).read_text()
     assert time.monotonic() - began < 5 + lock.SETTLE
 
 
-@pytest.mark.parametrize("end", [None, UserError, Unprepared, KeyboardInterrupt, Interrupted])
-def test_every_orderly_end_releases_it(tmp_path, end):
+ENDS = (None, UserError, InterruptedBetweenSteps, KeyboardInterrupt, Interrupted)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_lock_is_released_however_a_run_ends(tmp_path, end):
     try:
-        with lock.held(tmp_path):
+        with lock.exclusive(tmp_path):
             assert (tmp_path / lock.NAME).exists()
             if end is not None:
                 raise end(3)
@@ -79,12 +83,12 @@ def test_every_orderly_end_releases_it(tmp_path, end):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pid_that_was_given_out_again_is_not_the_holder(tmp_path):
+def test_a_reused_pid_is_not_the_holder(tmp_path):
     elsewhere(tmp_path, place=lock._place(), started=lock._start_time(os.getpid()) - 1)
-    with pytest.warns(UserWarning, match="taken over"), lock.held(tmp_path):
+    with pytest.warns(UserWarning, match="taken over"), lock.exclusive(tmp_path):
         pass
     elsewhere(tmp_path, place=lock._place(), started=lock._start_time(os.getpid()))
-    with pytest.raises(UserError, match="at work"), lock.held(tmp_path):
+    with pytest.raises(UserError, match="at work"), lock.exclusive(tmp_path):
         pass
 
 
@@ -97,7 +101,7 @@ def test_a_silent_lock_of_another_host_is_taken_over(tmp_path, monkeypatch, caps
         elsewhere(tmp_path)
         if content is not None:
             (tmp_path / lock.NAME).write_text(content)
-        with pytest.warns(UserWarning, match="taken over"), lock.held(tmp_path):
+        with pytest.warns(UserWarning, match="taken over"), lock.exclusive(tmp_path):
             pass
         assert "waiting up to 0.5 s" in capsys.readouterr().out
         assert not (tmp_path / lock.NAME).exists()
@@ -107,18 +111,18 @@ def test_a_beating_lock_of_another_host_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LIMIT", 20.0)
     elsewhere(tmp_path)
     threading.Timer(1.5, lambda: elsewhere(tmp_path, beat=1)).start()
-    with pytest.raises(UserError, match="host elsewhere"), lock.held(tmp_path):
+    with pytest.raises(UserError, match="host elsewhere"), lock.exclusive(tmp_path):
         pass
 
 
-def test_one_of_many_that_come_at_the_same_time_has_it(tmp_path):
+def test_one_of_several_simultaneous_runs_gets_the_lock(tmp_path):
     start, end = threading.Barrier(8), threading.Barrier(8)
     outcomes = []
 
     def launch():
         start.wait()
         try:
-            with lock.held(tmp_path):
+            with lock.exclusive(tmp_path):
                 outcomes.append("held")
                 end.wait()
         except UserError:
