@@ -86,7 +86,7 @@ def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
       UserError: unknown benchmark; the set is missing or damaged.
     """
     if config.benchmark == "local":
-        return local.load_corpus(data_folder(config), gallery)
+        return local.load_corpus(data_folder(config))
     return storage.load_corpus(find(config.benchmark), config.data_dir, gallery)
 
 

@@ -1,18 +1,27 @@
 """A user's own pictures and queries.
 
-`prepare` reads what `config.local` names, reports every mistake in it together, and leaves what a
-run needs in a folder of its own: `corpus.json` with the ids of the corpus, row by row, and where
-its pictures and embeddings lie; `queries.jsonl` with every query, its pictures and its split. The
-second is a queries file itself: it can be copied, edited, and given as `local.queries`.
+`prepare` reads the files named by `config.local`, reports all mistakes in them together, and writes
+two files to a folder of its own:
 
-Queries (.jsonl, .csv, .tsv, .parquet): `text`; `image`, or `images` (a list; in a table of text
-separated by `;`), ids or file names; optionally `id`, `language`, `reference` (a text that is known
-to describe the picture) and `split`. Of a picture whose name stands once in the corpus, the name is
-enough, without its folders or its ending. Splits that no query names are taken from the training
-queries, by picture; without the column `split` that is all of them.
+    corpus.json     the ids of the corpus, row by row, and the paths of its pictures and embeddings
+    queries.jsonl   every query with its pictures and its split; itself a valid queries file, which
+                    can be copied, edited, and given as `local.queries`
 
-Pictures: a directory, searched through; a picture's id is its path in it. Instead of it, or beside
-it, precomputed embeddings (`grape_jax.data.embedded`), which have ids of their own.
+Queries (.jsonl, .csv, .tsv, .parquet)
+    text        required
+    image       required, or `images`: one or several picture ids or file names; a list, or in a
+                text table one cell with `;` between the names
+    id          default: the number of the line
+    language    e.g. "en"
+    reference   a text that describes the picture, for the supervised warm-up
+    split       train, validation or test; splits that no query names are taken from the training
+                queries, by picture. Without this column, all queries start as training queries.
+
+A file name that occurs once in the corpus suffices, without its folders or suffix.
+
+Pictures: a directory, searched recursively; the id of a picture is its path in the directory.
+Precomputed embeddings (`grape_jax.data.embedded`), given instead of or beside the pictures, bring
+their own ids.
 """
 
 import collections
@@ -42,79 +51,73 @@ SHIFTS = ("local",)
 SPLITS = ("train", "validation", "test")
 TEST_SETS = {"test": "test"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-SHOWN = 10  # of the mistakes of one kind
-SAMPLE = 16  # pictures that the embeddings' model is recognised by
+SHOWN = 10  # mistakes reported of each kind
+SAMPLE = 16  # pictures to check with which model made the embeddings
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Precomputed:
-    """Embeddings of the corpus that were made elsewhere, and what shows by which model."""
+    """The user's embeddings of the corpus, with samples to check which model made them."""
 
-    name: str  # as the user gave it
+    name: str  # path, as given by the user
     bank_NxE: np.ndarray  # float32, memory-mapped
-    rows: list[int]  # of the bank, whose pictures are at hand too
-    pictures: Sequence[bytes]  # of these rows
-    texts: list[str]
-    texts_NxE: np.ndarray  # embeddings of the texts, made by the same model as the bank
+    rows: list[int]  # sampled rows whose pictures are available
+    pictures: Sequence[bytes]  # the pictures of `rows`
+    texts: list[str]  # sampled captions
+    texts_NxE: np.ndarray  # float32, their embeddings by the model of the bank
 
 
 class Mistakes:
-    """What is wrong with the data, by kind, until all of it is reported."""
+    """Mistakes in the user's data, collected by kind to be reported together."""
 
-    def __init__(self):
-        self.of_kind: dict[str, list[str]] = collections.defaultdict(list)
+    def __init__(self) -> None:
+        self.by_kind: dict[str, list[str]] = collections.defaultdict(list)
 
-    def add(self, kind: str, one: str) -> None:
-        self.of_kind[kind].append(one)
+    def add(self, kind: str, item: str) -> None:
+        self.by_kind[kind].append(item)
 
     def refuse(self) -> None:
-        """Raises one UserError for all of them, where there are any."""
+        """Raises a UserError that lists all mistakes, if there are any."""
         lines = [
-            f"  {kind} ({len(ones)}): {', '.join(ones[:SHOWN])}{', ...' if ones[SHOWN:] else ''}"
-            for kind, ones in self.of_kind.items()
+            f"  {kind} ({len(items)}): {', '.join(items[:SHOWN])}{', ...' if items[SHOWN:] else ''}"
+            for kind, items in self.by_kind.items()
         ]
         if lines:
-            raise UserError("\n".join(["your data has to be mended first:", *lines]))
+            raise UserError("\n".join(["your data has mistakes to correct:", *lines]))
 
 
-# What a run asks for
-
-
-def gallery_of(split: str) -> str:
-    """One corpus for all splits."""
-    benchmark.refuse_unknown("split", [split], SPLITS)
-    return "corpus"
+# Reading prepared data
 
 
 def folder(config: ConfigDict, data_dir: str | Path) -> Path:
-    """Where `prepare` puts what the other functions read.
+    """The folder of the prepared data: one for each choice of files, shares and seed.
 
     Args:
-      config: `local` of a run's config.
+      config: the section `local` of a run's config.
     """
     absolute = lambda name: name and str(Path(name).expanduser().resolve())
-    named = [absolute(name) for name in (config.images, config.embeddings, config.queries)]
-    named += [config.split_seed, config.validation_share, config.test_share]
-    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:8]
+    choices = [absolute(name) for name in (config.images, config.embeddings, config.queries)]
+    choices += [config.split_seed, config.validation_share, config.test_share]
+    key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
     return Path(data_dir) / "local" / f"{Path(config.queries).stem}-{key}"
 
 
-def load_queries(
-    directory: str | Path, shift: str, split: str, limit: int | None = None
-) -> list[Query]:
+def load_queries(directory: str | Path, shift: str, split: str) -> list[Query]:
     """The queries of one split, in the order of the user's file.
 
     Args:
       directory: from `folder`, after `prepare`.
-      limit: if there are more, keeps this many (`benchmark.subset`); None: all.
+
+    Raises:
+      UserError: unknown shift or split.
     """
     benchmark.refuse_unknown("shift", [shift], SHIFTS)
     benchmark.refuse_unknown("split", [split], SPLITS)
     row_of = {name: row for row, name in enumerate(_corpus(directory)["ids"])}
     records = [json.loads(line) for line in (Path(directory) / QUERIES).open(encoding="utf-8")]
     groups = _groups([record["images"] for record in records])
-    queries = [
+    return [
         Query(
             id=record["id"],
             text=record["text"],
@@ -126,19 +129,17 @@ def load_queries(
         for record, group in zip(records, groups, strict=True)
         if record["split"] == split
     ]
-    return queries if limit is None else benchmark.subset(queries, limit)
 
 
-def load_corpus(directory: str | Path, gallery: str = "corpus") -> Corpus:
-    """The pictures, in the order that a query's rows count in; named by their ids."""
-    del gallery
+def load_corpus(directory: str | Path) -> Corpus:
+    """The pictures, in the order that the queries' targets index; their names are their ids."""
     corpus = _corpus(directory)
     images = _Files(corpus["files"]) if all(corpus["files"]) else None
     return Corpus(ids=corpus["ids"], names=corpus["ids"], images=images)
 
 
 def load_precomputed(directory: str | Path) -> Precomputed | None:
-    """The embeddings that the user gave, None where there are none."""
+    """The user's embeddings, or None if there are none."""
     corpus = _corpus(directory)
     if not corpus["bank"]:
         return None
@@ -165,49 +166,54 @@ def _corpus(directory: str | Path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class _Files(Sequence):
-    """The bytes of files, read when they are asked for."""
+    """The bytes of files, read lazily."""
 
     paths: list[str]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row: int) -> bytes:
+    def __getitem__(self, row: int) -> bytes:  # type: ignore[override]
         return content(self.paths[row])
 
 
-# Reading what the user gives
+# Reading the user's files
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses settings of `config.local` that name too little or contradict each other."""
+    """Validates the section `local` of a config.
+
+    Raises:
+      UserError: a path is missing, or the shares of the splits leave nothing for training.
+    """
     if not config.queries or not (config.images or config.embeddings):
         raise UserError(
-            "your own data is not named: add --config.local.queries=FILE and "
-            "--config.local.images=DIR (or --config.local.embeddings=FILE)."
+            "local.queries and local.images (or local.embeddings) must be set: add "
+            "--config.local.queries=FILE and --config.local.images=DIR "
+            "(or --config.local.embeddings=FILE)."
         )
     if Path(config.images).suffix in embedded.SUFFIXES:
         raise UserError(
-            f"local.images={config.images!r} is no directory of pictures: give embeddings as "
+            f"local.images={config.images!r} is not a directory of pictures: pass embeddings with "
             "--config.local.embeddings."
         )
     shares = (config.validation_share, config.test_share)
     if min(shares) <= 0 or sum(shares) >= 1:
         raise UserError(
-            "local.validation_share and local.test_share must be above 0 and leave a share of the "
-            "pictures to train on."
+            "local.validation_share and local.test_share must be above 0 and add up to less than "
+            "1, so that pictures are left for training."
         )
 
 
 def prepare(config: ConfigDict, data_dir: str | Path) -> None:
-    """Reads and checks the user's files. Nothing is written before all is found good.
+    """Reads and checks the user's files, and writes the prepared data if there are no mistakes.
 
     Args:
-      config: `local` of a run's config.
-      data_dir: the result goes to `folder(config, data_dir)`.
+      config: the section `local` of a run's config.
+      data_dir: the data goes to `folder(config, data_dir)`.
 
     Raises:
-      UserError: a file is missing, or all mistakes inside the files, together.
+      UserError: a file is missing, or there are mistakes in the files (all are listed).
     """
     check(config)
     directory, mistakes = folder(config, data_dir), Mistakes()
@@ -216,46 +222,52 @@ def prepare(config: ConfigDict, data_dir: str | Path) -> None:
     ids = given.ids if given else list(pictures)
     for name, count in collections.Counter(ids).items():
         if count > 1:
-            mistakes.add("ids that stand more than once in the embeddings", repr(name))
+            mistakes.add("ids that occur more than once in the embeddings", repr(name))
     names = Names(ids, config.images)
-    records = [_checked(one, names, mistakes) for one in read_queries(config.queries, mistakes)]
-    _check_together(records, mistakes)
-    readable = _check_pictures(pictures, directory / READABLE, mistakes)
+    rows = read_queries(config.queries, mistakes)
+    records = [_query_record(row, names, mistakes) for row in rows]
+    _check_ids_and_splits(records, mistakes)
+    listing = _check_pictures(pictures, directory / READABLE, mistakes)
     checked = embedded.check(given, mistakes.add) if given else None
     mistakes.refuse()
 
-    taken = take_splits(records, config)
-    counts = _counts(records)
+    derived = assign_splits(records, config)
+    counts = _split_counts(records)
     corpus = {
         "ids": ids,
         "files": _files_of(ids, pictures) if given else list(map(str, pictures.values())),
         "embeddings": config.embeddings,
-        "bank": str(embedded.bank(given, checked, data_dir)) if given else "",
+        "bank": str(embedded.bank(given, checked, data_dir)) if given and checked else "",
         "texts": given.texts if given else (),
     }
     directory.mkdir(parents=True, exist_ok=True)
     files.replace(directory / CORPUS, json.dumps(corpus, ensure_ascii=False))
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     files.replace(directory / QUERIES, "".join(lines))
-    files.replace(directory / READABLE, readable)
-    how = f"; {' and '.join(taken)} taken from train by picture" if taken else ""
+    files.replace(directory / READABLE, listing)
+    how = f"; {' and '.join(derived)} taken from train by picture" if derived else ""
     print(
         f"your data: {len(ids)} pictures; queries {counts}{how} ({directory / QUERIES})", flush=True
     )
 
 
-READABLE = "readable.sha256"  # of a listing of pictures that were all decoded once
+READABLE = "readable.sha256"  # hash of a directory listing whose pictures have all been decoded
 
 
 def list_pictures(directory: str | Path) -> dict[str, Path]:
-    """Path in the directory to file, in the order of the paths; hidden ones are passed over.
+    """Maps the id of each picture (its path in the directory) to its file, sorted by id.
+
+    Hidden files and folders are left out.
 
     Raises:
       UserError: there is no such directory, or no picture in it.
     """
     root = Path(directory).expanduser().resolve()
     if not root.is_dir():
-        raise UserError(f"there is no directory {directory}: name the one of your pictures.")
+        raise UserError(
+            f"there is no directory {directory}: set local.images to the directory of your "
+            "pictures."
+        )
     found = {}
     for path in root.rglob("*"):
         name = path.relative_to(root)
@@ -263,44 +275,47 @@ def list_pictures(directory: str | Path) -> dict[str, Path]:
         if path.suffix.lower() in PICTURES and not hidden and path.is_file():
             found[name.as_posix()] = path
     if not found:
-        raise UserError(f"{directory} holds no picture ({', '.join(PICTURES)}).")
+        raise UserError(
+            f"{directory} holds no picture: local.images must be a directory with files in "
+            f"{', '.join(PICTURES)}."
+        )
     return dict(sorted(found.items()))
 
 
 class Names:
-    """From what a query calls a picture to its id: the id, or a name that only one picture has."""
+    """Resolves the name by which a query refers to a picture: its id, or a unique file name."""
 
     def __init__(self, ids: Iterable[str], root: str = ""):
         self.root = str(Path(root).expanduser().resolve()) + os.sep if root else ""
         self.ids_of: dict[str, set[str]] = collections.defaultdict(set)
-        self.exact = {_plain(one): one for one in ids}
+        self.exact = {_normalise(one): one for one in ids}
         for one in self.exact.values():
-            path = PurePosixPath(_plain(one))
+            path = PurePosixPath(_normalise(one))
             for name in {path.name, path.stem, str(path.with_suffix(""))}:
                 self.ids_of[name].add(one)
 
     def __call__(self, name: str) -> set[str]:
-        """All ids that the name may stand for."""
-        name = _plain(name.removeprefix(self.root)).removeprefix("./")
+        """All ids that the name may refer to."""
+        name = _normalise(name.removeprefix(self.root)).removeprefix("./")
         if name in self.exact:
             return {self.exact[name]}
         return self.ids_of.get(name, set()) or self.ids_of.get(PurePosixPath(name).name, set())
 
 
-def _plain(name: str) -> str:
-    """One form for a name that systems write differently: composed letters, forward slashes."""
+def _normalise(name: str) -> str:
+    """A name with composed letters and forward slashes, as it may differ between systems."""
     return unicodedata.normalize("NFC", name).replace("\\", "/")
 
 
 def read_queries(path: str | Path, mistakes: Mistakes) -> Iterator[dict]:
-    """The records of a queries file as they are, each with `where` it stands.
+    """The rows of a queries file, unchecked, each with its place in the file as `where`.
 
     Raises:
-      UserError: the file cannot be read, or has not the columns that are needed.
+      UserError: the file cannot be read, is empty, or lacks a required column.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"there is no file {path}: name your queries with local.queries.")
+        raise UserError(f"there is no file {path}: set local.queries to the file of your queries.")
     try:
         match path.suffix.lower():
             case ".jsonl":
@@ -312,8 +327,8 @@ def read_queries(path: str | Path, mistakes: Mistakes) -> Iterator[dict]:
                 records = [row | {"where": f"row {i}"} for i, row in enumerate(rows, start=1)]
             case other:
                 raise UserError(
-                    f"{path}: queries in {other or 'a file without ending'} are not read: give "
-                    ".jsonl, .csv, .tsv or .parquet."
+                    f"{path}: queries in {other or 'a file without a suffix'} are not supported: "
+                    "use .jsonl, .csv, .tsv or .parquet."
                 )
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
@@ -323,7 +338,7 @@ def read_queries(path: str | Path, mistakes: Mistakes) -> Iterator[dict]:
             f"{path} needs the columns text and image (or images); it has "
             f"{', '.join(sorted(map(str, columns)))}."
         )
-    if not records and not mistakes.of_kind:
+    if not records and not mistakes.by_kind:
         raise UserError(f"{path} holds no query.")
     yield from records
 
@@ -337,7 +352,7 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[dict]:
         if isinstance(record, dict):
             yield record | {"where": f"line {number}"}
         elif record is not None:
-            mistakes.add("lines of the queries that are no JSON object", f"line {number}")
+            mistakes.add("query lines that are not a JSON object", f"line {number}")
 
 
 def _table_of_text(path: Path) -> Iterator[dict]:
@@ -346,41 +361,42 @@ def _table_of_text(path: Path) -> Iterator[dict]:
         for row in rows:
             if None in row:
                 raise UserError(
-                    f"{path}, line {rows.line_num}, has more cells than the header: put texts that "
-                    "hold the separator in quotes."
+                    f"{path}, line {rows.line_num}, has more cells than the header: quote the "
+                    "texts that contain the separator."
                 )
             if "images" in row:
                 row["images"] = [name for name in (row["images"] or "").split(";") if name.strip()]
             yield row | {"where": f"line {rows.line_num}"}
 
 
-def _checked(record: dict, names: Names, mistakes: Mistakes) -> dict:
-    """A query as it is kept; what is wrong with it is reported."""
-    cell = lambda name: "" if record.get(name) is None else str(record[name]).strip()
-    where, text = record["where"], " ".join(cell("text").split())
+def _query_record(row: dict, names: Names, mistakes: Mistakes) -> dict:
+    """A line of `queries.jsonl`; mistakes are collected."""
+    cell = lambda name: "" if row.get(name) is None else str(row[name]).strip()
+    where, text = row["where"], " ".join(cell("text").split())
     if not text:
         mistakes.add("queries without a text", where)
-    listed = record.get("images") or []
+    listed = row.get("images") or []
     listed = [listed] if isinstance(listed, str) else listed
     if not isinstance(listed, list):
-        mistakes.add("queries whose images are no list of names", where)
+        mistakes.add("queries whose images are not a list of names", where)
         listed = []
-    called = [name for name in (cell("image"), *(str(one).strip() for one in listed)) if name]
-    if not called:
+    references = [name for name in (cell("image"), *(str(one).strip() for one in listed)) if name]
+    if not references:
         mistakes.add("queries without a picture", where)
-    images = []
-    for name in called:
+    images: list[str] = []
+    for name in references:
         found = sorted(names(name))
         if not found:
             mistakes.add("pictures of queries that are not in the corpus", f"{name!r} ({where})")
         elif len(found) > 1:
             several = f"{name!r} ({where}): {' or '.join(found[:3])}"
-            mistakes.add("pictures of queries whose name fits several", several)
+            mistakes.add("pictures of queries with an ambiguous name", several)
         else:
             images += [one for one in found if one not in images]
     split = cell("split").lower()
     if split and split not in SPLIT_NAMES:
-        mistakes.add(f"splits that are none of {', '.join(SPLITS)}", f"{cell('split')!r} ({where})")
+        kind = f"splits other than {', '.join(SPLITS)}"
+        mistakes.add(kind, f"{cell('split')!r} ({where})")
     return {
         "id": cell("id") or where.split()[1],
         "text": text,
@@ -391,61 +407,69 @@ def _checked(record: dict, names: Names, mistakes: Mistakes) -> dict:
     }
 
 
-def _check_together(records: list[dict], mistakes: Mistakes) -> None:
+def _check_ids_and_splits(records: list[dict], mistakes: Mistakes) -> None:
     for name, count in collections.Counter(record["id"] for record in records).items():
         if count > 1:
-            mistakes.add("ids that stand more than once in the queries", repr(name))
+            mistakes.add("ids that occur more than once in the queries", repr(name))
     without = [record["id"] for record in records if not record["split"]]
     if 0 < len(without) < len(records):
         for name in without:
-            mistakes.add("queries without a split, where others have one", name)
+            mistakes.add("queries without a split, although others have one", name)
 
 
-def _check_pictures(pictures: dict[str, Path], known: Path, mistakes: Mistakes) -> str:
-    """Decodes all pictures once; a listing that has not changed since is believed.
+def _check_pictures(pictures: dict[str, Path], checked: Path, mistakes: Mistakes) -> str:
+    """Decodes all pictures, unless the listing (names, sizes, times) has not changed since.
+
+    Args:
+      checked: a file with the hash of the last listing that was checked.
 
     Returns:
-      The hash of the listing, to be kept at `known`.
+      The hash of the listing.
     """
-    listing = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, path in pictures.items():
         status = path.stat()
-        listing.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
-    listing = listing.hexdigest()
-    if known.exists() and known.read_text() == listing:
+        digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    listing = digest.hexdigest()
+    if checked.exists() and checked.read_text() == listing:
         return listing
 
-    def problem(path: Path) -> str:
+    def readable(path: Path) -> bool:
         try:
             open_picture(path).close()
-            return ""
-        except UserError as error:
-            return str(error)
+            return True
+        except UserError:
+            return False
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        problems = threads.map(problem, pictures.values())
-        bar = tqdm(problems, total=len(pictures), desc="looking at the pictures", leave=False)
-        for name, said in zip(pictures, bar, strict=True):
-            if said:
+        results = threads.map(readable, pictures.values())
+        bar = tqdm(results, total=len(pictures), desc="checking the pictures", leave=False)
+        for name, good in zip(pictures, bar, strict=True):
+            if not good:
                 mistakes.add("pictures that cannot be read", name)
     return listing
 
 
 def _files_of(ids: list[str], pictures: dict[str, Path]) -> list[str]:
-    """The file of each id, "" where the directory does not hold exactly one that fits."""
+    """The file of each id of the embeddings; "" unless exactly one picture matches."""
     names = Names(pictures)
     found = (names(one) for one in ids)
     return [str(pictures[next(iter(one))]) if len(one) == 1 else "" for one in found]
 
 
-def _counts(records: list[dict]) -> str:
+def _split_counts(records: list[dict]) -> str:
+    """The number of queries in each split, e.g. "70 train, 10 validation, 20 test".
+
+    Raises:
+      UserError: a split is empty.
+    """
     counts = collections.Counter(record["split"] for record in records)
     for name in SPLITS:
         if not counts[name]:
             raise UserError(
-                f"no query falls in the split {name}: give more queries, a column split that names "
-                f"all of {', '.join(SPLITS)}, or other shares (local.validation_share, "
-                "local.test_share)."
+                f"no query falls in the split {name}: add queries, name all of "
+                f"{', '.join(SPLITS)} in a column split, or change local.validation_share and "
+                "local.test_share."
             )
     return ", ".join(f"{counts[name]} {name}" for name in SPLITS)
 
@@ -453,45 +477,50 @@ def _counts(records: list[dict]) -> str:
 # Splits
 
 
-def take_splits(records: list[dict], config: ConfigDict) -> list[str]:
-    """Takes the splits that no query names from the training queries, by picture, in place.
+def assign_splits(records: list[dict], config: ConfigDict) -> list[str]:
+    """Sets the split of each record, in place.
 
-    Without any split all queries are training queries at first.
+    Splits that no query names are taken from the training queries, by picture. If there is no split
+    at all, all queries start as training queries.
 
     Returns:
-      The names of these splits.
+      The names of the splits that were taken from the training queries.
     """
     named = {record["split"] for record in records} - {""}
-    taken = [name for name in SPLITS if name not in named | {"train"}]
-    share = lambda split: config[f"{split}_share"] if split in taken else 0.0
+    derived = [name for name in SPLITS if name not in named | {"train"}]
+    share = lambda split: config[f"{split}_share"] if split in derived else 0.0
     train = [record for record in records if record["split"] in ("", "train")]
     images = [record["images"] for record in train]
     splits = split_by_picture(images, share("validation"), share("test"), config.split_seed)
     for record, split in zip(train, splits, strict=True):
         record["split"] = split
-    return taken
+    return derived
 
 
 def split_by_picture(
     images: Sequence[Sequence[str]], validation_share: float, test_share: float, seed: int
 ) -> list[str]:
-    """The split of each query, so that no picture is in two; the same on every machine.
+    """The split of each query, such that no picture is in two splits; equal on every machine.
 
-    A share of the pictures, chosen by a hash: a query that is added moves no other, unless it joins
-    two pictures.
+    A group of pictures that share queries is assigned by a hash of its name, so that an added query
+    does not move other queries, unless it joins two groups.
+
+    Args:
+      images: the pictures of each query.
+      validation_share, test_share: of the pictures, 0 to 1.
     """
 
-    def one(group: str) -> str:
-        place = benchmark.hash64(f"split {seed} {group}") / 2**64
-        if place < test_share:
+    def split_of(group: str) -> str:
+        position = benchmark.hash64(f"split {seed} {group}") / 2**64
+        if position < test_share:
             return "test"
-        return "validation" if place < test_share + validation_share else "train"
+        return "validation" if position < test_share + validation_share else "train"
 
-    return [one(group) for group in _groups(images)]
+    return [split_of(group) for group in _groups(images)]
 
 
 def _groups(images: Sequence[Sequence[str]]) -> list[str]:
-    """For each query one of the pictures that it and others are joined by, through the queries."""
+    """For each query, the name of its group: pictures that are connected through shared queries."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
