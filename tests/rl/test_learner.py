@@ -15,7 +15,7 @@ from grape_jax.retrieval import encoder, ranking
 from grape_jax.rl import grpo, learner, optimizer, rewards, scoring
 from grape_jax.rl.rollout import SamplingConfig, sample
 from grape_jax.runtime import sharding
-from grape_jax.types import Prompts, Ranks, Rewrites, Rollout, Scores
+from grape_jax.types import NO_RANK, Prompts, Ranks, Rewrites, Rollout, Scores
 
 B, K, T, S, N = 8, 3, 5, 6, 300
 POLICY = policy.PolicyConfig(
@@ -464,7 +464,7 @@ def test_warm_up_learns_and_nothing_compiles_twice(world, scores):
 def test_every_reward_is_what_its_ranks_say(shape):
     """The configured shape on ranks made by hand, two targets, one of them padding once."""
     made = Ranks(
-        rank_QxP=jnp.asarray([[[4, 30], [2, 0]]]),
+        rank_QxP=jnp.asarray([[[4, 30], [2, NO_RANK]]]),
         similarity_QxP=jnp.asarray([[[0.4, 0.1], [0.5, 0.9]]]),
         log_partition_Q=jnp.asarray([[10.0, 11.0]]),
     )
