@@ -439,7 +439,7 @@ def test_references_keep_their_case_and_those_too_long_are_counted(mine, tmp_pat
     config.local.queries = str(path)
     config.warm_up.towards = "references"
     (tmp_path / "run").mkdir()
-    run = loop.prepare(config, tmp_path / "run")
+    run = context.prepare(config, tmp_path / "run")
     pairs = run.queries.supervised_pairs("local")
     long = sum(query.reference != texts[0] for query in pairs)
     assert 0 < long < len(pairs)

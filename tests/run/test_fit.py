@@ -153,8 +153,8 @@ def test_a_refusal_of_the_compiler_is_read(config, mesh):
 @pytest.mark.parametrize(
     "topology, key, value, sentence",
     [
-        ("v5e:3x3", None, None, "no slice that the compiler knows"),
-        ("v9:2x2", None, None, "no slice that the compiler knows"),
+        ("v5e:3x3", None, None, "topology='v5e:3x3'"),
+        ("v9:2x2", None, None, "topology='v9:2x2'"),
         ("v5e:2x2", "mesh.tensor", 3, "do not fit 4 devices"),
         ("v5e:2x2", "grpo.batch_size", 3, "does not divide over data x fsdp = 2"),
         ("v5e:2x2", "policy.dtype", "float16", "policy.dtype='float16' is unknown"),

@@ -21,6 +21,7 @@ import xla_flags
 
 from grape_jax import Rewriter, load_policy
 from grape_jax.data import catalogue
+from grape_jax.retrieval import encoder
 from grape_jax.rl import prompts as text
 from grape_jax.run import checks, context, loop, policy, rewriter, rewriting, steps
 from grape_jax.run.search import best_ranks
@@ -527,10 +528,11 @@ def test_an_exported_run_is_a_policy_to_train(folder, undisturbed):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    trained = Rewriter.load(folder / "one").variables["params"]
+    loaded, trained = rewriter.restore(folder / "one")
+    merged = policy.merged_parameters(loaded.policy, trained)
     # Merged on one device there and on eight here, in another order of sums.
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
-    jax.tree.map(same, load_policy(exported).params, trained)
+    jax.tree.map(same, load_policy(exported).params, merged)
     overrides = (f"policy.path={exported}", "warm_up.steps=0", "grpo.steps=1")
     run(folder, "again", *(f"--config.{override}" for override in overrides))
     assert lines(folder, "again", "metrics.jsonl")[0]["sampler_gap"] < 1e-4
@@ -549,13 +551,21 @@ def test_a_rewriter_is_loaded_without_moments_reference_and_queries(
     def refuse(*_, **__):
         raise AssertionError("queries were read")
 
-    alive = {}
+    alive, retrievers = {}, []
+
+    def placed(*arguments):
+        retrievers.append(place(*arguments))
+        return retrievers[-1]
+
+    place = encoder.place
+    monkeypatch.setattr(encoder, "place", placed)
 
     def watched(policy, trained):
         gc.collect()
         new = [array for array in jax.live_arrays() if id(array) not in before]
         alive["held"] = size_of(new)
-        alive["known"] = size_of(jax.tree.leaves((policy.base, trained)))
+        parts = policy.base, retrievers[-1].params, trained
+        alive["known"] = size_of(jax.tree.leaves(parts))
         alive["trained"] = size_of(jax.tree.leaves(trained))
         return sampling_variables(policy, trained)
 
