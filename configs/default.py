@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.retriever = ConfigDict()
     config.retriever.path = ""  # CLIP or SigLIP: directory or hub id; "": the one in this package
     config.retriever.corpus_dtype = "float32"  # of the index; or "bfloat16", "int8" to save memory
-    # Retriever tokens of a query or rewrite; longer texts are truncated. 0: the retriever's context.
+    # Retriever tokens of a query or rewrite; longer texts are truncated. 0: as many as it can read.
     config.retriever.text_length = 0
 
     config.prompt = ConfigDict()
@@ -80,8 +80,8 @@ def get_config() -> ConfigDict:
     config.prompt.captions = 3  # number of captions: those closest to the picture
     config.prompt.caption_bank = ""  # text file of captions, one a line; "": texts of train queries
     config.prompt.answer_start = ""  # beginning of the assistant's turn
-    # Length in tokens that prompts are padded to; longer prompts are an error. 0: length and buckets
-    # are chosen from the queries.
+    # Length in tokens that prompts are padded to; longer prompts are an error. 0: length and
+    # buckets are chosen from the queries.
     config.prompt.max_tokens = 0
     # Ascending lengths below max_tokens. A batch is padded to the shortest that fits its prompts.
     # Each length compiles its own step functions.

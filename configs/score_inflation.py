@@ -5,8 +5,8 @@
 
 The first run has `grpo.reward_shape` as its reward, the second the similarity to the target. Writes
 score_inflation.md and score_inflation.png to the workdir. Recall@10 on the validation split (seed
-0): 29.1 at the start, 29.8 with the rank, 6.0 with the similarity; 12 to 15 minutes a run on one busy
-CPU core. benchmarks/score_inflation.md has the curves.
+0): 29.1 at the start, 29.8 with the rank, 6.0 with the similarity; 12 to 15 minutes a run on one
+busy CPU core. benchmarks/score_inflation.md has the curves.
 """
 
 from configs import emoji
