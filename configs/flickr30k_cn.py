@@ -3,7 +3,7 @@
     python -m grape_jax.prepare --benchmark=flickr30k_cn --manual_dir=DIR
     python -m grape_jax.train --config=configs/flickr30k_cn.py --workdir=runs/flickr30k_cn
 
-The paper reports R@1 62.6. Which settings are ours, and other backbones: configs/paper.py.
+The paper reports R@1 62.6. configs/paper.py describes the shared settings.
 """
 
 from configs import paper

@@ -3,13 +3,12 @@
     python -m grape_jax.train --config=configs/local.py --workdir=runs/mine \\
         --config.local.images=DIRECTORY --config.local.queries=FILE
 
-`grape_jax/data/local.py` says what the files hold. The retriever that is shipped knows drawings of
-emoji; for photographs name yours, and how much of a rewrite it shall read:
---config.retriever.path=openai/clip-vit-base-patch32. The policy
-that is shipped reads English; --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct reads more languages.
+`grape_jax/data/local.py` describes the files. The default retriever is for drawings of emoji; for
+photographs choose another, e.g. --config.retriever.path=openai/clip-vit-base-patch32. The default
+policy reads English; --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct reads more languages.
 
-The settings are ours, for a log of queries and the pictures that were chosen, without any
-reference text; no result is claimed for them.
+The settings are for a log of queries and the pictures chosen for them, without reference texts.
+They have not been tuned on any data set.
 """
 
 from configs import default
@@ -22,8 +21,7 @@ def get_config():
     config.rollout.max_tokens = 16
     config.evaluation.max_tokens = 24
     config.rollout.temperature = 0.9
-    # There may be no reference texts: the first steps are taken towards the policy's own rewrites
-    # that find the picture better than the query did.
+    # Without reference texts, the warm-up learns the untrained policy's best-ranked rewrites.
     config.warm_up.towards = "own_best"
     config.warm_up.steps = 8
     config.warm_up.batch_size = 16

@@ -1,16 +1,15 @@
-"""What the configs of the paper's five benchmarks share; they start from here.
+"""Shared settings of the paper's five benchmarks, whose configs start from here.
 
-The paper (arXiv 2509.23370) states the linear reward over the rank, the format reward, the Qwen
-family, several sizes of CLIP, and one model a task. Everything else is ours: Qwen2.5-7B-Instruct,
-LoRA, group size, learning rate, weights, prompts, lengths. Other backbones are one override:
+The paper (arXiv 2509.23370) states a reward linear in the rank, a format reward, the Qwen family,
+several sizes of CLIP, and one model for each task. Everything else is our choice:
+Qwen2.5-7B-Instruct, LoRA, group size, learning rate, weights, prompts, lengths. Other backbones:
 
     --config.policy.path=Qwen/Qwen2.5-1.5B-Instruct      or Qwen/Qwen3-4B, a directory, ...
     --config.retriever.path=openai/clip-vit-base-patch32 or openai/clip-vit-base-patch16,
                                                          any CLIP or SigLIP
 
-The mesh is for four
-devices and multiples of four, up to 256; on fewer add --config.mesh.tensor=1. None of these configs
-has been run at this size yet; no result is claimed for them. What they need of a TPU slice:
+The mesh needs a multiple of four devices, up to 256; on fewer add --config.mesh.tensor=1. These
+configs have not been run at this size yet. To compile them for a TPU slice and report the memory:
 
     python -m grape_jax.compile --config=configs/flickr30k_cn.py --topology=v5e:16x16
 """
@@ -23,10 +22,10 @@ def get_config():
     config.policy.path = "Qwen/Qwen2.5-7B-Instruct"
     config.policy.dtype = "bfloat16"
     config.policy.remat = True
-    config.policy.logprob_chunk = 16  # every chunk gathers the vocabulary's table along fsdp
+    config.policy.logprob_chunk = 16  # each chunk gathers the embedding table along fsdp
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    config.mesh.tensor = 4  # its key and value heads
+    config.mesh.tensor = 4  # the number of its key and value heads
     config.retriever.path = "openai/clip-vit-large-patch14"
     config.prompt.format = "answer"
     config.prompt.user = "{query}\nAnswer with <answer>your English search text</answer> only."
@@ -34,7 +33,7 @@ def get_config():
     config.rollout.max_tokens = 64
     config.evaluation.max_tokens = 96
     config.evaluation.validation_limit = 512
-    # None of the benchmarks has reference texts: GRPO starts from the untrained policy.
+    # No benchmark has reference texts, so GRPO starts from the untrained policy.
     config.warm_up.towards = "own_best"
     config.warm_up.steps = 0
     config.grpo.reward_shape = "linear"  # the paper's

@@ -3,10 +3,9 @@
     python -m grape_jax.prepare --benchmark=wikipedia --manual_dir=DIR
     python -m grape_jax.train --config=configs/wikipedia.py --workdir=runs/wikipedia
 
-The paper reports R@1 47.8 on a set that it calls Wikipedia; that it is this one (Rasiwasia et al.,
-2010) is our reading, and so is the validation split. The policy reads the whole section: where one
-is longer than prompt.max_tokens the run says at its start how long. Which other settings are ours,
-and other backbones: configs/paper.py.
+The paper reports R@1 47.8 on "Wikipedia", which we take to be this set (Rasiwasia et al., 2010);
+the validation split is our choice. The policy reads whole sections: if one is longer than
+prompt.max_tokens, the run stops with its length. configs/paper.py describes the shared settings.
 """
 
 from configs import paper

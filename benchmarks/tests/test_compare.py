@@ -50,7 +50,7 @@ def gallery(tiny, folder):
     for row in range(0, 300, 3):
         paths.append(folder / f"{row:06d}.png")
         tiny.galleries.open("test").image(row).save(paths[-1])
-    return reward.load_gallery(str(encoder.SHIPPED), paths, 16)
+    return reward.load_gallery(str(encoder.SHIPPED), paths, tiny.retriever.text_length)
 
 
 @pytest.mark.parametrize("query", ["rde aple", "smilign fcae", "the {query} itself"])
@@ -321,7 +321,8 @@ def test_a_torch_step_pays_what_ours_would(tiny, compared, tmp_path, monkeypatch
     config = json.loads((compared / "task" / "config.json").read_text())
     config["grpo"]["format_rule"] = "sum"  # a malformed answer is paid for its rank too
     pictures = sorted((compared / "task" / "gallery").glob("*.png"))
-    gallery = reward.load_gallery(config["retriever"]["path"], pictures, 16)
+    retriever = config["retriever"]
+    gallery = reward.load_gallery(retriever["path"], pictures, retriever["text_length"])
     bank_NxE = tiny.galleries.open("test").bank_NxE
     np.testing.assert_allclose(gallery.rows_NxE, bank_NxE, atol=1e-5)
     trainer = run.make_trainer(

@@ -22,13 +22,13 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Par
     """Reads a CLIP checkpoint.
 
     Args:
-      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
 
     Returns:
       The config, and the parameters as numpy arrays.
 
     Raises:
-      UserError: a file is missing, damaged, or not a CLIP of a kind known here.
+      UserError: a file is missing or damaged, or the model is not a supported CLIP.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -40,7 +40,7 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Par
 def save(
     directory: str | Path, config: ClipConfig, params: Params, dtype: Any = np.float32
 ) -> None:
-    """Writes a checkpoint that `CLIPModel.from_pretrained` reads; `dtype` is how it is stored."""
+    """Writes a checkpoint for `CLIPModel.from_pretrained`, with tensors stored as `dtype`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).write_text(json.dumps(_to_json(config), indent=2) + "\n")
@@ -48,20 +48,20 @@ def save(
         tensor.name: np.array(_to_file(_get(params, tensor), tensor, config), dtype, order="C")
         for tensor in _table(config)
     }
-    # The metadata is what transformers looks for.
+    # transformers requires this metadata.
     safetensors.numpy.save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def read_config(directory: str | Path) -> ClipConfig:
-    """Reads config.json; what it leaves out has the default value of transformers.
+    """Reads config.json; missing fields take the defaults of transformers.
 
     Raises:
-      UserError: the file is missing, damaged, not of a CLIP, or asks for what is not supported.
+      UserError: the file is missing or damaged, or describes an unsupported model.
     """
     path = Path(directory) / CONFIG_FILE
     data = tensors.read_json(path)
     if data.get("model_type") != "clip":
-        raise UserError(f"{path} does not have model_type clip: give a transformers CLIPModel.")
+        raise UserError(f"{path} does not have model_type clip: use a transformers CLIPModel.")
     text, vision = _section(data, "text_config"), _section(data, "vision_config")
     text_tower = Tower(width=512, layers=12, heads=8, mlp=2048)
     vision_tower = Tower(width=768, layers=12, heads=12, mlp=3072)
@@ -82,7 +82,7 @@ def read_config(directory: str | Path) -> ClipConfig:
 
 
 def _section(data: dict, name: str) -> dict:
-    """The config of one tower; checkpoints of 2021 keep it under another name, which wins."""
+    """The config of one tower; in checkpoints of 2021 the section `NAME_dict` takes precedence."""
     old = data.get(f"{name}_dict")
     return (data.get(name) or {}) if old is None else old
 
@@ -120,7 +120,7 @@ def _to_json(config: ClipConfig) -> dict:
         "model_type": "clip",
         "projection_dim": config.projection,
         "logit_scale_init_value": config.logit_scale,
-        # To compute in, however the tensors are stored.
+        # The dtype to compute in, regardless of how the tensors are stored.
         "dtype": "float32",
         "text_config": text | tower(config.text),
         "vision_config": vision | tower(config.vision),
@@ -128,7 +128,7 @@ def _to_json(config: ClipConfig) -> dict:
 
 
 def _table(config: ClipConfig) -> list[Tensor]:
-    """Every tensor of a checkpoint: the one list of names, for both directions."""
+    """All tensors of a checkpoint, for reading and writing."""
     text, vision = "text_model.embeddings.", "vision_model.embeddings."
     table = [
         Tensor(text + "token_embedding.weight", ("text", "token_embedding")),
@@ -154,7 +154,7 @@ def _table(config: ClipConfig) -> list[Tensor]:
 
 
 def encoder_layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:
-    """One encoder layer; SigLIP's have the same names."""
+    """The tensors of one encoder layer, which SigLIP names alike."""
     names = {
         "self_attn.q_proj": "q",
         "self_attn.k_proj": "k",
@@ -180,8 +180,8 @@ def _to_file(value: np.ndarray, tensor: Tensor, config: ClipConfig) -> np.ndarra
 
 
 def _get(params: Params, tensor: Tensor) -> np.ndarray:
-    value = params
+    node: Any = params
     for key in tensor.path:
-        value = value[key]
-    value = np.asarray(value)
+        node = node[key]
+    value = np.asarray(node)
     return value if tensor.layer is None else value[tensor.layer]

@@ -1,7 +1,9 @@
-"""Llama, Qwen2 and Qwen3 policies from GGUF files, tokenizer and chat template included."""
+"""Reads Llama, Qwen2 and Qwen3 models from GGUF files, with tokenizer and chat template."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
@@ -24,10 +26,10 @@ from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import policy_config
-from grape_jax.weights.placing import Index, LeafPath, place
+from grape_jax.weights.placing import Index, LeafPath, Placer, place
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-# Our module of a layer -> GGUF's.
+# Names of a layer's modules: in this package -> in GGUF.
 MODULES = {
     "attention_norm": "attn_norm",
     "q": "attn_q",
@@ -48,7 +50,7 @@ OUTSIDE = {
 }
 LLAMA3_FACTORS = "rope_freqs.weight"
 LLAMA3_ORIGINAL_LENGTH = 8192
-# Fields, without their family, that change the computation in a way that is not supported.
+# Fields (without the family prefix) that change the computation in an unsupported way.
 REFUSED = (
     "expert_count",
     "attention.sliding_window",
@@ -59,31 +61,33 @@ REFUSED = (
 )
 TOKENS = "tokenizer.ggml.tokens"
 ROLES = ("bos", "eos", "padding", "unknown")
-ENDS = ("eos", "eot", "eom")  # of the text, of a turn, of a message
-# gguf's types of tokens that are never split: such as <|im_end|>, and such as <tool_call>.
+ENDS = ("eos", "eot", "eom")  # end of text, of turn, of message
+# Types of tokens that are never split: control tokens (<|im_end|>), user tokens (<tool_call>).
 CONTROL_TOKEN, USER_TOKEN = 3, 4
-# How Qwen2 and Llama 3 cut a text into words; they differ in the digits that a word may have.
+# Pre-tokenization of Qwen2 and Llama 3, which differ in the number of digits of a word.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def open_model(path: str | Path):
-    """Reads everything of one file but its weights.
+def open_model(
+    path: str | Path,
+) -> tuple[PolicyConfig, PreTrainedTokenizerFast, tuple[int, ...], Placer]:
+    """Reads everything of a file except the weights.
 
     Returns:
-      config: PolicyConfig.
-      tokenizer: PreTrainedTokenizerFast with the file's chat template.
-      end_tokens: ids, any of which ends an answer.
-      place: from a mesh and a dtype to the parameters, a tree of jax arrays placed where their
-        logical axes say; a tensor is dequantised when its shard is placed.
+      config: the shapes of the model.
+      tokenizer: with the file's chat template.
+      end_tokens: token ids, each of which ends an answer.
+      place: maps a mesh and a dtype to the parameters, sharded by their logical axes. A tensor is
+        dequantised when its shard is placed.
 
     Raises:
-      UserError: the file is missing, damaged, or of a kind that is not supported.
+      UserError: the file is missing or damaged, or its model is not supported.
     """
     reader = _open(Path(path))
-    with _damage_told(path):
+    with _refuse_damage(path):
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         config = _config(reader, path, tensors)
         ends = [_field(reader, f"tokenizer.ggml.{role}_token_id") for role in ENDS]
@@ -91,16 +95,16 @@ def open_model(path: str | Path):
         tokenizer = _tokenizer(reader, path)
     read = lambda leaf, layer, index: _read(reader, config, tensors, leaf, layer, index)
 
-    def placed(mesh: Mesh, dtype: np.dtype) -> dict:
-        with _damage_told(path):
+    def placed(mesh: Mesh, dtype: Any) -> dict[str, Any]:
+        with _refuse_damage(path):
             return place(config, mesh, dtype, read)
 
     return config, tokenizer, end_tokens, placed
 
 
 @contextlib.contextmanager
-def _damage_told(path: str | Path):
-    """Turns whatever a damaged file leads to into a UserError."""
+def _refuse_damage(path: str | Path) -> Iterator[None]:
+    """Converts every exception that a damaged file causes into a UserError."""
     try:
         yield
     except UserError:
@@ -110,30 +114,38 @@ def _damage_told(path: str | Path):
 
 
 def read_config(path: str | Path) -> PolicyConfig:
-    """The model's shapes alone."""
+    """Reads the shapes of the model only.
+
+    Raises:
+      UserError: as `open_model`.
+    """
     reader = _open(Path(path))
-    with _damage_told(path):
+    with _refuse_damage(path):
         return _config(reader, path, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer alone."""
+    """Reads the tokenizer only.
+
+    Raises:
+      UserError: as `open_model`.
+    """
     reader = _open(Path(path))
-    with _damage_told(path):
+    with _refuse_damage(path):
         return _tokenizer(reader, path)
 
 
 class _Reader(GGUFReader):
-    """Reads a vocabulary in a third of the time: slices of a memmap cost more than an array's."""
+    """Reads a vocabulary three times as fast, since slicing an array is faster than a memmap."""
 
     def _build_fields(self, *args):
-        self.data = np.asarray(self.data)
+        self.data = np.asarray(self.data)  # type: ignore[assignment]
         return super()._build_fields(*args)
 
 
 def _open(path: Path) -> GGUFReader:
     if not path.is_file():
-        raise UserError(f"there is no GGUF file at {path}: give the path of an existing file.")
+        raise UserError(f"there is no GGUF file at {path}: set policy.path to an existing file.")
     try:
         return _Reader(path)
     except Exception as error:
@@ -142,12 +154,12 @@ def _open(path: Path) -> GGUFReader:
         ) from error
 
 
-def _field(reader: GGUFReader, name: str, default=None):
+def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
     field = reader.get_field(name)
     return default if field is None else field.contents()
 
 
-def _config(reader: GGUFReader, path, tensors: dict) -> PolicyConfig:
+def _config(reader: GGUFReader, path: str | Path, tensors: dict[str, Any]) -> PolicyConfig:
     family = _field(reader, "general.architecture")
     if family not in FAMILIES:
         raise UserError(
@@ -192,7 +204,13 @@ def _config(reader: GGUFReader, path, tensors: dict) -> PolicyConfig:
     )
 
 
-def _rope_scaling(path, get, tensors: dict, head_dim: int, theta: float) -> RopeScaling | None:
+def _rope_scaling(
+    path: str | Path,
+    get: Callable[..., Any],
+    tensors: dict[str, Any],
+    head_dim: int,
+    theta: float,
+) -> RopeScaling | None:
     kind = get("rope.scaling.type", "none")
     original = get("rope.scaling.original_context_length")
     if LLAMA3_FACTORS in tensors:
@@ -216,14 +234,16 @@ def _rope_scaling(path, get, tensors: dict, head_dim: int, theta: float) -> Rope
 
 
 def _llama3(
-    path, factors: np.ndarray, original: int, head_dim: int, theta: float
-) -> RopeScaling | None:
-    """The scaling of Llama 3.1, of which GGUF keeps only what each frequency is divided by."""
+    path: str | Path, factors: np.ndarray, original: int, head_dim: int, theta: float
+) -> RopeScaling:
+    """The scaling of Llama 3.1, recovered from the divisors of the frequencies in the file."""
     scaling = RopeScaling("llama3", float(factors.max()), original)
     plain = rope.scaled_frequencies(head_dim, theta, None)
     expected = plain / rope.scaled_frequencies(head_dim, theta, scaling)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise UserError(f"{path}: {LLAMA3_FACTORS} is not that of Llama 3, and is not supported.")
+        raise UserError(
+            f"{path}: {LLAMA3_FACTORS} differs from the scaling of Llama 3 and is not supported."
+        )
     return scaling
 
 
@@ -235,11 +255,11 @@ def _read(
     layer: int,
     index: Index,
 ) -> np.ndarray:
-    """A block of one tensor in this package's layout, float32."""
+    """A block of one parameter, float32."""
     kind = "bias" if leaf[-1] == "bias" else "weight"
     name = OUTSIDE.get(leaf[0]) or f"blk.{layer}.{MODULES[leaf[1]]}.{kind}"
     if name not in tensors:
-        raise UserError(f"the GGUF file has no tensor {name!r}: it is incomplete.")
+        raise UserError(f"the GGUF file has no tensor {name!r}: download it again.")
     tensor = tensors[name]
     shape = tuple(int(n) for n in reversed(tensor.shape))
     value = dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
@@ -259,15 +279,15 @@ def _unpermute(value: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(value.shape)
 
 
-def _tokenizer(reader: GGUFReader, path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, cut into words the way the file's `tokenizer.ggml.pre` names."""
+def _tokenizer(reader: GGUFReader, path: str | Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the pre-tokenization named by `tokenizer.ggml.pre`."""
     kind, model = _field(reader, "tokenizer.ggml.pre"), _field(reader, "tokenizer.ggml.model")
     if model != "gpt2":
         raise UserError(f"{path}: tokenizer.ggml.model={model!r} is not supported, only 'gpt2'.")
     tokens = _field(reader, TOKENS)
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a word that is a token as it is, whatever its merges would make of it.
+    # Llama 3 does not merge a word that is a token itself.
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
     tokenizer.pre_tokenizer = _words(path, kind)
     if kind == "qwen2":
@@ -299,7 +319,8 @@ def _tokenizer(reader: GGUFReader, path) -> PreTrainedTokenizerFast:
     )
 
 
-def _words(path, kind: str):
+def _words(path: str | Path, kind: str) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer of a kind."""
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if kind == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
@@ -310,6 +331,6 @@ def _words(path, kind: str):
         pattern = Regex(WORDS.replace("DIGITS", "{1,3}" if kind == "llama-bpe" else ""))
         return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), bytes_of_words])
     raise UserError(
-        f"{path}: tokenizer.ggml.pre={kind!r} is not supported; smollm, qwen2, llama-bpe and gpt-2 "
-        "are."
+        f"{path}: tokenizer.ggml.pre={kind!r} is not supported: use a model with smollm, qwen2, "
+        "llama-bpe or gpt-2."
     )

@@ -1,11 +1,12 @@
-"""Hugging Face directories of decoders to parameters on a mesh, and back.
+"""Reads and writes decoders in Hugging Face directories.
 
-They hold `config.json`, one or several `*.safetensors`, `tokenizer.json` and the chat template.
+A directory has `config.json`, one or several `*.safetensors`, `tokenizer.json` and a chat template.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from grape_jax.models.policy import PolicyConfig
 from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import policy_config
-from grape_jax.weights.placing import Index, LeafPath, leaf_shapes, place
+from grape_jax.weights.placing import Index, LeafPath, Placer, leaf_shapes, place
 from grape_jax.weights.tensors import PICKLED, open_weights
 from grape_jax.weights.tokenizer import TOKENIZER_FILE
 from grape_jax.weights.tokenizer import read as read_tokenizer
@@ -28,7 +29,7 @@ GENERATION_FILE = "generation_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_FILE_BYTES = 4 * 2**30
 
-# Our module of a layer -> theirs.
+# Names of a layer's modules: in this package -> in transformers.
 MODULES = {
     "attention_norm": "input_layernorm",
     "q": "self_attn.q_proj",
@@ -49,18 +50,19 @@ OUTSIDE = {
 }
 
 
-def open_model(directory: str | Path):
-    """Reads everything of a checkpoint but its weights.
+def open_model(
+    directory: str | Path,
+) -> tuple[PolicyConfig, PreTrainedTokenizerFast | None, tuple[int, ...], Placer]:
+    """Reads everything of a checkpoint except the weights.
 
     Returns:
-      config: PolicyConfig.
-      tokenizer: PreTrainedTokenizerFast, or None where the directory has none.
-      end_tokens: ids, any of which ends an answer.
-      place: from a mesh and a dtype to the parameters, a tree of jax arrays placed where their
-        logical axes say.
+      config: the shapes of the model.
+      tokenizer: with its chat template; None if the directory has none.
+      end_tokens: token ids, each of which ends an answer.
+      place: maps a mesh and a dtype to the parameters, sharded by their logical axes.
 
     Raises:
-      UserError: a file is missing, damaged or pickled, or the files do not fit each other.
+      UserError: a file is missing, damaged or pickled, or files belong to different models.
     """
     directory = Path(directory)
     config = policy_config.read(directory)
@@ -70,34 +72,35 @@ def open_model(directory: str | Path):
     _check(directory, config, where, shapes)
 
     def read(path: LeafPath, layer: int, index: Index) -> np.ndarray:
-        # Files hold a kernel transposed.
-        name, turned = _file_name(path, layer), path[-1] == "kernel"
-        # Opened for each read: what stays mapped would stay in memory.
+        # Kernels are stored transposed.
+        name, transposed = _file_name(path, layer), path[-1] == "kernel"
+        # Opened for each read: pages stay in memory as long as the file is mapped.
         with open_weights(where[name]) as file:
-            block = file.get_slice(name)[index[::-1] if turned else index]
-        return block.T if turned else block
+            block = file.get_slice(name)[index[::-1] if transposed else index]
+        return block.T if transposed else block
 
     end_tokens = _end_tokens(directory, tokenizer)
     return config, tokenizer, end_tokens, lambda mesh, dtype: place(config, mesh, dtype, read)
 
 
-def _end_tokens(directory: Path, tokenizer) -> tuple[int, ...]:
-    """The tokenizer's, and those of the generation config: Qwen's chat models have two, for one."""
+def _end_tokens(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> tuple[int, ...]:
+    """The end tokens of tokenizer and generation config, which may name several (Qwen: two)."""
     path = directory / GENERATION_FILE
     try:
         named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): download it again.") from error
     named = named if isinstance(named, list) else [named]
-    own = None if tokenizer is None else tokenizer.eos_token_id
-    return tuple(dict.fromkeys(token for token in (own, *named) if token is not None))
+    first = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(dict.fromkeys(token for token in (first, *named) if token is not None))
 
 
 def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer with its chat template; None where the directory has none.
+    """The tokenizer with its chat template; None if the directory has none.
 
     Raises:
-      UserError: it is damaged, of a kind that is not read, or knows more tokens than the model.
+      UserError: the tokenizer is damaged, in an unsupported format, or has ids beyond the model's
+        vocabulary.
     """
     path = directory / TOKENIZER_FILE
     if not path.exists():
@@ -113,7 +116,8 @@ def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizer
     if largest >= config.vocab_size:
         raise UserError(
             f"{path} has token ids up to {largest}, but vocab_size is {config.vocab_size} in "
-            f"{directory / policy_config.CONFIG_FILE}: the two are not of one model."
+            f"{directory / policy_config.CONFIG_FILE}: the two belong to different models, "
+            "download them again."
         )
     if found.pad_token is None:
         found.pad_token = found.eos_token
@@ -123,20 +127,21 @@ def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizer
 def save(
     directory: str | Path,
     config: PolicyConfig,
-    params,
+    params: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast | None,
     end_tokens: Sequence[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes a directory that transformers reads, in the dtype of the parameters.
+    """Writes a directory for transformers, in the dtype of the parameters.
 
-    One file of weights is held on the host at a time.
+    Host memory holds one file of weights at a time.
 
     Args:
-      end_tokens: all that end an answer; none: the tokenizer's alone.
+      end_tokens: all tokens that end an answer; (): the tokenizer's only.
+      max_file_bytes: size from which the weights are split into several files.
 
     Raises:
-      UserError: there are weights in the directory already.
+      UserError: the directory already has weights, or cannot be written.
     """
     directory = _without_weights(directory)
     dtype = np.dtype(params["embedding"].dtype)
@@ -157,11 +162,16 @@ def save(
         _write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
 
 
-def save_adapter(directory: str | Path, adapter, lora: LoraConfig, base: str) -> None:
-    """Writes a directory that peft reads; `base` is the model that it lies over.
+def save_adapter(
+    directory: str | Path, adapter: dict[str, Any], lora: LoraConfig, base: str
+) -> None:
+    """Writes a LoRA adapter for peft.
+
+    Args:
+      base: name or path of the base model, for `base_model_name_or_path`.
 
     Raises:
-      UserError: there are weights in the directory already.
+      UserError: the directory already has weights, or cannot be written.
     """
     directory = _without_weights(directory)
     tensors = {}
@@ -188,6 +198,7 @@ def save_adapter(directory: str | Path, adapter, lora: LoraConfig, base: str) ->
 
 
 def _without_weights(directory: str | Path) -> Path:
+    """Creates the directory if needed, and refuses one with weights."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -208,7 +219,7 @@ def _file_name(path: LeafPath, layer: int) -> str:
 
 
 def _locate(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
+    """The file of each tensor, by the tensor's name."""
     index = directory / INDEX_FILE
     if index.exists():
         try:
@@ -231,12 +242,12 @@ def _locate(directory: Path) -> dict[str, Path]:
         pickled = sorted(path for pattern in PICKLED for path in directory.glob(pattern))
         if pickled:
             raise UserError(
-                f"{pickled[0]} is pickled, which could run any program, and is not read: convert "
-                f"it with transformers, AutoModelForCausalLM.from_pretrained({str(directory)!r})"
-                ".save_pretrained(DIR)."
+                f"{pickled[0]} is pickled, which can run arbitrary code, and is not loaded: "
+                "convert it with transformers, "
+                f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(DIR)."
             )
         raise UserError(f"{directory / WEIGHTS_FILE} is missing: download or export it again.")
-    where = {}
+    where: dict[str, Path] = {}
     for path in paths:
         with open_weights(path) as file:
             where |= dict.fromkeys(file.keys(), path)
@@ -246,20 +257,20 @@ def _locate(directory: Path) -> dict[str, Path]:
 def _check(
     directory: Path, config: PolicyConfig, where: dict[str, Path], shapes: dict[LeafPath, tuple]
 ) -> None:
-    """Refuses tensors that are missing, left over, or of another shape than config.json says."""
+    """Refuses tensors that are missing, unexpected, or not of the shape given by config.json."""
     source = directory / policy_config.CONFIG_FILE
     wanted = {name: shape for name, shape, _ in _file_tensors(config, shapes)}
     for name in sorted(wanted.keys() - where.keys()):
         raise UserError(
-            f"{directory} has no tensor {name}, which {source} asks for: download or export it "
+            f"{directory} has no tensor {name}, which {source} requires: download or export it "
             "again."
         )
-    # A tied head is the embedding written twice, and old files hold the rotary frequencies.
+    # A tied head may be stored beside the embedding; old files have the rotary frequencies.
     for name in sorted(where.keys() - wanted.keys() - {"lm_head.weight"}):
         if not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
-                f"{where[name]} holds {name}, which a model as {source} describes it does not "
-                "have: the two are not of one checkpoint."
+                f"{where[name]} has the tensor {name}, which is unknown to a model with this "
+                f"{source}: the two belong to different checkpoints, download them again."
             )
     for path in sorted(set(where.values())):
         with open_weights(path) as file:
@@ -267,24 +278,27 @@ def _check(
                 _check_tensor(path, name, file.get_slice(name), wanted[name], source)
 
 
-def _check_tensor(path: Path, name: str, stored, wanted: tuple[int, ...], source: Path) -> None:
+def _check_tensor(
+    path: Path, name: str, stored: Any, wanted: tuple[int, ...], source: Path
+) -> None:
     shape = tuple(stored.get_shape())
     if shape != wanted:
         field = " (vocab_size)" if name in (OUTSIDE[("embedding",)], OUTSIDE[("head",)]) else ""
         raise UserError(
-            f"{path}: {name} has shape {shape}, {source} says {wanted}{field}: the two are not of "
-            "one checkpoint."
+            f"{path}: {name} has shape {shape}, but {source} requires {wanted}{field}: the two "
+            "belong to different checkpoints, download them again."
         )
     if stored.get_dtype() not in FLOATS:
         raise UserError(
-            f"{path}: {name} is stored as {stored.get_dtype()}; only {', '.join(FLOATS)} are read."
+            f"{path}: {name} is stored as {stored.get_dtype()}: use a checkpoint in one of "
+            f"{', '.join(FLOATS)}."
         )
 
 
 def _file_tensors(
     config: PolicyConfig, shapes: dict[LeafPath, tuple[int, ...]]
 ) -> Iterator[tuple[str, tuple[int, ...], LeafPath]]:
-    """Name, shape in the file, and leaf, of every tensor of a checkpoint."""
+    """Yields name, shape in the file, and path of the parameter, for every tensor."""
     for path, shape in shapes.items():
         if path in OUTSIDE:
             yield OUTSIDE[path], shape, path
@@ -293,8 +307,8 @@ def _file_tensors(
             yield _file_name(path, layer), shape[:0:-1], path
 
 
-def _tensors(params) -> Iterator[tuple[str, jax.Array, bool]]:
-    """Name, array, and whether it is written transposed, in the order of the layers."""
+def _tensors(params: dict[str, Any]) -> Iterator[tuple[str, jax.Array, bool]]:
+    """Yields name, array, and whether it is stored transposed, layer by layer."""
     for path, name in OUTSIDE.items():
         if path[0] in params:
             yield name, params[path[0]], False
@@ -308,32 +322,33 @@ def _tensors(params) -> Iterator[tuple[str, jax.Array, bool]]:
 def _save_tensors(
     directory: Path, tensors: Iterator[tuple[str, jax.Array, bool]], max_file_bytes: int
 ) -> dict[str, str] | None:
-    """Writes files of at most `max_file_bytes` (or one tensor); returns the index's weight_map.
+    """Writes files of at most `max_file_bytes`, or of one larger tensor.
 
-    One file needs no index, and gives None.
+    Returns:
+      The index's weight_map; None for a single file, which needs no index.
     """
     files_written: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
+    pending: dict[str, np.ndarray] = {}
 
     def flush() -> None:
         safetensors.numpy.save_file(
-            held, directory / f"part-{len(files_written)}", metadata={"format": "pt"}
+            pending, directory / f"part-{len(files_written)}", metadata={"format": "pt"}
         )
-        files_written.append(list(held))
-        held.clear()
+        files_written.append(list(pending))
+        pending.clear()
 
     for name, array, transposed in tensors:
         value = np.asarray(array)
         value = np.ascontiguousarray(value.T if transposed else value)
-        if held and sum(v.nbytes for v in held.values()) + value.nbytes > max_file_bytes:
+        if pending and sum(v.nbytes for v in pending.values()) + value.nbytes > max_file_bytes:
             flush()
-        held[name] = value
+        pending[name] = value
     flush()
     count = len(files_written)
     if count == 1:
         (directory / "part-0").rename(directory / WEIGHTS_FILE)
         return None
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files_written):
         file_name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         (directory / f"part-{number}").rename(directory / file_name)

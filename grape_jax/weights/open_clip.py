@@ -1,10 +1,10 @@
 """CLIP checkpoints in open_clip's layout: open_clip_config.json and open_clip_model.safetensors.
 
-Both towers must be the plain transformers of the original CLIP, of whatever size (ViT-S to ViT-bigG
-and their quick-gelu twins). Refused by the name of the field: ResNets (vision_cfg.layers is a
-list), timm and Hugging Face towers (timm_model_name, hf_model_name, hf_tokenizer_name: ConvNeXt,
-SigLIP, EVA, MobileCLIP, CLIPA, MetaCLIP 2, ...), CoCa (multimodal_cfg), layer scale
-(ls_init_value), and every other field of a tower that changes what it computes.
+Supported are the plain transformer towers of the original CLIP in all sizes (ViT-S to ViT-bigG,
+with and without quick-gelu). Not supported, with a message that names the field: ResNets
+(vision_cfg.layers is a list), timm and Hugging Face towers (timm_model_name, hf_model_name,
+hf_tokenizer_name: ConvNeXt, SigLIP, EVA, MobileCLIP, CLIPA, MetaCLIP 2, ...), CoCa
+(multimodal_cfg), layer scale (ls_init_value), and any other field that changes the computation.
 """
 
 from pathlib import Path
@@ -18,16 +18,16 @@ from grape_jax.weights.tensors import Tensor, dense, fused_qkv, norm
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-END_TOKEN = 49407  # of the one vocabulary that such towers have
+END_TOKEN = 49407  # of OpenAI's vocabulary, which all such towers use
 
-# Fields that leave the computation as it is: sizes, read below, and what only training asks for.
+# Supported fields: sizes, and settings of training, which are ignored.
 MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
 MODEL_TRAINING = ("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
 VISION_FIELDS = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size")
 VISION_TRAINING = ("patch_dropout", "timm_model_pretrained")
 TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 TEXT_TRAINING = ("hf_model_pretrained",)
-# The other fields, where they have the value that changes nothing.
+# Values of other fields that do not change the computation.
 NEUTRAL = {
     "pool_type": ("tok", "argmax"),
     "pos_embed_type": ("learnable",),
@@ -39,13 +39,13 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Par
     """Reads an open_clip checkpoint.
 
     Args:
-      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
 
     Returns:
       The config, and the parameters as numpy arrays.
 
     Raises:
-      UserError: a file is missing, damaged, or asks for what is not supported.
+      UserError: a file is missing or damaged, or the model is not supported.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -55,10 +55,10 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Par
 
 
 def read_config(directory: str | Path) -> ClipConfig:
-    """Reads open_clip_config.json; what it leaves out has the default value of open_clip.
+    """Reads open_clip_config.json; missing fields take the defaults of open_clip.
 
     Raises:
-      UserError: the file is missing, damaged, or asks for what is not supported.
+      UserError: the file is missing or damaged, or describes an unsupported model.
     """
     path = Path(directory) / CONFIG_FILE
     model = _section(tensors.read_json(path), "model_cfg", path)
@@ -69,7 +69,7 @@ def read_config(directory: str | Path) -> ClipConfig:
     if isinstance(vision.get("layers"), list):
         raise UserError(
             f"{path}: vision_cfg.layers={vision['layers']!r} is a ResNet, which is not supported: "
-            "choose a ViT."
+            "use a ViT."
         )
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     of_vision = lambda key, default: tensors.whole_number(vision, key, default, path, "vision_cfg.")
@@ -110,22 +110,22 @@ def _section(data: dict, name: str, path: Path) -> dict:
 
 
 def _refuse_others(data: dict, fields: tuple[str, ...], section: str, path: Path) -> None:
-    """Refuses any field beyond these that says something."""
+    """Refuses any other field with a value that may change the computation."""
     for key, value in data.items():
         neutral = not value or value in NEUTRAL.get(key, ())
         if key not in fields and not neutral:
             raise UserError(
-                f"{path}: {section}{key}={value!r} is not supported: choose a checkpoint whose "
-                "towers are the plain ViT and the plain text transformer of CLIP."
+                f"{path}: {section}{key}={value!r} is not supported: use a checkpoint with the "
+                "plain ViT and the plain text transformer of CLIP."
             )
 
 
 def _table(config: ClipConfig, text: str) -> list[Tensor]:
-    """Every tensor of a checkpoint; `text` stands before the names of the text tower."""
+    """All tensors of a checkpoint; `text` is the prefix of the text tower's names."""
     table = [
         Tensor(text + "token_embedding.weight", ("text", "token_embedding")),
         Tensor(text + "positional_embedding", ("text", "position_embedding")),
-        # These two projections are stored the way they are used.
+        # These two projections are not stored transposed.
         Tensor(text + "text_projection", ("text", "projection", "kernel")),
         Tensor("visual.proj", ("vision", "projection", "kernel")),
         Tensor("visual.class_embedding", ("vision", "class_embedding")),

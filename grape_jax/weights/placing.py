@@ -1,6 +1,7 @@
-"""Parameters from files to their devices, shard by shard."""
+"""Places parameters from files on devices, shard by shard."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,31 +12,32 @@ from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.runtime import sharding
 
-LeafPath = tuple[str, ...]  # in the parameters
+LeafPath = tuple[str, ...]  # path of a leaf in the parameters
 Index = tuple[slice, ...]
-# (leaf, layer, block of the leaf without its layer axis) -> that block. Leaves outside the layers
-# are asked for with layer 0.
+# Reads a block of a leaf, given path, layer, and slices without the layer axis. The layer of leaves
+# outside the layers is 0.
 ReadBlock = Callable[[LeafPath, int, Index], np.ndarray]
+Placer = Callable[[Mesh, Any], dict[str, Any]]  # mesh and dtype -> parameters on the mesh
 
 
-def place(config: PolicyConfig, mesh: Mesh, dtype: np.dtype, read: ReadBlock):
-    """The parameters of a policy on a mesh.
+def place(config: PolicyConfig, mesh: Mesh, dtype: Any, read: ReadBlock) -> dict[str, Any]:
+    """The parameters of a policy, sharded over a mesh.
 
-    Each distinct shard is read once and put where it belongs: the host holds one shard beside what
-    the devices hold, and no device holds an unsharded copy.
+    Each distinct shard is read once and copied to its devices. The host holds one shard at a time,
+    and no device holds an unsharded copy.
     """
     boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
     shapes = leaf_shapes(config)
 
-    def one_leaf(path, where: Sharding) -> jax.Array:
-        path = tuple(key.key for key in path)
+    def place_leaf(keys: tuple, where: Sharding) -> jax.Array:
+        path = tuple(key.key for key in keys)
         return _place_leaf(path, shapes[path], where, np.dtype(dtype), read)
 
-    return jax.tree_util.tree_map_with_path(one_leaf, sharding.of_parameters(mesh, boxed))
+    return jax.tree_util.tree_map_with_path(place_leaf, sharding.of_parameters(mesh, boxed))
 
 
 def leaf_shapes(config: PolicyConfig) -> dict[LeafPath, tuple[int, ...]]:
-    """The shape of every leaf of the parameters; those below "layers" have a layer axis first."""
+    """The shape of every leaf of the parameters; below "layers" the first axis is the layer."""
     tree = nn.unbox(jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"])
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
@@ -46,7 +48,7 @@ def _place_leaf(
 ) -> jax.Array:
     devices_of: dict[tuple[tuple[int, int], ...], list] = {}
     for device, index in where.addressable_devices_indices_map(shape).items():
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
     shards = []
     for bounds, devices in devices_of.items():

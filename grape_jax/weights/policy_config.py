@@ -1,6 +1,6 @@
-"""A decoder's config.json to `PolicyConfig` and back.
+"""Converts a decoder's config.json to `PolicyConfig` and back.
 
-Read here and not through transformers' config classes, which import torch where it is installed.
+Does not use transformers' config classes, which import torch if it is installed.
 """
 
 import math
@@ -18,12 +18,11 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Where a file does not say, transformers takes these.
+# Defaults of transformers.
 DEFAULT_THETA, DEFAULT_EPS, QWEN3_HEAD_DIM, QWEN_WINDOW_LAYERS = 10_000.0, 1e-6, 128, 28
-# Fields that some file writes and that would change the computation, with the values at which they
-# do not; absent, null and false are such values for each of them. Dropout is no such field: sampler
-# and learner must agree on the probability of a token, so neither ever drops anything.
-NEUTRAL = {
+# Fields that could change the computation, with the values that do not; absent, null and false
+# never do. Dropout is ignored: sampler and learner must agree on the probability of a token.
+NEUTRAL: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (),
@@ -42,7 +41,7 @@ NEUTRAL = {
     "num_local_experts": (0, 1),
     "no_rope_layers": ([],),
 }
-# Llama has neither of them in transformers: a file that sets one means another computation.
+# transformers' Llama has none of these: a file that sets one needs another computation.
 NOT_IN_LLAMA = ("sliding_window", "layer_types", "use_qk_norm", "qk_norm")
 
 
@@ -50,8 +49,8 @@ def read(directory: Path) -> PolicyConfig:
     """Reads a Llama, Qwen2 or Qwen3 config.
 
     Raises:
-      UserError: the file is missing, damaged, of another family, or asks for something that is not
-        computed here; the sentence names file and field.
+      UserError: the file is missing or damaged, or a field has an unsupported value; the message
+        names file and field.
     """
     path = directory / CONFIG_FILE
     data = read_json(path)
@@ -67,7 +66,8 @@ def _read(path: Path, data: dict) -> PolicyConfig:
     kind = data.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"{path}: model_type is {kind!r}; policies of {', '.join(ARCHITECTURES)} are supported."
+            f"{path}: model_type is {kind!r}, which is not supported: use a model of "
+            f"{', '.join(ARCHITECTURES)}."
         )
     neutral = NEUTRAL | (dict.fromkeys(NOT_IN_LLAMA, ()) if kind == "llama" else {})
     for field, values in neutral.items():
@@ -79,7 +79,7 @@ def _read(path: Path, data: dict) -> PolicyConfig:
 
 
 def to_theirs(config: PolicyConfig) -> dict:
-    """The config.json of the family that computes this."""
+    """The contents of config.json, of the family whose computation is that of `config`."""
     theirs = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -113,12 +113,12 @@ def _check_rope(path: Path, data: dict) -> None:
     for field in ("rope_parameters", "rope_scaling"):
         parameters = data.get(field) or {}
         if any(isinstance(value, dict) for value in parameters.values()):
-            raise UserError(f"{path}: {field} differs by layer type, which is not supported.")
+            raise UserError(f"{path}: {field} that differs by layer type is not supported.")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", *rope.KINDS):
             raise UserError(
-                f"{path}: {field} has rope_type {kind!r}; default, {', '.join(rope.KINDS)} are "
-                "supported."
+                f"{path}: {field} has rope_type {kind!r}, which is not supported: use a model with "
+                f"default, {', '.join(rope.KINDS)}."
             )
         if parameters.get("partial_rotary_factor") not in (None, 1):
             raise UserError(f"{path}: {field} has a partial_rotary_factor, which is not supported.")
@@ -135,7 +135,7 @@ def _from_theirs(path: Path, kind: str, data: dict) -> PolicyConfig:
     else:
         head_dim = QWEN3_HEAD_DIM if kind == "qwen3" else width // heads
     max_length = size("max_position_embeddings")
-    # Older files spell rope_scaling beside rope_theta what newer ones keep in rope_parameters.
+    # Before transformers 5, rope_parameters was split into rope_theta and rope_scaling.
     rotary = data.get("rope_scaling") or data.get("rope_parameters") or {}
     theta = rotary.get("rope_theta") or data.get("rope_theta") or DEFAULT_THETA
     all_biases = kind != "qwen2" and bool(data.get("attention_bias"))
@@ -164,8 +164,8 @@ def _size(path: Path, data: dict, field: str) -> int:
     value = data.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(
-            f"{path}: {field} is {value!r}, and must be a whole number of 1 or more: download or "
-            "export it again."
+            f"{path}: {field}={value!r} must be a whole number of 1 or more: download or export it "
+            "again."
         )
     return value
 
@@ -178,7 +178,7 @@ def _windows(path: Path, data: dict, layers: int) -> tuple[int, ...] | None:
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(
-            f"{path}: layer_types must say full_attention or sliding_attention for each of "
+            f"{path}: layer_types must be full_attention or sliding_attention for each of the "
             f"num_hidden_layers={layers} layers."
         )
     if "sliding_attention" not in kinds:
@@ -203,8 +203,8 @@ def _rope_scaling(path: Path, data: dict, rotary: dict, max_length: int) -> Rope
         value = rotary.get(field)
         if not isinstance(value, int | float):
             raise UserError(
-                f"{path}: {field} of its rotary scaling is {value!r}, and must be a number for "
-                f"rope_type {kind!r}."
+                f"{path}: {field}={value!r} of the rotary scaling must be a number for rope_type "
+                f"{kind!r}."
             )
         return float(value)
 
@@ -231,7 +231,7 @@ def _rope_scaling(path: Path, data: dict, rotary: dict, max_length: int) -> Rope
 
 
 def yarn_attention_factor(parameters: dict, factor: float) -> float:
-    """The scale of queries and keys, as transformers derives it where it is not given."""
+    """The scale of queries and keys; if not given, derived as in transformers."""
     given = parameters.get("attention_factor")
     if given is not None:
         return float(given)

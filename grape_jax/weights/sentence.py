@@ -1,4 +1,4 @@
-"""Sentence encoders: a transformers `BertModel`, or the sentence-transformers directory of one."""
+"""Sentence encoders: directories of transformers' `BertModel` or of sentence-transformers."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ DEFAULT = Tower(
 )
 MODULES_FILE = "modules.json"
 LENGTH_FILE = "sentence_bert_config.json"
-# What sentence-transformers may chain after the encoder and still be "mean, then unit length".
+# Modules of sentence-transformers that add up to mean pooling and normalisation.
 MODULES = ("Transformer", "Pooling", "Normalize")
 MEAN = "pooling_mode_mean_tokens"
 
@@ -30,13 +30,13 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[SentenceConfig,
     """Reads a sentence encoder with mean pooling.
 
     Args:
-      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
 
     Returns:
       The config, and the parameters as numpy arrays.
 
     Raises:
-      UserError: a file is missing, damaged, or asks for what is not supported.
+      UserError: a file is missing or damaged, or the model is not supported.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -46,16 +46,16 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[SentenceConfig,
 
 
 def read_config(directory: str | Path) -> SentenceConfig:
-    """Reads config.json; what it leaves out has the default value of transformers.
+    """Reads config.json; missing fields take the defaults of transformers.
 
     Raises:
-      UserError: the file is missing, damaged, not of a BERT, or asks for what is not supported.
+      UserError: a file is missing or damaged, or describes an unsupported model.
     """
     directory = Path(directory)
     path = directory / CONFIG_FILE
     data = tensors.read_json(path)
     if data.get("model_type") != "bert":
-        raise UserError(f"{path} does not have model_type bert: give a transformers BertModel.")
+        raise UserError(f"{path} does not have model_type bert: use a transformers BertModel.")
     tensors.one_of(data, "position_embedding_type", "absolute", ("absolute",), path)
     tensors.one_of(data, "is_decoder", False, (False,), path)
     _check_pooling(directory)
@@ -68,7 +68,7 @@ def read_config(directory: str | Path) -> SentenceConfig:
 
 
 def longest_text(directory: str | Path) -> int | None:
-    """The length that sentence-transformers cuts at, where the directory says one."""
+    """The length in tokens that sentence-transformers truncates to; None if not configured."""
     path = Path(directory) / LENGTH_FILE
     if not path.exists():
         return None
@@ -76,7 +76,7 @@ def longest_text(directory: str | Path) -> int | None:
 
 
 def _check_pooling(directory: Path) -> None:
-    """Refuses what sentence-transformers would do other than a mean."""
+    """Refuses modules other than mean pooling and normalisation."""
     path = directory / MODULES_FILE
     if not path.exists():
         return
@@ -98,7 +98,7 @@ def _check_mean(path: Path) -> None:
 
 
 def _table(config: SentenceConfig) -> list[Tensor]:
-    """Every tensor but those of BERT's own pooler, which mean pooling leaves aside."""
+    """All tensors except those of BERT's pooler, which mean pooling does not use."""
     text = ("text",)
     names = {
         "attention.self.query": "q",

@@ -1,4 +1,4 @@
-"""SigLIP checkpoints in transformers' `SiglipModel` layout, SigLIP 2 at a fixed resolution too."""
+"""SigLIP checkpoints, and SigLIP 2 of fixed resolution, in transformers' `SiglipModel` layout."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[SiglipConfig, P
     """Reads a SigLIP checkpoint.
 
     Args:
-      dtype: "float32" or "bfloat16", of the parameters, whatever the file holds.
+      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
 
     Returns:
-      The config, and the parameters as numpy arrays. What scales and shifts the similarities is
-      left out: it changes no rank.
+      The config, and the parameters as numpy arrays. Scale and bias of the similarities are left
+      out, since they do not change a rank.
 
     Raises:
-      UserError: a file is missing, damaged, or not a SigLIP of a kind known here.
+      UserError: a file is missing or damaged, or the model is not a supported SigLIP.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -36,15 +36,15 @@ def load(directory: str | Path, dtype: str = "float32") -> tuple[SiglipConfig, P
 
 
 def read_config(directory: str | Path) -> SiglipConfig:
-    """Reads config.json; what it leaves out has the default value of transformers.
+    """Reads config.json; missing fields take the defaults of transformers.
 
     Raises:
-      UserError: the file is missing, damaged, not of a SigLIP, or asks for what is not supported.
+      UserError: the file is missing or damaged, or describes an unsupported model.
     """
     path = Path(directory) / CONFIG_FILE
     data = tensors.read_json(path)
     if data.get("model_type") != "siglip":
-        raise UserError(f"{path} does not have model_type siglip: give a transformers SiglipModel.")
+        raise UserError(f"{path} does not have model_type siglip: use a transformers SiglipModel.")
     text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
     whole = lambda key, default: tensors.whole_number(text, key, default, path, "text_config.")
     square = lambda key, default: tensors.square(vision, key, default, path, "vision_config.")
@@ -61,14 +61,14 @@ def read_config(directory: str | Path) -> SiglipConfig:
     width = text.get("projection_size") or config.text.width
     if width != config.projection:
         raise UserError(
-            f"{path}: text_config.projection_size={width} is not vision_config.hidden_size="
-            f"{config.projection}: such towers share no space; download or export it again."
+            f"{path}: text_config.projection_size={width} must equal vision_config.hidden_size="
+            f"{config.projection}: download or export the checkpoint again."
         )
     return config
 
 
 def _table(config: SiglipConfig) -> list[Tensor]:
-    """Every tensor that the embeddings need."""
+    """All tensors that the embeddings need."""
     text, vision, head = ("text",), ("vision",), ("vision", "head")
     embeddings = "vision_model.embeddings."
     table = [

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint to parameters, one at a time, and the fields of its JSON files."""
+"""Reads tensors of a checkpoint into parameters, and validates fields of its JSON files."""
 
 import contextlib
 import dataclasses
@@ -22,17 +22,17 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file, or a third of one, and where it lives here."""
+    """A tensor of a file, or a third of one, and its place in the parameters."""
 
     name: str  # in the file
     path: tuple[str, ...]  # in the parameters
-    layer: int | None = None  # row of the stacked parameter
+    layer: int | None = None  # row of a parameter that is stacked over layers
     kind: str = "same"  # "matrix": transposed; "patches": a convolution, flattened
-    third: int | None = None  # of the file's rows, where q, k and v are one tensor
+    third: int | None = None  # 0, 1, 2: q, k or v of a fused tensor
 
 
 def dense(name: str, path: tuple[str, ...], layer: int | None = None) -> list[Tensor]:
-    """A linear layer, which torch stores as [out, in]."""
+    """Weight and bias of a linear layer, which torch stores as [out, in]."""
     return [
         Tensor(f"{name}.weight", (*path, "kernel"), layer, "matrix"),
         Tensor(f"{name}.bias", (*path, "bias"), layer),
@@ -40,6 +40,7 @@ def dense(name: str, path: tuple[str, ...], layer: int | None = None) -> list[Te
 
 
 def norm(name: str, path: tuple[str, ...], layer: int | None = None) -> list[Tensor]:
+    """Scale and bias of a layer norm."""
     return [
         Tensor(f"{name}.weight", (*path, "scale"), layer),
         Tensor(f"{name}.bias", (*path, "bias"), layer),
@@ -49,7 +50,7 @@ def norm(name: str, path: tuple[str, ...], layer: int | None = None) -> list[Ten
 def fused_qkv(
     weight: str, bias: str, path: tuple[str, ...], layer: int | None = None
 ) -> list[Tensor]:
-    """torch's MultiheadAttention, which keeps q, k and v as the thirds of one tensor."""
+    """q, k and v of torch's MultiheadAttention, which are one tensor."""
     return [
         tensor
         for third, ours in enumerate("qkv")
@@ -61,15 +62,15 @@ def fused_qkv(
 
 
 def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "float32") -> Params:
-    """Reads the tensors of a table from memory-mapped files, never more than one at a time.
+    """Reads the tensors of a table from memory-mapped files, one at a time.
 
     Args:
-      path: the safetensors file; where it is split, its index stands beside it.
-      shapes: of the parameters wanted, from `towers.shapes`.
-      dtype: "float32" or "bfloat16", of the numpy arrays that are returned.
+      path: the safetensors file; if it is split, its index is beside it.
+      shapes: of the parameters, from `towers.shapes`.
+      dtype: "float32" or "bfloat16", of the returned numpy arrays.
 
     Raises:
-      UserError: a file is missing, damaged or pickled; a tensor is missing or of another shape.
+      UserError: a file is missing, damaged or a pickle; a tensor is missing or has another shape.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
@@ -81,8 +82,8 @@ def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "floa
         for tensor in table:
             if tensor.name not in where:
                 raise UserError(
-                    f"{path} has no tensor {tensor.name}: it is not a whole checkpoint of the "
-                    "kind that its config names; download or export it again."
+                    f"{path} has no tensor {tensor.name}, which its config requires: download or "
+                    "export the checkpoint again."
                 )
             file = where[tensor.name]
             value = _from_file(files[file].get_tensor(tensor.name), tensor)
@@ -91,10 +92,10 @@ def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "floa
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The file itself, or the parts that its index names.
+    """The file itself, or the parts listed in its index.
 
     Raises:
-      UserError: there is none, or only a pickled one.
+      UserError: there is no such file, or only a pickle.
     """
     if path.exists():
         return [path]
@@ -106,25 +107,25 @@ def weight_files(path: Path) -> list[Path]:
         parts = [path.with_name(name) for name in sorted(set(names.values()))]
         for part in parts:
             if not part.exists():
-                raise UserError(f"{part} is missing, but {index.name} names it: download it again.")
+                raise UserError(f"{part} is missing, but {index.name} lists it: download it again.")
         return parts
     pickled = sorted(file.name for pattern in PICKLED for file in path.parent.glob(pattern))
     if pickled:
         raise UserError(
-            f"{path.parent / pickled[0]} is pickled, which can run any program and is not read: "
-            'where torch is installed and the file is trusted, run `python -c "import torch, '
+            f"{path.parent / pickled[0]} is pickled, which can run arbitrary code, and is not "
+            'loaded: if torch is installed and you trust the file, run `python -c "import torch, '
             "safetensors.torch as s; s.save_file({k: v.clone().contiguous() for k, v in "
             f"torch.load('{pickled[0]}', map_location='cpu', weights_only=True).items()}}, "
             f"'{path.name}')\"` in its directory."
         )
-    raise UserError(f"{path} is missing: the checkpoint must be saved as safetensors.")
+    raise UserError(f"{path} is missing: save the checkpoint as safetensors.")
 
 
 def open_weights(file: Path) -> Any:
-    """A safetensors file, memory-mapped.
+    """Memory-maps a safetensors file.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     try:
         return safe_open(file, framework="numpy")
@@ -135,15 +136,17 @@ def open_weights(file: Path) -> Any:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """Reads a JSON object, or list.
+    """Reads a JSON file whose top level is of this kind.
 
     Raises:
-      UserError: the file is missing or holds something else.
+      UserError: the file is missing or damaged, or its top level is of another kind.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give the directory of a whole checkpoint.") from error
+        raise UserError(
+            f"{path} is missing: use the directory of a complete checkpoint."
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): download or export it again.") from error
     if not isinstance(data, kind):
@@ -152,7 +155,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_tower(data: dict, defaults: Tower, path: Path, section: str = "") -> Tower:
-    """The sizes of a transformer, as the configs of transformers name them."""
+    """The sizes of a tower, from the field names of transformers.
+
+    Raises:
+      UserError: a field is malformed or has an unsupported value.
+    """
     whole = lambda key, default: whole_number(data, key, default, path, section)
     tower = dataclasses.replace(
         defaults,
@@ -170,6 +177,7 @@ def read_tower(data: dict, defaults: Tower, path: Path, section: str = "") -> To
 
 
 def check_heads(tower: Tower, path: Path, field: str) -> None:
+    """Refuses a tower whose width is not a multiple of its heads; `field` is named in the error."""
     if tower.width % tower.heads:
         raise UserError(
             f"{path}: {field}={tower.heads} does not divide the width of {tower.width}: download "
@@ -178,7 +186,11 @@ def check_heads(tower: Tower, path: Path, field: str) -> None:
 
 
 def whole_number(data: dict, key: str, default: int | None, path: Path, section: str = "") -> int:
-    """A field that must be a whole number above 0; None: it has no default."""
+    """A positive whole number; a field without a default (None) is required.
+
+    Raises:
+      UserError: the field is missing or malformed.
+    """
     value = data.get(key, default)
     if value is None:
         raise UserError(f"{path} has no field {section}{key}: download or export it again.")
@@ -187,17 +199,27 @@ def whole_number(data: dict, key: str, default: int | None, path: Path, section:
     return value
 
 
-def one_of(data: dict, key: str, default, known: Sequence, path: Path, section: str = ""):
-    """A field that only some values are supported of."""
+def one_of(
+    data: dict, key: str, default: Any, choices: Sequence, path: Path, section: str = ""
+) -> Any:
+    """A field with a fixed set of supported values.
+
+    Raises:
+      UserError: the field has another value.
+    """
     value = data.get(key, default)
-    if value not in known:
-        said = ", ".join(repr(one) for one in known)
-        raise UserError(f"{path}: {section}{key}={value!r} is not supported, only {said}.")
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise UserError(f"{path}: {section}{key}={value!r} is not supported, only {listed}.")
     return value
 
 
 def square(data: dict, key: str, default: int | None, path: Path, section: str = "") -> int:
-    """A size in pixels: a number, or a pair of equal ones."""
+    """A size in pixels, stored as one number or as two equal ones.
+
+    Raises:
+      UserError: the two numbers differ, or the field is malformed.
+    """
     value = data.get(key, default)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         data = {key: value[0]}
@@ -212,25 +234,22 @@ def _from_file(value: np.ndarray, tensor: Tensor) -> np.ndarray:
     if tensor.kind == "matrix":
         return value.T
     if tensor.kind == "patches":
-        # [D, 3, p, p] to [p, p, 3, D]: a patch is flattened with its colours innermost.
+        # [D, 3, p, p] to [p * p * 3, D]: the colours of a patch are innermost.
         return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
     return value
 
 
 def _put(params: Params, tensor: Tensor, value: np.ndarray, file: Path) -> None:
-    node = params
+    node: Any = params
     for key in tensor.path[:-1]:
         node = node[key]
     target = node[tensor.path[-1]]
     wanted = target.shape if tensor.layer is None else target.shape[1:]
-    # A lone number may be stored with or without an axis, a probe with axes of one before it.
-    if value.size != np.prod(wanted, dtype=int) or _real_axes(value.shape) != _real_axes(wanted):
+    # Axes of size one may differ: scalars are stored with or without an axis, probes with more.
+    squeezed = lambda shape: tuple(size for size in shape if size != 1)
+    if squeezed(value.shape) != squeezed(wanted) or value.size != np.prod(wanted, dtype=int):
         raise UserError(
-            f"{file}: {tensor.name} has shape {value.shape}, the config says {wanted}; the two "
-            "files are not of one checkpoint, download or export them again."
+            f"{file}: {tensor.name} has shape {value.shape}, but the config requires {wanted}: the "
+            "two files belong to different checkpoints, download or export them again."
         )
     target[... if tensor.layer is None else tensor.layer] = value.reshape(wanted)
-
-
-def _real_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)

@@ -1,4 +1,4 @@
-"""The tokenizers that lie beside a checkpoint, read by transformers itself."""
+"""Reads the tokenizer of a checkpoint, through transformers where possible."""
 
 import gzip
 import html
@@ -12,18 +12,18 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from grape_jax.runtime.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
-# Any of these sets of files is a tokenizer.
+# Sets of files, each of which is a complete tokenizer.
 FORMATS = ((TOKENIZER_FILE,), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
 
-# The vocabulary of OpenAI's CLIP, which every plain open_clip text tower has: 256 bytes, alone and
-# at the end of a word, merges, and two special tokens.
+# The vocabulary of OpenAI's CLIP, shared by all plain open_clip text towers: 256 bytes, each inside
+# and at the end of a word, the merges, and two special tokens.
 OPEN_CLIP_MERGES = 49152 - 256 - 2
 OPEN_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 OPEN_CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
 
 
 def files(directory: Path) -> list[Path]:
-    """The files of the tokenizer of a directory; none where there is no tokenizer."""
+    """The files of a directory's tokenizer; [] if there is none."""
     for names in FORMATS:
         if all((directory / name).exists() for name in names):
             return [directory / name for name in names]
@@ -31,7 +31,7 @@ def files(directory: Path) -> list[Path]:
 
 
 def read(directory: str | Path) -> PreTrainedTokenizerBase:
-    """Reads a tokenizer the way transformers reads it.
+    """Reads a tokenizer with transformers.
 
     Raises:
       UserError: a file is missing or damaged.
@@ -44,14 +44,14 @@ def read(directory: str | Path) -> PreTrainedTokenizerBase:
         )
     try:
         if found[0].name == TOKENIZER_FILE:
-            # It says everything; the class that tokenizer_config.json names would rebuild parts of
-            # it from that class's own habits.
+            # tokenizer.json is complete. The class named by tokenizer_config.json would replace
+            # parts of it by defaults of the class.
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        # Only here: it imports torch where that is installed.
+        # Imported here because it imports torch if that is installed.
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the libraries raise nothing more precise
+    except Exception as error:  # the libraries raise bare exceptions
         reason = " ".join(str(error).split())
         raise UserError(
             f"{found[0]} is damaged ({reason}): download or export it again."
@@ -59,37 +59,37 @@ def read(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_open_clip(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a plain open_clip checkpoint: of its directory, or of the package open_clip.
+    """The tokenizer of a plain open_clip checkpoint, from its directory or the package open_clip.
 
-    Its texts are cleaned with `clean_open_clip` first.
+    Texts must be cleaned with `clean_open_clip` first.
 
     Raises:
-      UserError: there is neither, or the file is damaged.
+      UserError: neither has one, or the file is damaged.
     """
     if files(Path(directory)):
         return read(directory)
-    # Found without importing it: the import would pull in torch.
+    # Located without importing it, which would import torch.
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{Path(directory) / TOKENIZER_FILE} is missing: put the one of a CLIP with the same "
-            "vocabulary there (openai/clip-vit-base-patch32), or `pip install open_clip_torch`, "
-            "which brings it."
+            f"{Path(directory) / TOKENIZER_FILE} is missing: copy it from a CLIP with the same "
+            "vocabulary (openai/clip-vit-base-patch32), or `pip install open_clip_torch`, which "
+            "contains it."
         )
     return _open_clip(Path(spec.submodule_search_locations[0]) / OPEN_CLIP_VOCABULARY)
 
 
 def clean_open_clip(text: str) -> str:
-    """What open_clip does to a text before it looks at words: mended, unescaped, lower case."""
+    """open_clip's cleaning of a text: encoding repaired, HTML unescaped, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def _open_clip(path: Path) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer of OpenAI's CLIP from its list of merges."""
+    """Builds the tokenizer of OpenAI's CLIP from its file of merges."""
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : OPEN_CLIP_MERGES + 1]]
-    # The order of the bytes is GPT-2's: those that print first.
+    merges = [(first, second) for first, second in map(str.split, lines[1 : OPEN_CLIP_MERGES + 1])]
+    # Bytes are in GPT-2's order: printable ones first.
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printing] + [chr(256 + i) for i in range(256 - len(printing))]
     pieces = letters + [letter + "</w>" for letter in letters]
