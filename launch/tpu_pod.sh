@@ -4,26 +4,25 @@
 #   bash launch/tpu_pod.sh start --name=RUN --zone=ZONE --type=v5litepod-256 -- \
 #     --config=configs/emoji.py --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #   bash launch/tpu_pod.sh logs|status|stop|delete --name=RUN --zone=ZONE
-#   bash launch/tpu_pod.sh watch ...          # as start, and again whenever the slice is taken away
+#   bash launch/tpu_pod.sh watch ...          # start, and restart after each preemption
 #
-# start   makes the slice RUN, or takes the one that is there; copies this checkout to every worker,
-#         installs it and starts the run detached. Where RUN is already running, it is stopped first,
-#         which saves it: so the same command again goes on, with the code as it is now. What runs
-#         and data left beside the code stays.
-# watch   starts, looks every --poll seconds (60), makes a lost slice anew, starts what was only
-#         interrupted, and goes on until the run has ended, or was stopped by this script. The
-#         workdir has to be in a bucket for that: a slice takes its disks with it.
+# start   creates the slice RUN unless it exists, copies this checkout to every worker, installs it
+#         and starts the run in the background. A running RUN is stopped first, which saves it, so the
+#         same command resumes it with the current code. Runs and data beside the code are kept.
+# watch   starts, checks every --poll seconds (60), recreates a lost slice and restarts an interrupted
+#         run, until the run has ended or was stopped by this script. Needs a workdir in a bucket,
+#         because the disks of a slice are lost with it.
 # logs    follows the log of --worker=I (0).
-# status  the slice's state, and of every worker: its state and its last line.
-# stop    SIGTERM to every worker: the run saves and ends. The slice stays, and costs money.
-# delete  the slice and everything on its disks.
+# status  prints the state of the slice, and the state and the last log line of every worker.
+# stop    sends SIGTERM to every worker; the run saves and ends. The slice remains, and is billed.
+# delete  deletes the slice and its disks.
 #
-#   --project=ID     gcloud's own default otherwise
-#   --runtime=IMAGE  the version of the TPU software; found from the type otherwise
-#   --queued         asks for the slice through a queued resource, and waits for it
-#   --spot           cheaper, and can be taken away; --reserved: from a reservation
-#   --poll=SECONDS   between two looks at the slice
-#   --dry-run        prints every command and runs none
+#   --project=ID     default: gcloud's
+#   --runtime=IMAGE  version of the TPU software; default: chosen by the type
+#   --queued         requests the slice as a queued resource and waits for it
+#   --spot           a cheaper slice that can be preempted; --reserved: from a reservation
+#   --poll=SECONDS   interval between checks of the slice
+#   --dry-run        prints the commands without running them
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -37,7 +36,7 @@ command=${1:-}
 given=("${@:2}")
 case $command in
   start | watch | logs | status | stop | delete) shift ;;
-  *) fail "give a command first: start, watch, logs, status, stop or delete (the script's head explains them)." ;;
+  *) fail "give a command first: start, watch, logs, status, stop or delete (see the head of the script)." ;;
 esac
 name='' zone='' type='' runtime='' project='' worker=0 poll=60 queued='' dry=''
 tier=()
@@ -57,7 +56,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "$1 is no option of this script: what training is to get goes after --." ;;
+    *) fail "$1 is not an option of this script: give training arguments after --." ;;
   esac
   shift
 done
@@ -87,7 +86,7 @@ check_start() {
   esac
 }
 
-# Runs a command, or prints it.
+# Runs a command, or prints it in a dry run.
 run() {
   if [[ -n $dry ]]; then
     printf '%q ' "$@"
@@ -97,8 +96,8 @@ run() {
   fi
 }
 
-# Says where the slice stands: "" where there is none, UNKNOWN where gcloud cannot say. A dry run has
-# none and says on stderr what it would have asked.
+# Prints the state of the slice: "" if there is none, UNKNOWN if gcloud fails. A dry run prints the
+# command to stderr and assumes that there is none.
 state() {
   if [[ -n $dry ]]; then
     run "$@" >&2
@@ -138,9 +137,9 @@ make_slice() {
       READY) return ;;
       PREEMPTED | TERMINATED) delete ;;
       STOPPED) fail "the slice $name is stopped: start it (gcloud compute tpus tpu-vm start), or delete it with this script." ;;
-      UNKNOWN) fail "gcloud cannot say where the slice $name stands: mend what it names above." ;;
+      UNKNOWN) fail "gcloud cannot read the state of the slice $name: fix the error above." ;;
       '') if [[ -n $queued ]]; then ask_queue; else create; fi ;;
-      *) sleep "$poll" ;; # it is being made
+      *) sleep "$poll" ;; # being created
     esac
     if [[ -n $dry ]]; then return; fi
   done
@@ -183,8 +182,8 @@ start() {
     --worker=all
   rm -rf "$(dirname "$archive")"
   local folder="\$HOME/grape_jax/$name/code"
-  # A run that is still going works in this folder: it is stopped on all workers before its code is
-  # replaced, and started on none before all have stopped.
+  # The code of a running run must not be replaced: all workers stop before the copy, and none starts
+  # before all have stopped.
   run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
     --command="if test -d $folder/launch; then bash $folder/launch/tpu_worker.sh stop $name; fi"
   run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
@@ -202,7 +201,7 @@ watch() {
       UNKNOWN) continue ;;
       READY) ;;
       *)
-        echo "$(date '+%F %T') the slice is gone: it is made anew, and the run goes on."
+        echo "$(date '+%F %T') the slice is gone: it is created again, and the run resumes."
         start_again
         continue
         ;;
@@ -212,7 +211,7 @@ watch() {
     fi
     cat "$seen"
     if grep -q ': ended 0; stopped ' "$seen"; then
-      echo "$(date '+%F %T') the run was interrupted: it is started again."
+      echo "$(date '+%F %T') the run was interrupted: it is restarted."
       start_again
       continue
     fi
@@ -222,10 +221,10 @@ watch() {
   done
 }
 
-# A shell of its own, that stops at its first mistake: there may be no room for a slice for hours.
+# Runs in a subshell that stops at the first error: capacity for a slice may be missing for hours.
 start_again() {
   until bash "${BASH_SOURCE[0]}" start "${given[@]}"; do
-    echo "$(date '+%F %T') it could not be started: that is tried again in $poll seconds."
+    echo "$(date '+%F %T') it could not be started: next attempt in $poll seconds."
     sleep "$poll"
   done
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What launch/tpu_pod.sh runs on every worker of a slice. Not for use by hand.
+# Runs on every worker of a slice, called by launch/tpu_pod.sh.
 #
 #   bash launch/tpu_worker.sh install|start|stop|status RUN [training arguments]
 #
-# The run is a systemd unit: it outlives the connection, and gets SIGTERM when it is stopped and when
-# the machine is taken away, so that it saves. Its folder is the one above this checkout.
+# The run is a systemd unit: it survives the connection, and gets SIGTERM when it is stopped or the
+# machine is preempted, so that it saves. Its directory is the parent of this checkout.
 set -euo pipefail
 
 command=$1 run=$2
@@ -15,7 +15,7 @@ venv=$HOME/grape_jax-venv
 unit=grape_jax-$run
 
 install() {
-  # The images' own Python is older than what is needed; uv brings one along.
+  # The Python of the images is too old; uv installs another.
   if [[ ! -x $HOME/.local/bin/uv ]]; then python3 -m pip install --quiet --user uv; fi
   local uv=$HOME/.local/bin/uv
   if [[ ! -x $venv/bin/python ]]; then "$uv" venv --quiet --python 3.12 "$venv"; fi
@@ -35,7 +35,7 @@ start() {
   stop
   rm -f "$home/ended"
   echo "--- $(date '+%F %T'), start on $(hostname)" >>"$home/log"
-  # How it ended is written down by systemd, whatever ended it.
+  # systemd records the exit status, whatever ended the run.
   sudo systemd-run --quiet --unit="$unit" --uid="$(id -u)" --gid="$(id -g)" \
     --working-directory="$code" --setenv=HOME="$HOME" \
     --property=StandardOutput="append:$home/log" --property=StandardError="append:$home/log" \

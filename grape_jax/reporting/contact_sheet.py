@@ -1,4 +1,4 @@
-"""Contact sheets: queries with the pictures that they found."""
+"""Contact sheets: queries with the pictures found by their rewrites."""
 
 import functools
 import io
@@ -20,12 +20,12 @@ GREEN, INK, FAINT, RULE = "#1a8f3c", "#1f1f1f", "#757575", "#dddddd"
 class Row(NamedTuple):
     """One search on a contact sheet."""
 
-    title: str  # the query; rows that follow each other with the same title share it
-    rewrite: str  # what was searched with
-    images: Sequence[Image.Image]  # what was found, best first
-    highlighted: int | None  # which of `images` is right, framed in green
+    title: str  # the query; consecutive rows with the same title share it
+    rewrite: str  # the text that was searched with
+    images: Sequence[Image.Image]  # pictures found, best first
+    highlighted: int | None  # index of the right picture in `images`, framed in green
     caption: str  # a short line above the rewrite: the method and the rank
-    picture: Image.Image | None = None  # of a composed query: what the title changes
+    picture: Image.Image | None = None  # the query picture of a composed query
 
 
 def contact_sheet(
@@ -36,15 +36,15 @@ def contact_sheet(
     wanted: Sequence[tuple[Image.Image, str]] | None = None,
     note: str = "",
 ) -> None:
-    """Draws searches with the pictures they found, and writes the sheet as a PNG in one move.
+    """Writes a contact sheet of searches as a PNG file, atomically.
 
     Args:
-      rows: `Row`s, or tuples of its fields; up to five images are drawn of each.
+      rows: `Row`s or tuples of their fields; at most five images of each are drawn.
       path: the PNG file.
-      columns: how many rows of one query stand beside each other, and how many it has; with 1,
-        a query's rows stand below each other, all that follow with its title.
-      wanted: for each query, the right picture and its name, drawn at the left of its rows.
-      note: a sentence at the foot.
+      columns: the number of rows of each query, drawn side by side; with 1, consecutive rows with
+        the same title are drawn below each other.
+      wanted: for each query, the right picture and its name, drawn to the left of its rows.
+      note: a text at the foot.
     """
     groups = _groups([Row(*row) for row in rows], columns)
     indent = THUMB + COLUMN_GAP if wanted else 0
@@ -67,7 +67,7 @@ def contact_sheet(
 
 
 def _groups(rows: list[Row], columns: int) -> list[list[Row]]:
-    """Rows of one query. A full line ends its group: the next query may be worded alike."""
+    """Groups rows by query. A full line ends a group: the next query may have the same text."""
     groups: list[list[Row]] = []
     for row in rows:
         last = groups[-1][0] if groups else None
@@ -86,18 +86,18 @@ def _group_tile(
     columns: int,
     wanted: tuple[Image.Image, str] | None,
 ) -> Image.Image:
-    """One query: what is asked, the right picture at the left, its searches in columns."""
-    asked = _asked_tile(group[0], width)
+    """One query: its text, the right picture on the left, and its searches in columns."""
+    header = _query_tile(group[0], width)
     cells = [_search_tile(row) for row in group]
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in line) for line in lines]
-    height = asked.height + GAP + sum(heights) + GAP * (len(lines) - 1) + 2 * GAP
+    height = header.height + GAP + sum(heights) + GAP * (len(lines) - 1) + 2 * GAP
     tile = Image.new("RGB", (width, height), "white")
-    tile.paste(asked, (0, 0))
-    top = asked.height + GAP
+    tile.paste(header, (0, 0))
+    top = header.height + GAP
     for line, line_height in zip(lines, heights, strict=True):
         for i, cell in enumerate(line):
-            # Aligned at the foot, so that pictures stand in one line whatever the text's length.
+            # Aligned at the bottom: texts above the pictures have different heights.
             corner = (indent + i * (STRIP + COLUMN_GAP), top + line_height - cell.height)
             tile.paste(cell, corner)
         if wanted is not None:
@@ -110,8 +110,8 @@ def _group_tile(
     return tile
 
 
-def _asked_tile(row: Row, width: int) -> Image.Image:
-    """A query's text; of a composed query its picture and beside it the text that changes it."""
+def _query_tile(row: Row, width: int) -> Image.Image:
+    """The text of a query; for a composed query, its picture with the text beside it."""
     if row.picture is None:
         title = _Text(row.title, 17, width, lines=3, bold=True)
         tile = Image.new("RGB", (width, title.height), "white")
@@ -139,7 +139,9 @@ def _search_tile(row: Row) -> Image.Image:
     return tile
 
 
-def _draw_picture(tile: Image.Image, image: Image.Image, corner: tuple, framed: bool) -> None:
+def _draw_picture(
+    tile: Image.Image, image: Image.Image, corner: tuple[int, int], framed: bool
+) -> None:
     x, y = corner
     inner = THUMB - 12
     thumb = image.convert("RGB").resize((inner, inner), Image.Resampling.LANCZOS)
@@ -161,7 +163,7 @@ def _note_tile(note: str, width: int) -> Image.Image:
 
 
 class _Text:
-    """A text broken into lines of at most `width` pixels, the last one shortened if need be."""
+    """A text in at most `lines` lines of `width` pixels; a longer text ends with an ellipsis."""
 
     def __init__(self, text: str, size: int, width: int, lines: int, bold: bool = False):
         path, text = _drawable(" ".join(text.split()), bold)
@@ -172,31 +174,37 @@ class _Text:
 
     def draw(self, tile: Image.Image, corner: tuple[int, int], colour: str) -> None:
         pen = ImageDraw.Draw(tile)
-        # The quotation marks around a right-to-left query stay where they are in an English line.
+        # Left to right, so that quotation marks around right-to-left text stay in place.
         direction = "ltr" if features.check("raqm") else None
         for i, line in enumerate(self.lines):
-            # Anchored at the baseline: fonts of other scripts have other ascents.
+            # Anchored at the baseline, because ascents differ between fonts.
             base = corner[1] + i * self.step + round(0.75 * self.step)
-            place = {"anchor": "ls", "direction": direction}
-            pen.text((corner[0], base), line, font=self.font, fill=colour, **place)
+            pen.text(
+                (corner[0], base),
+                line,
+                font=self.font,
+                fill=colour,
+                anchor="ls",
+                direction=direction,
+            )
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    broken = []
+    broken: list[str] = []
     while font.getlength(text) > width:
         if len(broken) == lines - 1:
             text = text[: _fitting(text, font, width - font.getlength("…"))].rstrip() + "…"
             break
         fits = _fitting(text, font, width)
         space = text.rfind(" ", 0, fits + 1)
-        cut = space if space > 0 else fits  # Chinese and Japanese break anywhere
+        cut = space if space > 0 else fits  # without spaces, as in Chinese, anywhere
         broken.append(text[:cut])
         text = text[cut:].lstrip()
     return [*broken, text]
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
-    """How many characters fit in `width` pixels, one at the least."""
+    """The number of characters that fit in `width` pixels, at least one."""
     count = 1
     while count < len(text) and font.getlength(text[: count + 1]) <= width:
         count += 1
@@ -204,7 +212,7 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
 
 
 def _drawable(text: str, bold: bool) -> tuple[Path, str]:
-    """A font and the text as it can draw it: a script without a font becomes its name."""
+    """A font and the text that it can draw; a script without a font becomes its name."""
     needed = {c for c in text if unicodedata.category(c) not in ("Cf", "Cc", "Mn", "Zs")}
     default = _default_font(bold)
     if not features.check("raqm"):
@@ -220,7 +228,7 @@ def _drawable(text: str, bold: bool) -> tuple[Path, str]:
 
 
 def _named(text: str, missing: set[str]) -> str:
-    """The text with each run of missing characters as its script's name: "[no hangul font]"."""
+    """The text with runs of missing characters replaced: "[no hangul font]"."""
     out, inside = [], False
     for c in text:
         if c not in missing:
@@ -240,11 +248,11 @@ def _default_font(bold: bool) -> Path:
 
 @functools.cache
 def _system_fonts() -> tuple[Path, ...]:
-    """Installed fonts, the ones made for many scripts first."""
+    """Installed fonts; those that cover many scripts come first."""
     from matplotlib import font_manager
 
-    known = ("notosanscjk", "sourcehansans", "hiragino", "pingfang", "yugoth", "msyh", "malgun")
-    known += ("wqy", "arialuni", "droidsansfallback", "notosans", "ipa", "nanum", "takao")
+    known = ["notosanscjk", "sourcehansans", "hiragino", "pingfang", "yugoth", "msyh", "malgun"]
+    known += ["wqy", "arialuni", "droidsansfallback", "notosans", "ipa", "nanum", "takao"]
     found = sorted(Path(path) for path in font_manager.findSystemFonts())
     names = [path.stem.lower().replace("-", "").replace("_", "") for path in found]
     first = [next((i for i, k in enumerate(known) if k in name), len(known)) for name in names]
@@ -253,7 +261,7 @@ def _system_fonts() -> tuple[Path, ...]:
 
 @functools.cache
 def _characters(font: Path) -> frozenset[str]:
-    """What a font can draw; nothing where it cannot be read."""
+    """The characters that a font can draw; none if it cannot be read."""
     from matplotlib.ft2font import FT2Font
 
     try:

@@ -1,32 +1,33 @@
-"""Which queries a report shows with pictures: a fair draw, the largest gains and losses."""
+"""Example queries of a report: a random sample, and the largest gains and losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from grape_jax.reporting import metrics
 from grape_jax.reporting.contact_sheet import Row, contact_sheet
 from grape_jax.reporting.results import GRPO, RAW, UNTRAINED, WARM_UP, Answers, TestSet
 
-DRAWN = 12  # queries in the before-and-after picture
-EXTREMES = 6  # gains, and as many losses, in the picture of the largest
+DRAWN = 12  # queries in the random sample
+EXTREMES = 6  # largest gains, and as many losses
 SEED = 0
 
 
 class Examples(NamedTuple):
-    """Some queries of a test set, as one method answers them and as another does."""
+    """Queries of a test set with the answers of two methods."""
 
     test_set: TestSet
     before: Answers
     after: Answers
-    chosen: list[int]  # queries, gains first
-    rule: str  # how they were chosen, without the test set's name
+    chosen: list[int]  # rows of the queries, gains first
+    rule: str  # how they were chosen
 
 
-def drawn(test_set: TestSet, count: int = DRAWN) -> Examples | None:
-    """A draw among the queries that training has moved; None where there are none."""
+def random_sample(test_set: TestSet, count: int = DRAWN) -> Examples | None:
+    """A random sample of the queries whose rank training has changed; None if there are none."""
     present = _stages(test_set)
     if len(present) < 2:
         return None
@@ -52,10 +53,10 @@ def drawn(test_set: TestSet, count: int = DRAWN) -> Examples | None:
     return Examples(test_set, before, after, chosen, rule)
 
 
-def largest(test_set: TestSet, count: int = EXTREMES) -> Examples | None:
-    """The queries whose rank has changed by the largest factor; None where nothing has moved.
+def largest_changes(test_set: TestSet, count: int = EXTREMES) -> Examples | None:
+    """The queries whose rank has changed by the largest factor; None if no rank has changed.
 
-    Of queries about one thing only the one that moved most is taken: they would all show the same.
+    Only one query of each group is taken, because the others would show the same pictures.
     """
     present = _stages(test_set)
     if len(present) < 2:
@@ -74,7 +75,7 @@ def largest(test_set: TestSet, count: int = EXTREMES) -> Examples | None:
 
 
 def split(gains: int, losses: int, count: int) -> tuple[int, int]:
-    """How many of `count` are gains and losses: in proportion, two of a kind at the least."""
+    """Splits `count` into gains and losses, in proportion but with at least two of each."""
     total = min(count, gains + losses)
     share = round(total * losses / (gains + losses))
     share = max(share, min(2, losses), total - gains)
@@ -82,41 +83,45 @@ def split(gains: int, losses: int, count: int) -> tuple[int, int]:
     return total - share, share
 
 
-def draw(path: Path, examples: Sequence[Examples], rules: Sequence[str]) -> bool:
-    """Writes a sheet of queries with the five nearest before and after.
+def write_sheet(path: Path, examples: Sequence[Examples], rules: Sequence[str]) -> bool:
+    """Writes a contact sheet of queries with the five nearest pictures before and after.
 
     Args:
-      rules: how each was chosen, for the foot.
+      path: the PNG file.
+      examples: those of test sets without pictures are left out.
+      rules: for the foot, how each of the examples was chosen.
 
     Returns:
-      False, and no file, where none of the corpora has pictures.
+      False, and no file, if no test set has pictures.
     """
     shown = [
-        (example, rule)
+        (example, rule, example.test_set.image)
         for example, rule in zip(examples, rules, strict=True)
         if example.test_set.image is not None
     ]
     if not shown:
         return False
     rows, wanted = [], []
-    for example, _ in shown:
+    for example, _, image in shown:
         for index in example.chosen:
             query = example.test_set.queries[index]
             target = query.targets[0]
             name = example.test_set.names[target] if example.test_set.named else "right picture"
-            wanted.append((example.test_set.image(target), name))
-            rows += [_row(example, answers, index) for answers in (example.before, example.after)]
+            wanted.append((image(target), name))
+            rows += [
+                _row(example, image, answers, index) for answers in (example.before, example.after)
+            ]
     note = "At the left the right picture, framed in green where it was found. "
-    if any(example.test_set.composed for example, _ in shown):
+    if any(example.test_set.composed for example, *_ in shown):
         note += "The query picture is what the words beside it change; it is never a result. "
     contact_sheet(
-        rows, path, columns=2, wanted=wanted, note=note + " ".join(rule for _, rule in shown)
+        rows, path, columns=2, wanted=wanted, note=note + " ".join(rule for _, rule, _ in shown)
     )
     return True
 
 
 def rank_of(answers: Answers, index: int) -> int:
-    """The rank of one query's best right picture."""
+    """The rank of a query's best right picture."""
     return int(metrics.best(answers.ranks[[index]])[0])
 
 
@@ -125,8 +130,10 @@ def _stages(test_set: TestSet) -> list[Answers]:
     return [found for stage in stages if (found := test_set.find(stage, "greedy"))]
 
 
-def _moved(test_set: TestSet, before: Answers, after: Answers) -> tuple:
-    """Queries that gained, queries that lost (int arrays), and how many stayed."""
+def _moved(
+    test_set: TestSet, before: Answers, after: Answers
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The rows of queries that gained and that lost, and the number of unchanged queries."""
     judged = np.flatnonzero(test_set.judged)
     if not len(judged):
         return judged, judged, 0
@@ -137,23 +144,25 @@ def _moved(test_set: TestSet, before: Answers, after: Answers) -> tuple:
 def _extremes(
     test_set: TestSet, before: Answers, after: Answers, side: np.ndarray, count: int
 ) -> list[int]:
-    """The `count` queries of one side with the largest factor, one a group, largest first."""
+    """The `count` queries of a side with the largest factors, one a group, largest first."""
     if not len(side):
         return []
     factor = np.log(metrics.best(before.ranks[side]) / metrics.best(after.ranks[side]))
-    by_group = {}
+    by_group: dict[str, int] = {}
     for index in side[np.argsort(-np.abs(factor), kind="stable")]:
         by_group.setdefault(test_set.groups[index], int(index))
     return list(by_group.values())[:count]
 
 
-def _row(example: Examples, answers: Answers, index: int) -> Row:
+def _row(
+    example: Examples, image: Callable[[int], Image.Image], answers: Answers, index: int
+) -> Row:
     test_set, query = example.test_set, example.test_set.queries[index]
     several = len({query.language for query in test_set.queries}) > 1
     title = f"“{query.text}”" + (f"  ({query.language})" if several else "")
     nearest = [int(row) for row in answers.nearest[index] if row >= 0]
-    right = next((place for place, row in enumerate(nearest) if row in query.targets), None)
-    images = [test_set.image(row) for row in nearest]
+    right = next((i for i, row in enumerate(nearest) if row in query.targets), None)
+    images = [image(row) for row in nearest]
     caption = f"{answers.label}: rank {rank_of(answers, index)}"
-    picture = test_set.image(query.image) if query.image >= 0 else None
+    picture = image(query.image) if query.image >= 0 else None
     return Row(title, answers.texts[index], images, right, caption, picture)

@@ -1,4 +1,4 @@
-"""What a report draws with lines and points: training curves, recall by language."""
+"""Figures of a report: training curves, and recall by language."""
 
 import io
 import math
@@ -21,7 +21,7 @@ PANELS = (
     ("loss", "loss of the warm-up"),
 )
 VALIDATION = "validation_recall_at_10"
-# Methods of the figure by language, each with its colour; only greedy rewrites.
+# The methods in the figure by language; of rewrites only greedy ones.
 LANGUAGE_COLOURS = {
     "raw query": "#888888",
     "untrained": "#c0392b",
@@ -32,13 +32,14 @@ LANGUAGE_COLOURS = {
 
 
 def write_languages(path: Path, test_sets: Sequence[dict]) -> bool:
-    """Recall@10 of each language with its interval, one panel a test set.
+    """Writes a figure of Recall@10 with intervals for each language, one panel a test set.
 
     Args:
-      test_sets: numbers, as from `results.numbers_of`.
+      path: the PNG file.
+      test_sets: from `results.numbers_of`.
 
     Returns:
-      False, and no file, where no test set has several languages.
+      False, and no file, if no test set has several languages.
     """
     from matplotlib.figure import Figure
 
@@ -49,13 +50,11 @@ def write_languages(path: Path, test_sets: Sequence[dict]) -> bool:
     size = (4.2 * len(drawn) + 1.2, 0.34 * most + 1.5)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis, test_set in zip(axes, drawn, strict=True):
         handles |= _draw_languages(axis, test_set)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False,
-        fontsize=8,
-    )  # fmt: skip
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 5}
+    figure.legend(list(handles.values()), list(handles), frameon=False, fontsize=8, **place)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     files.replace(path, buffer.getvalue())
@@ -63,7 +62,7 @@ def write_languages(path: Path, test_sets: Sequence[dict]) -> bool:
 
 
 def _draw_languages(axis: Any, test_set: dict) -> dict[str, Any]:
-    """One panel, the language that the last method finds best at the top; the legend's handles."""
+    """Draws a panel, languages sorted by the last method; returns the handles for the legend."""
     kept = [
         (i, row["method"])
         for i, row in enumerate(test_set["languages"][0]["methods"])
@@ -79,7 +78,7 @@ def _draw_languages(axis: Any, test_set: dict) -> dict[str, Any]:
             100 * np.array([recall(part, i)[key] for part in parts])
             for key in ("mean", "low", "high")
         )
-        # A little above one another, so that intervals can be told apart.
+        # Shifted, so that intervals do not overlap.
         shifted = y + 0.13 * ((len(kept) - 1) / 2 - place)
         colour = LANGUAGE_COLOURS[name]
         axis.hlines(shifted, low, high, color=colour, linewidth=1.2, alpha=0.5)
@@ -97,8 +96,17 @@ def _draw_languages(axis: Any, test_set: dict) -> dict[str, Any]:
 
 
 def write_curves(path: Path, log: Sequence[dict]) -> bool:
-    """Small multiples over the steps; False where the log holds nothing to draw."""
+    """Writes a figure of training curves, one panel a metric.
+
+    Args:
+      path: the PNG file.
+      log: lines of metrics.jsonl.
+
+    Returns:
+      False, and no file, if the log has no metrics to draw.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     lines = _on_one_axis(log)
@@ -107,8 +115,8 @@ def write_curves(path: Path, log: Sequence[dict]) -> bool:
         return False
     columns = min(4, len(panels) + 1)
     rows = math.ceil((len(panels) + 1) / columns)
-    figure = Figure(figsize=(3.3 * columns, 2.5 * rows), dpi=130, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(3.3 * columns, 2.5 * rows), dpi=130, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axis, (key, label) in zip(axes, panels, strict=False):
         _draw_panel(axis, lines, key, label)
@@ -126,12 +134,13 @@ def write_curves(path: Path, log: Sequence[dict]) -> bool:
 
 
 def _on_one_axis(log: Sequence[dict]) -> list[dict]:
-    """The lines in order, with "x" counting on where a phase starts its steps again."""
-    latest = {}  # a resumed run repeats steps: its last word counts
+    """The lines in order, with an "x" that increases across phases that each count from 1."""
+    latest = {}  # a resumed run repeats steps: the last line counts
     for line in log:
         if isinstance(line.get("step"), int | float):
             latest[line.get("phase", "grpo"), line["step"]] = line
-    lines, start, last, phase = [], 0, 0, None
+    lines: list[dict] = []
+    start, last, phase = 0, 0, None
     for (name, step), line in sorted(latest.items(), key=lambda e: (e[0][0] != "warm-up", e[0][1])):
         if phase not in (None, name) and step <= last:
             start = last
@@ -152,7 +161,7 @@ def _points_of(lines: list[dict], key: str, phase: str) -> tuple[np.ndarray, np.
 
 
 def _has_points(lines: list[dict], key: str) -> bool:
-    # The loss of GRPO says nothing about progress: only the warm-up's is drawn.
+    # GRPO's loss does not show progress; only the loss of the warm-up is drawn.
     phases = ("warm-up",) if key == "loss" else PHASE_COLOURS
     keys = (key, VALIDATION) if key == "recall_at_10" else (key,)
     return any(len(_points_of(lines, k, phase)[0]) for k in keys for phase in phases)
@@ -207,8 +216,9 @@ def _legend_entries(lines: list[dict]) -> tuple[list, list[str]]:
             handles.append(Line2D([], [], color=colour, linewidth=1.6))
             labels.append(f"{'GRPO' if phase == 'grpo' else phase}, running mean")
     if any(len(_points_of(lines, VALIDATION, phase)[0]) for phase in PHASE_COLOURS):
-        style = {"marker": "o", "markerfacecolor": "white", "color": "#444444"}
-        handles.append(Line2D([], [], linestyle="", **style))
+        handles.append(
+            Line2D([], [], linestyle="", marker="o", markerfacecolor="white", color="#444444")
+        )
         labels.append("validation")
     handles.append(Line2D([], [], color="#888888", linewidth=0.7, alpha=0.6))
     labels.append("each step")

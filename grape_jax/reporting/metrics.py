@@ -1,20 +1,21 @@
-"""Retrieval metrics from ranks: arrays in, numbers out.
+"""Retrieval metrics of ranks, with bootstrap intervals and tests.
 
-`ranks` are int [n], or [n, P] if a query has several right items, padded with `NO_RANK`. 1 is best,
-and all items ahead count, other right ones too (`among_all` converts the ranks of `ranking.py`).
-Each metric gives one value a query, equal to trec_eval's; tables show their mean. Uncertainty comes
-from resampling clusters: queries with the same right item are drawn together or not at all.
+`ranks` are int `[n]`, or `[n, P]` if queries have several right items, padded with `NO_RANK`; 1 is
+best. A rank counts all items ahead, other right ones included; `among_all` makes such ranks from
+those of `ranking.py`. Each metric returns one value a query, equal to trec_eval's; tables show their
+mean. Uncertainty is estimated by resampling clusters, such as all queries with the same right item.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import NO_RANK
 
-CONFIDENCE = 95  # per cent, of every interval here
-CELLS_A_BLOCK = 4_000_000  # at most this many cluster indices are drawn at once
+CONFIDENCE = 95  # per cent
+CELLS_A_BLOCK = 4_000_000  # the most cluster indices in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +28,20 @@ class Interval:
 
     @property
     def clear_of_zero(self) -> bool:
-        """True where the whole interval lies on one side of zero."""
+        """Whether the interval does not contain zero."""
         return self.low > 0 or self.high < 0
 
 
 def among_all(rank_QxP: np.ndarray) -> np.ndarray:
-    """Ranks among all items from ranks that leave the query's other targets out.
+    """Ranks among all items, from ranks that exclude the query's other targets.
 
-    The i-th best of a query's targets has the other i - 1 ahead of it.
+    The i-th best target of a query has the i - 1 better targets ahead of it.
 
     Args:
       rank_QxP: int, as in `types.Ranks`; `NO_RANK` is padding.
 
     Returns:
-      int [Q, P], each row's ranks in rising order, the padding behind them.
+      int `[Q, P]`, the ranks of each row in ascending order, then padding.
     """
     rank_QxP = np.asarray(rank_QxP, np.int64)
     rising = np.sort(rank_QxP, axis=1)
@@ -48,26 +49,26 @@ def among_all(rank_QxP: np.ndarray) -> np.ndarray:
 
 
 def hits_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """float64 [n], 1.0 where any right item is among the best `k`: the hit rate's values."""
+    """Hit rate: float64 `[n]`, 1.0 if any right item is among the best `k`."""
     return (best(ranks) <= _cutoff(k)).astype(np.float64)
 
 
 def recalls_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """float64 [n], the share of a query's right items that is among the best `k`."""
+    """Recall: float64 `[n]`, the share of a query's right items among the best `k`."""
     ranks = _checked(ranks)
     return (ranks <= _cutoff(k)).sum(axis=1) / (ranks < NO_RANK).sum(axis=1)
 
 
 def reciprocal_ranks(ranks: np.ndarray) -> np.ndarray:
-    """float64 [n], 1 / rank of the best right item: the values of MRR."""
+    """MRR: float64 `[n]`, 1 / rank of the best right item."""
     return 1.0 / best(ranks)
 
 
-def gains_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """float64 [n], nDCG@k where right items are worth 1 and all others nothing.
+def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
+    """nDCG with binary relevance: float64 `[n]`.
 
-    DCG is the sum of 1 / log2(1 + rank) over right items among the best `k`, and its ideal has
-    them at the top (Järvelin and Kekäläinen, 2002).
+    DCG is the sum of 1 / log2(1 + rank) over the right items among the best `k`. It is divided by
+    the DCG of a list with the right items at the top (Järvelin and Kekäläinen, 2002).
     """
     ranks = _checked(ranks)
     found = np.where(ranks <= _cutoff(k), 1.0 / np.log2(1.0 + ranks), 0.0).sum(axis=1)
@@ -76,30 +77,30 @@ def gains_at(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def best(ranks: np.ndarray) -> np.ndarray:
-    """int [n], the rank of each query's best right item."""
+    """The rank of each query's best right item: int `[n]`."""
     return _checked(ranks).min(axis=1)
 
 
 def clustered_bootstrap(
     values: np.ndarray, clusters: np.ndarray, draws: int = 2000, seed: int = 0
 ) -> list[Interval]:
-    """The mean of each column with its percentile interval over resampled clusters.
+    """The mean of each column with a percentile interval from resampled clusters.
 
-    Clusters are drawn with replacement, as many as there are, and every value of a drawn cluster
-    counts as often as its cluster was drawn (Davison and Hinkley, 1997, section 3.8). All columns
-    see the same resamples, so the interval of a difference of two methods is paired.
+    A resample draws as many clusters as there are, with replacement, and each value counts as often
+    as its cluster was drawn (Davison and Hinkley, 1997, section 3.8). All columns share the
+    resamples, so that intervals of differences between methods are paired.
 
     Args:
-      values: numbers [n, M], M measures of the same queries.
-      clusters: labels [n], of any type that sorts; equal labels are one cluster.
-      draws: how many resamples.
-      seed: of the draws.
+      values: numbers `[n, M]`, M measures of the same queries.
+      clusters: labels `[n]` of any sortable type; equal labels are one cluster.
+      draws: the number of resamples.
+      seed: determines the resamples.
 
     Returns:
-      M intervals, in the unit of `values`. One single cluster gives intervals without width.
+      M intervals, in the unit of `values`; of width 0 if there is only one cluster.
 
     Raises:
-      UserError: no values, or not one label for each row.
+      UserError: there are no values, or not one label for each row.
     """
     sums_CxM, sizes_C = _by_cluster(values, clusters)
     means = []
@@ -117,31 +118,33 @@ def clustered_bootstrap(
 def sign_flip_test(
     differences: np.ndarray, clusters: np.ndarray, draws: int = 10_000, seed: int = 0
 ) -> list[float]:
-    """Two-sided p-values of paired differences, by flipping the signs of whole clusters.
+    """Two-sided p-values of paired differences, by random sign flips of whole clusters.
 
-    Where two methods do not differ, a cluster's difference is as likely to be its opposite. The
-    p-value is the share of random flips whose mean is at least as far from zero, the observed one
-    counted among them (Phipson and Smyth, 2010), so it is never 0.
+    If two methods do not differ, the difference of a cluster is equally likely to have either sign.
+    The p-value is the share of flips whose mean is at least as far from zero as the observed mean,
+    which is counted as one of them (Phipson and Smyth, 2010), so that it is never 0.
 
     Args:
-      differences: numbers [n, M], method less baseline on the same queries.
-      clusters, draws, seed: as in `clustered_bootstrap`.
+      differences: numbers `[n, M]`, method minus baseline on the same queries.
+      clusters: labels `[n]`, as in `clustered_bootstrap`.
+      draws: the number of random flips.
+      seed: determines the flips.
 
     Returns:
-      M p-values, 1 / (draws + 1) at the least.
+      M p-values, at least 1 / (draws + 1).
     """
     sums_CxM, sizes_C = _by_cluster(differences, clusters)
     observed_M = np.abs(sums_CxM.sum(axis=0))
-    # Equal sums added up in another order must not look smaller.
-    bar_M = observed_M - 1e-9 * np.abs(sums_CxM).sum(axis=0)
+    # A margin for equal sums that are added in another order.
+    threshold_M = observed_M - 1e-9 * np.abs(sums_CxM).sum(axis=0)
     as_far_M = np.ones(len(observed_M))
     for drawn_RxC in _blocks_of_draws(len(sizes_C), draws, seed, choices=2):
-        as_far_M += (np.abs((2.0 * drawn_RxC - 1.0) @ sums_CxM) >= bar_M).sum(axis=0)
+        as_far_M += (np.abs((2.0 * drawn_RxC - 1.0) @ sums_CxM) >= threshold_M).sum(axis=0)
     return (as_far_M / (draws + 1)).tolist()
 
 
-def _blocks_of_draws(count: int, draws: int, seed: int, choices: int = 0):
-    """Random integers below `choices`, or below `count`: int [R, count], `draws` rows in all."""
+def _blocks_of_draws(count: int, draws: int, seed: int, choices: int = 0) -> Iterator[np.ndarray]:
+    """Blocks int `[R, count]` of random integers below `choices` or `count`, of `draws` rows."""
     generator = np.random.default_rng(seed)
     rows = max(1, CELLS_A_BLOCK // count)
     for start in range(0, draws, rows):
@@ -149,13 +152,13 @@ def _blocks_of_draws(count: int, draws: int, seed: int, choices: int = 0):
 
 
 def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each cluster's sum of every column, float64 [C, M], and its size, float64 [C]."""
+    """The sum of each cluster and column, float64 `[C, M]`, and its size, float64 `[C]`."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.size == 0:
         raise UserError("There are no values to average: give at least one query.")
     if np.shape(clusters) != values.shape[:1]:
         raise UserError(
-            f"Each value needs one cluster label: got {len(values)} values "
+            f"Each value needs a cluster label: got {len(values)} values "
             f"and labels of shape {np.shape(clusters)}."
         )
     _, cluster_of = np.unique(clusters, return_inverse=True)
@@ -171,14 +174,14 @@ def _cutoff(k: int) -> int:
 
 
 def _checked(ranks: np.ndarray) -> np.ndarray:
-    """int [n, P], every query with a rank."""
+    """The ranks as int `[n, P]`, with a rank for every query."""
     ranks = np.asarray(ranks)
     ranks = ranks[:, None] if ranks.ndim == 1 else ranks
     if ranks.ndim != 2 or ranks.size == 0:
         raise UserError("There are no ranks to score: give at least one query.")
     if (ranks < 1).any() or (ranks.min(axis=1) >= NO_RANK).any():
         raise UserError(
-            "A rank counts from 1, the best, and a query has one at the least: leave out queries "
-            "whose right items are not known."
+            "Ranks start at 1, and every query needs one: leave out queries whose right items are "
+            "not known."
         )
     return ranks

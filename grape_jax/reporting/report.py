@@ -1,12 +1,12 @@
-"""What a run says for itself, in Markdown and JSON with pictures, from its answers and its log.
+"""The report of a run: Markdown, JSON and pictures, from its answers and its log.
 
-`write` leaves in a run's directory: `report.json` (every number), `report.md`, `curves.png`,
-`languages.png`, `before_after.png` and `gains_and_losses.png`.
+`write` makes `report.json` (all numbers), `report.md`, `curves.png`, `languages.png`,
+`before_after.png` and `gains_and_losses.png` in the directory of the run.
 """
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,34 +48,37 @@ def write(
     log: Sequence[dict],
     about: dict[str, Any],
 ) -> dict:
-    """Writes the report's files, each in one move.
+    """Writes the files of a report, each atomically.
 
-    A picture that would be empty (no log lines, one method or one language only, no pictures in the
-    corpus) is not written.
+    Pictures that would be empty are not written: without log lines, with only one method or
+    language, or for a corpus without pictures.
 
     Args:
-      workdir: the run's directory.
-      test_sets: one for each name and shift; those named as the first are the main ones, which
-        the headline and the examples are about.
-      log: the lines of metrics.jsonl; unknown, missing and null entries are passed over.
-      about: what made these numbers, printed at the end; its entry "command", if any, is shown as
-        the command that makes the report again.
+      workdir: the directory of the run.
+      test_sets: one for each name and shift. Those with the name of the first are the main ones,
+        with headlines and examples.
+      log: lines of metrics.jsonl; unknown, missing and null entries are ignored.
+      about: facts about the run, printed at the end. Its entry "command", if any, is shown as the
+        command that makes the report again.
 
     Returns:
-      The content of report.json. Recall is a share, 0 to 1; an interval is mean, low, high.
+      The content of report.json. Recall is from 0 to 1, an interval a dict of mean, low and high.
 
     Raises:
-      UserError: a test set is empty, or a method answers another number of queries.
+      UserError: a test set is empty, or a method has answers to another number of queries.
     """
     workdir = files.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    numbers = {"test_sets": [numbers_of(test_set) for test_set in test_sets], "about": about}
+    in_numbers = [numbers_of(test_set) for test_set in test_sets]
+    numbers: dict[str, Any] = {"test_sets": in_numbers, "about": about}
     main = [test_set for test_set in test_sets if test_set.name == test_sets[0].name]
-    drawn = _present(examples.drawn(t, max(4, examples.DRAWN // len(main))) for t in main)
-    largest = _present(examples.largest(t, max(2, examples.EXTREMES // len(main))) for t in main)
+    drawn = _present(examples.random_sample(t, max(4, examples.DRAWN // len(main))) for t in main)
+    largest = _present(
+        examples.largest_changes(t, max(2, examples.EXTREMES // len(main))) for t in main
+    )
     images = {
         "curves.png": figures.write_curves(workdir / "curves.png", log),
-        "languages.png": figures.write_languages(workdir / "languages.png", numbers["test_sets"]),
+        "languages.png": figures.write_languages(workdir / "languages.png", in_numbers),
         "before_after.png": _draw(workdir / "before_after.png", drawn),
         "gains_and_losses.png": _draw(workdir / "gains_and_losses.png", largest),
     }
@@ -88,18 +91,18 @@ def write(
 
 # The end of a run on the terminal.
 
-NAME_WIDTH = 16  # of a row's name
-BASELINES = (RAW, UNTRAINED, fused(UNTRAINED), HYDE, MULTI_QUERY, CONSTANT)  # nothing is trained
+NAME_WIDTH = 16  # of the first column
+BASELINES = (RAW, UNTRAINED, fused(UNTRAINED), HYDE, MULTI_QUERY, CONSTANT)  # without training
 
 
 def summary(numbers: dict) -> list[str]:
-    """At most six lines: greedy Recall@10 of the main test sets, a column for each shift.
+    """Lines for the terminal: greedy Recall@10 of the main test sets, a column for each shift.
 
     Args:
       numbers: from `write`.
 
     Returns:
-      Nothing where all right answers are withheld.
+      At most six lines; none if all right answers are withheld.
     """
     first = numbers["test_sets"][:1]
     main = [t for t in numbers["test_sets"] if t["name"] == first[0]["name"] and t["judged"]]
@@ -125,19 +128,21 @@ def _summary_of(test_set: dict) -> dict[str, str]:
     if trained:
         rows[f"trained ({trained})"] = trained
     found = {row: _percent(scores[method]) for row, method in rows.items() if method in scores}
-    known = [method for method in BASELINES if method in scores]
-    if known:
-        best = max(known, key=lambda method: scores[method]["mean"])
+    baselines = [method for method in BASELINES if method in scores]
+    if baselines:
+        best = max(baselines, key=lambda method: scores[method]["mean"])
         found["best baseline"] = f"{_percent(scores[best])} {best}"
     return found
 
 
-def _present(found) -> list[Examples]:
+def _present(found: Iterable[Examples | None]) -> list[Examples]:
     return [example for example in found if example is not None]
 
 
 def _draw(path: Path, chosen: list[Examples]) -> bool:
-    return bool(chosen) and examples.draw(path, chosen, [_rule(example) for example in chosen])
+    return bool(chosen) and examples.write_sheet(
+        path, chosen, [_rule(example) for example in chosen]
+    )
 
 
 def _rule(example: Examples) -> str:
@@ -198,7 +203,7 @@ def _headline(test_set: dict) -> str:
     headline = (
         f"**Training {_effect(interval, f'Recall@10 on {_title(test_set)}')}** "
         f"({trained} − untrained: {_points(interval)}, 95 % interval; greedy decoding, "
-        f"{_asked(test_set)}). {_told(interval)}"
+        f"{_asked(test_set)}). {_significance(interval)}"
     )
     raw = found.get((trained, "raw query"))
     if raw is not None:
@@ -207,8 +212,8 @@ def _headline(test_set: dict) -> str:
     if share is None:
         return headline
     share_points = _points(share["recall_at_10"])
-    own = f"GRPO's own part, after the warm-up, is {share_points}."
-    return f"{headline} {own} {_told(share['recall_at_10'])}"
+    grpo_part = f"GRPO's own part, after the warm-up, is {share_points}."
+    return f"{headline} {grpo_part} {_significance(share['recall_at_10'])}"
 
 
 def _effect(interval: dict, on: str) -> str:
@@ -219,17 +224,17 @@ def _effect(interval: dict, on: str) -> str:
 
 
 def _against_raw(trained: str, interval: dict) -> str:
-    """Whether the rewriter is worth having at all."""
+    """Compares the trained rewriter with the query as it was written."""
     if not interval["clear_of_zero"]:
-        told = "which of the two finds more cannot be told"
+        verdict = "which of the two finds more cannot be told"
     elif interval["mean"] > 0:
-        told = "searching with the rewrite finds more"
+        verdict = "searching with the rewrite finds more"
     else:
-        told = "**searching with the query as it was written finds more**"
-    return f"{trained} − raw query is {_points(interval)}: {told}."
+        verdict = "**searching with the query as it was written finds more**"
+    return f"{trained} − raw query is {_points(interval)}: {verdict}."
 
 
-def _told(interval: dict) -> str:
+def _significance(interval: dict) -> str:
     if interval["clear_of_zero"]:
         return "The interval is clear of zero."
     return "The interval contains zero: on these queries it cannot be told from chance."
@@ -285,7 +290,7 @@ def _sentence(text: str) -> str:
 
 
 def _main_table(test_set: dict) -> str:
-    """Recall with its interval; of the rest the means alone, so that a row can be read."""
+    """Recall with intervals, and the means of the other measures."""
     first = test_set["methods"][0]
     hits = [k for k in CUTOFFS if f"hit_at_{k}" in first]
     subsets = [k for k in SUBSET_CUTOFFS if f"subset_recall_at_{k}" in first]
@@ -388,7 +393,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Free text as one table cell: no line breaks, nothing that Markdown would read."""
+    """Free text as a table cell, without line breaks and Markdown syntax."""
     escaped = "".join(f"\\{c}" if c in "\\`*_|<>[]#" else c for c in " ".join(text.split()))
     return escaped or "(empty)"
 
@@ -408,5 +413,5 @@ def _points(interval: dict) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON cannot hold: a NumPy number becomes Python's, anything else its text."""
+    """A JSON value for another type: NumPy scalars as numbers, anything else as text."""
     return value.item() if isinstance(value, np.generic) else str(value)

@@ -1,4 +1,4 @@
-"""Every method's answers to a test set, and all numbers that they come to. No files."""
+"""Answers of every method to a test set, and the numbers of a report. No files."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,10 +26,10 @@ def samples(policy: str) -> str:
     return f"{policy}, samples fused"
 
 
-# The order of the rows, and what each one means to someone who sees the table for the first time.
+# Rows of a table in their order, with explanations for the legend.
 METHODS = {
     RAW: "the query as the user wrote it",
-    UNTRAINED: "rewritten by the language model as it comes",
+    UNTRAINED: "rewritten by the language model without training",
     WARM_UP: "rewritten after supervised fine-tuning, before GRPO",
     GRPO: "rewritten after GRPO",
     fused(UNTRAINED): "the mean of the query's embedding and the untrained rewrite's",
@@ -42,15 +42,15 @@ METHODS = {
     HYDE: "captions that the untrained model imagines, their embeddings and the query's averaged",
     MULTI_QUERY: "the query and variants of it by the untrained model, their ranked lists fused by "
     "reciprocal rank",
-    CONSTANT: "one and the same text for every query, which still scores some hits",
-    REFERENCE: "the text that the data gives as the query's right wording, an oracle that shows "
-    "what the retriever can do",
+    CONSTANT: "the same text for every query, which still scores some hits",
+    REFERENCE: "the right wording of the query, given by the data: an oracle that shows what the "
+    "retriever can do",
 }
-EXTRAS = ("fused", "samples", "hyde", "multi_query")  # methods that a config may ask for
+EXTRAS = ("fused", "samples", "hyde", "multi_query")  # choices of `evaluation.methods`
 DECODINGS = ("greedy", "sampled")
 CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
-COMPARED = ("recall_at_1", "recall_at_10")  # what differences are told of
+COMPARED = ("recall_at_1", "recall_at_10")  # measures of which differences are reported
 LENGTH_GROUPS = 3
 
 
@@ -60,41 +60,42 @@ class Answers:
 
     method: str  # one of METHODS
     decoding: str  # "" (nothing decoded, or several samples), "greedy" or "sampled"
-    texts: tuple[str, ...]  # [n], what was searched with; of several texts, one after the other
-    ranks: np.ndarray  # int [n, P], each right item's rank among all, 1 is best, NO_RANK is padding
-    nearest: np.ndarray  # int [n, 5], corpus rows of the five nearest, best first, -1 is padding
-    subset_ranks: np.ndarray | None = None  # int [n, P], among the query's subset
+    texts: tuple[str, ...]  # [n], what was searched with; several texts are joined
+    ranks: np.ndarray  # int [n, P], each right item's rank among all; 1 is best, NO_RANK padding
+    nearest: np.ndarray  # int [n, 5], corpus rows of the five nearest, best first; -1 is padding
+    subset_ranks: np.ndarray | None = None  # int [n, P], ranks in the query's subset
 
     @property
     def label(self) -> str:
+        """Method and decoding."""
         return f"{self.method}, {self.decoding}" if self.decoding else self.method
 
 
 @dataclasses.dataclass(frozen=True)
 class TestSet:
-    """Queries and every method's answers to them."""
+    """Queries with the answers of every method."""
 
-    name: str  # what the queries are: "unseen concepts"
+    name: str  # such as "unseen concepts"
     shift: str  # "noisy", "long", "languages", or the benchmark's name
     queries: Sequence[Any]  # as in data/benchmark.py
     answers: tuple[Answers, ...]
-    names: Sequence[str]  # what a reader calls each row of the corpus
-    image: Callable[[int], Image.Image] | None  # the picture of a corpus row; None: there are none
-    named: bool = True  # False: `names` are ids, which tell a reader nothing of a picture
+    names: Sequence[str]  # names of the corpus rows, for readers
+    image: Callable[[int], Image.Image] | None  # the picture of a corpus row; None: no pictures
+    named: bool = True  # False: `names` are ids, which do not describe pictures
 
     @property
     def groups(self) -> np.ndarray:
-        """str [n], the bootstrap's cluster of each query."""
+        """The cluster of each query for the bootstrap: str `[n]`."""
         return np.array([str(query.group) for query in self.queries])
 
     @property
     def judged(self) -> np.ndarray:
-        """bool [n], False where the right items are withheld."""
+        """Whether a query's right items are known: bool `[n]`."""
         return np.array([bool(query.targets) for query in self.queries], bool)
 
     @property
     def composed(self) -> bool:
-        """Whether queries have a picture of their own, which their text changes."""
+        """Whether there are composed queries: a picture with a text that changes it."""
         return any(query.image >= 0 for query in self.queries)
 
     @property
@@ -104,7 +105,7 @@ class TestSet:
         return sorted(self.answers, key=lambda a: (order.get(a.method, len(order)), a.decoding))
 
     def find(self, method: str, decoding: str = "") -> Answers | None:
-        """A method's answers; one that decodes nothing is found whatever the decoding."""
+        """The answers of a method; those without decoding match any `decoding`."""
         for answers in self.answers:
             if answers.method == method and answers.decoding in ("", decoding):
                 return answers
@@ -112,13 +113,13 @@ class TestSet:
 
 
 def numbers_of(test_set: TestSet) -> dict:
-    """Everything that a report tells of a test set, ready for JSON.
+    """All numbers of a test set, as JSON values.
 
-    Recall is a share, 0 to 1, and an interval is mean, low, high. A query without known targets
-    counts nowhere; where that is all of them, there are no methods' numbers.
+    Recall is from 0 to 1; an interval is a dict of mean, low and high. Queries whose right items
+    are withheld are not counted. If that is all of them, "methods" and "differences" are empty.
 
     Raises:
-      UserError: there are no queries, or a method answers another number of them.
+      UserError: there are no queries, or a method has answers to another number of queries.
     """
     count = len(test_set.queries)
     if not count:
@@ -146,17 +147,19 @@ def numbers_of(test_set: TestSet) -> dict:
 
 
 def measures_of(answers: Answers, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """Each measure's values on the chosen queries: name to float64 [n].
+    """The values of each measure on the chosen queries: name to float64 `[n]`.
 
-    Recall and hit rate are the same where every query has one right item: hit rates are given
-    only where one has several.
+    Hit rates are included only if a query has several right items; otherwise they equal recall.
+
+    Args:
+      chosen: bool or int array that selects queries.
     """
     ranks = answers.ranks[chosen]
     found = {f"recall_at_{k}": metrics.recalls_at(ranks, k) for k in CUTOFFS}
     if ranks.shape[1] > 1:
         found |= {f"hit_at_{k}": metrics.hits_at(ranks, k) for k in CUTOFFS}
     found["mrr"] = metrics.reciprocal_ranks(ranks)
-    found["ndcg_at_10"] = metrics.gains_at(ranks, 10)
+    found["ndcg_at_10"] = metrics.ndcg_at(ranks, 10)
     if answers.subset_ranks is not None:
         subset = answers.subset_ranks[chosen]
         found |= {f"subset_recall_at_{k}": metrics.recalls_at(subset, k) for k in SUBSET_CUTOFFS}
@@ -164,7 +167,7 @@ def measures_of(answers: Answers, chosen: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _scores(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
-    """One entry a method, all intervals from the same resamples."""
+    """An entry for each method; all intervals share their resamples."""
     if not chosen.any():
         return []
     measured = [measures_of(answers, chosen) for answers in test_set.in_order]
@@ -172,7 +175,7 @@ def _scores(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
     intervals = iter(metrics.clustered_bootstrap(columns, test_set.groups[chosen]))
     table = []
     for answers, found in zip(test_set.in_order, measured, strict=True):
-        entry = {"method": answers.method, "decoding": answers.decoding}
+        entry: dict[str, Any] = {"method": answers.method, "decoding": answers.decoding}
         entry |= {name: dataclasses.asdict(next(intervals)) for name in found}
         entry["median_rank"] = float(np.median(metrics.best(answers.ranks[chosen])))
         table.append(entry)
@@ -180,7 +183,7 @@ def _scores(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
 
 
 def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
-    """Methods less their baselines, on the same queries and the same resamples."""
+    """Differences between methods and baselines on the same queries; they share resamples."""
     pairs = [(a, b) for a, b in _pairs(test_set) if chosen.any()]
     if not pairs:
         return []
@@ -198,7 +201,8 @@ def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
     p_values = iter(metrics.sign_flip_test(columns, groups))
     found = []
     for a, b in pairs:
-        entry = {"a": a.method, "b": b.method, "decoding": a.decoding or b.decoding}
+        entry: dict[str, Any] = {"a": a.method, "b": b.method}
+        entry["decoding"] = a.decoding or b.decoding
         for name in COMPARED:
             interval = next(intervals)
             entry[name] = dataclasses.asdict(interval)
@@ -208,32 +212,32 @@ def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
 
 
 def _pairs(test_set: TestSet) -> list[tuple[Answers, Answers]]:
-    """Each method against the untrained policy and the raw query, GRPO against its warm-up too."""
+    """Pairs of methods to compare: each with the untrained policy and the raw query."""
     baselines = {GRPO: (UNTRAINED, RAW, WARM_UP), UNTRAINED: (RAW,)}
     pairs = []
     for decoding in DECODINGS:
         for method in (GRPO, WARM_UP, UNTRAINED):
             for baseline in baselines.get(method, (UNTRAINED, RAW)):
                 pairs.append((test_set.find(method, decoding), test_set.find(baseline, decoding)))
-    told = {RAW, UNTRAINED, WARM_UP, GRPO, CONSTANT, REFERENCE}
+    done = {RAW, UNTRAINED, WARM_UP, GRPO, CONSTANT, REFERENCE}
     for answers in test_set.in_order:
-        if answers.method not in told:
+        if answers.method not in done:
             pairs += [(answers, test_set.find(b, "greedy")) for b in (UNTRAINED, RAW)]
     return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
 def _by_language(test_set: TestSet, judged: np.ndarray) -> list[dict]:
-    """The same scores for each language, where there is more than one."""
+    """The scores for each language; none if there is only one."""
     languages = np.array([query.language for query in test_set.queries])
     named = [(str(name), judged & (languages == name)) for name in sorted(set(languages))]
     return _parts(test_set, "language", named)
 
 
 def _by_length(test_set: TestSet, judged: np.ndarray) -> list[dict]:
-    """The same scores for the shortest, middle and longest third of the queries.
+    """The scores for the shortest, middle and longest third of the queries.
 
-    Lengths are in characters, for some scripts put no space between words; queries of one length
-    stay together.
+    Lengths are in characters, because some scripts do not separate words. Queries of the same
+    length are in the same third.
     """
     lengths = np.array([len(query.text) for query in test_set.queries])
     if not judged.any():
@@ -259,7 +263,7 @@ def _parts(test_set: TestSet, key: str, named: list[tuple[str, np.ndarray]]) -> 
 
 
 def _mean_of_parts(parts: list[dict]) -> list[dict]:
-    """Each method's recall averaged over languages, each counting alike however many queries."""
+    """Recall of each method averaged over languages with equal weights."""
     if not parts:
         return []
     return [

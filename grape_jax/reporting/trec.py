@@ -1,4 +1,4 @@
-"""Ranked lists and right answers in TREC's formats, as trec_eval and ir-measures read them.
+"""Ranked lists and right answers in TREC's formats, for trec_eval and ir-measures.
 
 A run's line is `query Q0 item position score tag`, and one of the qrels `query 0 item 1`.
 """
@@ -15,14 +15,14 @@ def run_lines(
 ) -> Iterator[str]:
     """Lines of a run file.
 
-    Readers sort by score and break ties in ways of their own, so the scores are D, D - 1, ...: they
-    say the order and nothing else.
+    Readers sort by score and break ties differently, so the scores are D, D - 1, ..., which encode
+    only the order.
 
     Args:
       queries: Q ids.
       items: ids of the whole corpus.
-      rows_QxD: int, corpus rows, best first; -1 is padding behind them.
-      tag: the run's name.
+      rows_QxD: int, corpus rows, best first, then -1 as padding.
+      tag: the name of the run.
     """
     items, tag = [word(item) for item in items], word(tag)
     depth = rows_QxD.shape[1]
@@ -35,12 +35,18 @@ def run_lines(
 def qrel_lines(
     queries: Sequence[str], items: Sequence[str], targets: Sequence[Sequence[int]]
 ) -> Iterator[str]:
-    """Lines of a qrels file; a query whose right items are withheld has none."""
+    """Lines of a qrels file; none for queries whose right items are withheld.
+
+    Args:
+      queries: ids.
+      items: ids of the whole corpus.
+      targets: corpus rows of each query's right items.
+    """
     for query, rows in zip(queries, targets, strict=True):
         for row in rows:
             yield f"{word(query)} 0 {word(items[row])} 1\n"
 
 
 def word(name: str) -> str:
-    """An id as one word: these files are split at white space, which becomes %20 and its like."""
+    """An id without white space, which separates columns: it becomes %20 and the like."""
     return re.sub(r"[\s%]", lambda character: quote(character[0]), name) or "%"

@@ -41,7 +41,7 @@ def test_metrics_match_ir_measures(k, ranks):
         ir.R @ k: metrics.recalls_at(ranks, k),
         ir.Success @ k: metrics.hits_at(ranks, k),
         ir.RR: metrics.reciprocal_ranks(ranks),
-        ir.nDCG @ k: metrics.gains_at(ranks, k),
+        ir.nDCG @ k: metrics.ndcg_at(ranks, k),
     }
     for measure, values in found.items():
         assert values.mean() == pytest.approx(wanted[measure], abs=1e-12), measure
@@ -52,7 +52,7 @@ def test_metrics_match_numbers_worked_by_hand():
     assert metrics.recalls_at(ranks, 1).mean() == 0.25
     assert metrics.hits_at(ranks, 10).mean() == 0.75
     assert metrics.reciprocal_ranks(ranks).tolist() == [1, 1 / 3, 1 / 10, 1 / 11]
-    assert metrics.gains_at(ranks, 5).tolist() == [1, 1 / 2, 0, 0]
+    assert metrics.ndcg_at(ranks, 5).tolist() == [1, 1 / 2, 0, 0]
     two = np.array([[2, 7], [4, NO_RANK]])
     assert metrics.recalls_at(two, 5).tolist() == [0.5, 1]
     assert metrics.hits_at(two, 5).tolist() == [1, 1]
@@ -173,9 +173,9 @@ def test_sign_flips_approach_scipys_exact_test():
         lambda: metrics.recalls_at(np.array([], int), 1),
         lambda: metrics.best([]),
         lambda: metrics.hits_at([0, 1], 1),  # ranks start at 1
-        lambda: metrics.gains_at([[2, 3], [NO_RANK, NO_RANK]], 1),  # targets withheld
+        lambda: metrics.ndcg_at([[2, 3], [NO_RANK, NO_RANK]], 1),  # targets withheld
         lambda: metrics.recalls_at([1], 0),
-        lambda: metrics.gains_at([1], 0),
+        lambda: metrics.ndcg_at([1], 0),
         lambda: metrics.clustered_bootstrap(np.zeros((0, 1)), []),
         lambda: metrics.clustered_bootstrap([[1.0], [2.0]], ["a"]),
         lambda: metrics.sign_flip_test([[1.0], [2.0]], ["a"]),

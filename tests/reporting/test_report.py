@@ -239,7 +239,7 @@ def test_examples_follow_the_proportion_of_gains_and_losses(gains, losses, wante
 
 
 def test_examples_are_drawn_from_all_that_moved():
-    found = examples.drawn(_test_set())
+    found = examples.random_sample(_test_set())
     moved = found.before.ranks - found.after.ranks
     signs = [int(np.sign(moved[index, 0])) for index in found.chosen]
     assert signs == sorted(signs, reverse=True) and 0 not in signs
@@ -250,7 +250,7 @@ def test_examples_are_drawn_from_all_that_moved():
 
 def test_the_largest_gains_and_losses_are_the_largest_factors():
     test_set = _test_set()
-    found = examples.largest(test_set, 4)
+    found = examples.largest_changes(test_set, 4)
     assert found.before.label == "raw query" and found.after.label == "GRPO, greedy"
     factor = (found.before.ranks / found.after.ranks)[:, 0]
     best_of_group = {}

@@ -83,3 +83,19 @@ def test_numbers_that_are_not_finite_are_refused(key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         checks.check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("max_skipped", 0, "1 or more"),
+        ("step_timeout", -1.0, "0 or more"),
+        ("checkpoint.keep_best", -1, "0 or more"),
+        ("checkpoint.keep", 0, "1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(key, value, advice):
+    config = ConfigDict(CONFIG.to_dict())
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"{key}.* must be {advice}"):
+        checks.check(config)

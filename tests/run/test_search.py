@@ -73,7 +73,7 @@ def check_against_ir_measures(found, queries, items, tmp_path):
     targets = [query.targets for query in queries]
     qrels.write_text("".join(trec.qrel_lines(ids, items, targets)))
     ranks = metrics.among_all(found.ranks_QxP)[[bool(query.targets) for query in queries]]
-    measures = {ir.nDCG @ 10: metrics.gains_at(ranks, 10)}
+    measures = {ir.nDCG @ 10: metrics.ndcg_at(ranks, 10)}
     for k in (1, 5, 10, 50):
         measures[ir.R @ k] = metrics.recalls_at(ranks, k)
         measures[ir.Success @ k] = metrics.hits_at(ranks, k)
