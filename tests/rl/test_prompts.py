@@ -119,7 +119,7 @@ def test_a_stop_is_one_token(tokenizer):
     assert tokenizer.decode([newline]) == "\n"
     assert stop_tokens(tokenizer, []) == ()
     assert stop_tokens(tokenizer, ["<|im_end|>"]) == (tokenizer.eos_token_id,)
-    with pytest.raises(UserError, match="'a long stop', which is 3 tokens"):
+    with pytest.raises(UserError, match=r"rollout\.stop: 'a long stop' is 3 tokens"):
         stop_tokens(tokenizer, ["\n", "a long stop"])
 
 
