@@ -80,8 +80,8 @@ class RmsNorm(nn.Module):
 class Layer(nn.Module):
     """One decoder layer.
 
-    `attend` maps q, k and v, each `[B, N, heads, d]`, to `[B, N, H, d]` and to a second result, which
-    the layer returns beside its state.
+    `attend` maps q, k and v, each `[B, N, heads, d]`, to `[B, N, H, d]` and to a second result,
+    which the layer returns beside its state.
     """
 
     config: PolicyConfig
