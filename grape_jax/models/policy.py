@@ -78,8 +78,10 @@ class RmsNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. `attend` maps q, k and v, each `[B, N, heads, d]`, to `[B, N, H, d]`
-    and a second result, which the layer passes through.
+    """One decoder layer.
+
+    `attend` maps q, k and v, each `[B, N, heads, d]`, to `[B, N, H, d]` and to a second result,
+    which the layer returns beside its state.
     """
 
     config: PolicyConfig

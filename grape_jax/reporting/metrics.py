@@ -2,8 +2,9 @@
 
 `ranks` are int `[n]`, or `[n, P]` if queries have several right items, padded with `NO_RANK`; 1 is
 best. A rank counts all items ahead, other right ones included; `among_all` makes such ranks from
-those of `ranking.py`. Each metric returns one value a query, equal to trec_eval's; tables show their
-mean. Uncertainty is estimated by resampling clusters, such as all queries with the same right item.
+those of `ranking.py`. Each metric returns one value a query, equal to trec_eval's; tables show
+their mean. Uncertainty is estimated by resampling clusters, such as all queries with the same right
+item.
 """
 
 import dataclasses

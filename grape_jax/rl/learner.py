@@ -353,9 +353,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _sync_reference(config: GrpoConfig, state: TrainState) -> TrainState:
-    """Mixes the policy into the reference every `reference_sync_every` steps (TR-DPO,
-    arXiv 2404.09656).
-    """
+    """Mixes the policy into the reference at its interval (TR-DPO, arXiv 2404.09656)."""
     if not (config.keeps_reference and config.reference_sync_every):
         return state
     due = state.step % config.reference_sync_every == 0

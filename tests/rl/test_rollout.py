@@ -240,9 +240,9 @@ def test_sampling_stops_when_all_rows_have_ended(variables, prompts, monkeypatch
     decoded = []
     decode = policy.decode
 
-    def counted(*args):
-        jax.debug.callback(lambda t: decoded.append(int(t)), args[5])
-        return decode(*args)
+    def counted(config, variables, cache, mask, tokens, t, lora):
+        jax.debug.callback(lambda t: decoded.append(int(t)), t)
+        return decode(config, variables, cache, mask, tokens, t, lora)
 
     monkeypatch.setattr(policy, "decode", counted)
     for stops, steps in ((tuple(range(600)), 0), (tuple(range(300)), None), ((), 8)):

@@ -18,7 +18,8 @@ def loaded(folder):
     """A run whose retriever reads fewer tokens than many queries have."""
     config = command_line.load("configs/emoji.py")
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
-    config.retriever.text_length = 5
+    config.retriever.text_length, config.prompt.max_tokens = 5, 0
+    config.prompt.buckets = ()
     config.grpo.reward_shape = "improvement"
     return context.build(config)
 
