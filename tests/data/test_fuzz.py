@@ -12,12 +12,12 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-import test_gguf
 import thorough
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -299,7 +299,7 @@ def test_damaged_cirr_files(official, tmp_path, name):
 
 def test_damaged_gguf_headers(tmp_path):
     path = tmp_path / "model.gguf"
-    test_gguf.write(path, "qwen2")
+    gguf_files.write(path, "qwen2")
     good = path.read_bytes()
     header = good.index(b"token_embd.weight") + 64  # what follows are names, shapes and weights
     gguf.open_model(path)
