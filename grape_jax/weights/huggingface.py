@@ -6,7 +6,7 @@ A directory has `config.json`, one or several `*.safetensors`, `tokenizer.json` 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -111,7 +111,7 @@ def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizer
                 f"{str(directory)!r})."
             )
         return None
-    found = read_tokenizer(directory)
+    found = cast(PreTrainedTokenizerFast, read_tokenizer(directory))  # as of any tokenizer.json
     largest = max(found.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise UserError(
