@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
 from ml_collections import ConfigDict
-from grape_jax import compilation_cache
+from grape_jax.runtime import compilation_cache
 compilation_cache.MIN_SECONDS = 0.0
 hits, x = [], jnp.arange(64.0).reshape(8, 8)
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
