@@ -186,7 +186,7 @@ def test_cast_once_is_cast_at_every_use():
     params = nn.unbox(policy.init(config, jax.random.key(2)))["params"]
     # Scales and biases that bfloat16 would round.
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), params)
-    cast = policy.in_compute_dtype(config, params)
+    cast = policy.in_compute_dtype(config, {"params": params})["params"]
     assert cast["layers"]["q"]["kernel"].dtype == cast["head"].dtype == jnp.bfloat16
     assert cast["layers"]["mlp_norm"]["scale"].dtype == jnp.float32
 
