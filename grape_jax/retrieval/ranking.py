@@ -256,8 +256,9 @@ def _over_shards(
 
     emb, scale = _in_dtype(tiled(emb_QxE, 0), index.rows_NxE.dtype, jnp)
     transposed = lambda x: tiled(x, -1).swapaxes(1, 2)
+    targets = transposed(targets_QxP)
     others = None if others_QxX is None else transposed(others_QxX)
-    queries = _Queries(emb, scale, transposed(targets_QxP), others)
+    queries = _Queries(emb, scale, targets, others)
 
     def on_device(shard: Index, queries: _Queries):
         return rank_shard(queries, shard, jax.lax.axis_index(MESH_AXES) * len(shard.rows_NxE))

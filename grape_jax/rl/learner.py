@@ -60,8 +60,8 @@ class TrainBatch(flax.struct.PyTreeNode):
     mask_BxKxT: jax.Array  # bool, tokens that enter the loss
     weight_BxKxT: jax.Array  # float32, weight of each token's loss
     old_BxKxT: jax.Array  # float32, log-probs under the sampling policy
+    reference_BxKxT: jax.Array | None  # float32, log-probs under the reference policy
     advantage_BxK: jax.Array  # float32
-    reference_BxKxT: jax.Array | None = None  # float32, log-probs under the reference policy
 
 
 def init_state(learner: Learner, key: jax.Array, base: Params) -> TrainState:
@@ -253,6 +253,7 @@ def make_train_batch(
         mask_BxKxT=mask,
         weight_BxKxT=grpo.token_weights(mask, counted_B, config.aggregation, config.max_tokens),
         old_BxKxT=rollout.logprobs_BxKxT,
+        reference_BxKxT=None,
         advantage_BxK=grpo.advantages(
             scores.reward_BxK, config.advantage_scale, config.baseline, scores.relative_BxK
         ),
