@@ -34,6 +34,9 @@ STEPS = 3, 5  # warm-up, GRPO
 
 def command(folder, workdir, *overrides):
     settings = {
+        # With seed 0 one draw of step 4 lies so close to a boundary that two processes, whose sums
+        # are rounded differently, take another token.
+        "seed": 1,
         "data_dir": folder / "data",
         "policy.path": folder / "tiny.gguf",
         "warm_up.steps": STEPS[0],
