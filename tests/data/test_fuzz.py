@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from grape_jax.data import cirr, embedded, local
+from grape_jax.data import archive, cirr, embedded, local
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import gguf, policy_config, tensors
 
@@ -268,7 +268,7 @@ JSON = st.recursive(
 
 @pytest.mark.parametrize("name", ["captions/cap.rc2.train.json", "image_splits/split.rc2.val.json"])
 def test_damaged_cirr_files(official, tmp_path, name):
-    cirr.prepare(official, tmp_path / "data")
+    archive.store(tmp_path / "data", cirr.BENCHMARK, cirr.read(official))
     path = official / name
     good = path.read_bytes()
     one = json.loads(good)
@@ -288,7 +288,7 @@ def test_damaged_cirr_files(official, tmp_path, name):
     def reads(content):
         path.write_bytes(content)
         with Reading():
-            cirr.prepare(official, tmp_path / "fuzzed")
+            archive.store(tmp_path / "fuzzed", cirr.BENCHMARK, cirr.read(official))
         shutil.rmtree(tmp_path / "fuzzed", ignore_errors=True)
 
     try:
