@@ -264,7 +264,7 @@ def test_pod_watch_starts_again_what_was_only_interrupted(tools, tmp_path, inter
     later = f"w-0: ended on request; {shutdown.Interrupted(9)}\n"
     result = _watch(tmp_path, f"w-0: ended 0; {interruption}\n", later)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("it is started again") == 1
+    assert result.stdout.count("it is restarted") == 1
     assert sum("tpu_worker.sh\\ start\\" in call for call in calls()) == 2
 
 
@@ -284,7 +284,7 @@ fi
     assert sum(" create " in call for call in calls()) == 2
 
 
-@pytest.mark.parametrize("state, sentence", [("STOPPED", "is stopped"), ("UNKNOWN", "cannot say")])
+@pytest.mark.parametrize("state, sentence", [("STOPPED", "is stopped"), ("UNKNOWN", "cannot read the state")])
 def test_pod_leaves_a_slice_alone_that_it_does_not_understand(tools, tmp_path, state, sentence):
     make, calls = tools
     make("gcloud", GCLOUD)
@@ -316,7 +316,7 @@ def test_pod_dry_run_prints_and_runs_nothing(tools, command):
         (["start", "--zone=z"], "give --name=RUN and --zone=ZONE"),
         (["start", "--name=A_b", "--zone=z"], "lower-case letters"),
         (["start", "--name=a", "--zone=z"], "give --type=TYPE"),
-        (["start", "--name=a", "--zone=z", "--config=x"], "goes after --"),
+        (["start", "--name=a", "--zone=z", "--config=x"], "give training arguments after --"),
         (["start", "--name=a", "--zone=z", "--type=v9-8", "--", "--workdir=x"], "no runtime"),
         (["watch", "--name=a", "--zone=z", "--type=v4-8", "--", "--workdir=x"], "is lost with"),
         (["start", "--name=a", "--zone=z", "--type=v4-8"], "give training its --workdir"),
