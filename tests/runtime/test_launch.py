@@ -284,7 +284,9 @@ fi
     assert sum(" create " in call for call in calls()) == 2
 
 
-@pytest.mark.parametrize("state, sentence", [("STOPPED", "is stopped"), ("UNKNOWN", "cannot read the state")])
+@pytest.mark.parametrize(
+    "state, sentence", [("STOPPED", "is stopped"), ("UNKNOWN", "cannot read the state")]
+)
 def test_pod_leaves_a_slice_alone_that_it_does_not_understand(tools, tmp_path, state, sentence):
     make, calls = tools
     make("gcloud", GCLOUD)
