@@ -37,6 +37,7 @@ class Query:
     reference: str = ""  # a text known to describe the target; "": none
     image: int = -1  # row of a composed query's own picture, excluded from its ranking; -1: none
     subset: tuple[int, ...] = ()  # rows of the candidates of a subset recall
+    kind: str = ""  # of a composed query's change, such as "colour"; the report breaks down by it
 
 
 @dataclasses.dataclass(frozen=True)

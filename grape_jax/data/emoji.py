@@ -45,7 +45,7 @@ BENCHMARK = Benchmark(
     shifts=("languages", "long", "noisy"),
     galleries=dict.fromkeys(("train", "validation", "test", "test_seen"), "corpus"),
     test_sets={"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"},
-    version="2.0.0",
+    version="2.1.0",
     about=ABOUT,
 )
 SPLITS = BENCHMARK.splits

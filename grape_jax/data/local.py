@@ -291,7 +291,7 @@ class Names:
         self.exact = {_normalise(one): one for one in ids}
         for one in self.exact.values():
             path = PurePosixPath(_normalise(one))
-            for name in {path.name, path.stem, str(path.with_suffix(""))}:
+            for name in {path.name, path.stem, str(path.parent / path.stem)}:
                 self.ids_of[name].add(one)
 
     def __call__(self, name: str) -> set[str]:

@@ -26,6 +26,7 @@ QUERY_FEATURES = {
     "reference": tfds.features.Text(),
     "image": tfds.features.Scalar(np.int32),
     "subset": tfds.features.Sequence(np.int32),
+    "kind": tfds.features.Text(),
 }
 CORPUS_FEATURES = {
     "id": tfds.features.Text(),
@@ -195,7 +196,7 @@ class _Pictures(Sequence):
 
 
 def _query(record: dict) -> Query:
-    texts = ("id", "text", "language", "group", "reference")
+    texts = ("id", "text", "language", "group", "reference", "kind")
     return Query(
         **{field: record[field].decode() for field in texts},
         targets=tuple(map(int, record["targets"])),

@@ -71,6 +71,11 @@ def test_pictures_and_queries_are_those_of_a_naive_reader(mine, tmp_path):
     }  # fmt: skip
 
 
+def test_a_picture_whose_id_is_a_dot_has_a_name():
+    assert local.Names(["."])(".") == {"."}
+    assert local.Names(["a/b.png"])("a/b") == {"a/b.png"}
+
+
 def test_a_split_shares_no_picture_and_is_a_queries_file_itself(mine, tmp_path):
     config = settings(mine)
     _, queries = prepared(config, tmp_path)
