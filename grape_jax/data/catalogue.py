@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from grape_jax.data import cirr, cvlue, emoji, flickr30k_cn, local, storage, wikipedia, xm3600
 from grape_jax.data.benchmark import Benchmark, Corpus, Query
 from grape_jax.data.local import Precomputed
-from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.errors import check_choice
 
 LOCAL = Benchmark(
     name="local",
@@ -33,8 +33,7 @@ def find(name: str) -> Benchmark:
     Raises:
       UserError: unknown name.
     """
-    if name not in BENCHMARKS:
-        raise UserError(f"benchmark={name!r} is unknown: choose one of {', '.join(BENCHMARKS)}.")
+    check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]
 
 

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Params
 
 # Flax unboxes what it returns; the type of the box would hide that of the array.
 declare: Any = nn.with_logical_partitioning
 
 PROJECTED = "projected"  # name of projection outputs, for rematerialisation policies
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the projections of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,13 @@ class LoraConfig:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]  # projections to adapt, of q, k, v, o, gate, up, down
+    targets: tuple[str, ...]  # projections to adapt, of TARGETS
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            check_choice("lora.targets", target, TARGETS)
+        if self.rank < 1 or not self.targets:
+            raise UserError("lora.rank must be 0 or more, and lora.targets not empty above 0.")
 
     @property
     def scale(self) -> float:

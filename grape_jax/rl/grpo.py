@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from grape_jax.runtime.errors import UserError, check_choice, check_least
+
 ADVANTAGE_EPS = 1e-4  # as in TRL
 
 AGGREGATIONS = ("grpo", "dr_grpo", "dapo", "bnpo")
@@ -41,6 +43,39 @@ class GrpoConfig:
     drop_flat_groups: bool  # exclude groups with equal rewards; otherwise their KL counts
     temperature: float  # of the rollout and of all log-probs, before top-k, top-p and min-p
     max_tokens: int  # completion budget of the rollout, end token included
+
+    def __post_init__(self) -> None:
+        check_choice("grpo.aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("grpo.advantage_scale", self.advantage_scale, ADVANTAGE_SCALES)
+        check_choice("grpo.baseline", self.baseline, BASELINES)
+        check_choice("grpo.ratio_level", self.ratio_level, RATIO_LEVELS)
+        check_choice("grpo.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_choice("grpo.reference", self.reference, REFERENCES)
+        check_least("grpo.passes", self.passes, 1)
+        check_least("rollout.max_tokens", self.max_tokens, 1)
+        if self.temperature <= 0:
+            raise UserError("rollout.temperature must be above 0: greedy rewrites are all alike.")
+        if self.kl_weight < 0:
+            raise UserError("grpo.kl_weight must be 0 or more; 0 leaves the reference policy out.")
+        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
+            raise UserError(
+                "grpo.clip_low must be from 0 to below 1, and grpo.clip_high 0 or more."
+            )
+        if self.delta and self.delta <= 1 + self.clip_high:
+            raise UserError(
+                f"grpo.delta={self.delta} must be above 1 + grpo.clip_high = {1 + self.clip_high}, "
+                "where the clip already holds the ratio; 0 switches it off."
+            )
+        if self.reference_sync_every < 0 or not 0 < self.reference_mix <= 1:
+            raise UserError(
+                "grpo.reference_sync_every must be 0 or more, grpo.reference_mix above 0, at most "
+                "1."
+            )
+        if self.reference_sync_every and not self.keeps_reference:
+            raise UserError(
+                "grpo.reference_sync_every needs a reference that can follow: set "
+                "grpo.reference='start' and a grpo.kl_weight above 0."
+            )
 
     @property
     def keeps_reference(self) -> bool:

@@ -18,6 +18,7 @@ from grape_jax.rl import grpo, scoring
 from grape_jax.rl.grpo import GrpoConfig
 from grape_jax.rl.optimizer import OptimizerConfig, make_optimizer, next_rate
 from grape_jax.runtime import sharding
+from grape_jax.runtime.errors import UserError
 from grape_jax.types import Params, Prompts, Rollout, Scores
 
 
@@ -41,6 +42,22 @@ class Learner:
     mesh: Mesh
     microbatches: int  # parts of a batch, split by prompts; one part's activations exist at a time
     logprob_chunk: int  # completion positions whose vocabulary logits exist at a time
+
+    def __post_init__(self) -> None:
+        check_reference(self.grpo, self.lora)
+
+
+def check_reference(config: GrpoConfig, lora: LoraConfig | None) -> None:
+    """Refuses a reference that would be a mix of two adapters.
+
+    Raises:
+      UserError: the policy is mixed into the reference under LoRA.
+    """
+    if config.reference_sync_every and config.reference_mix < 1 and lora is not None:
+        raise UserError(
+            "grpo.reference_mix must be 1 under LoRA: a mix of two adapters' factors is not the "
+            "adapter of the mixed weights."
+        )
 
 
 class SupervisedBatch(flax.struct.PyTreeNode):

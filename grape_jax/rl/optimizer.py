@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import optax
 
+from grape_jax.runtime.errors import UserError, check_choice, check_least
 from grape_jax.types import Params
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -12,7 +13,11 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of the optimizer."""
+    """Settings of the optimizer.
+
+    Raises:
+      UserError: a setting is impossible; the sentence begins with its name.
+    """
 
     learning_rate: float
     schedule: str  # one of SCHEDULES
@@ -21,6 +26,17 @@ class OptimizerConfig:
     final_fraction: float  # of the learning rate, reached at `steps`; unused by "constant"
     weight_decay: float  # of matrices only
     max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_least("steps", self.steps, 0)
+        if self.learning_rate <= 0:
+            raise UserError("learning_rate must be above 0: with 0 nothing is learned.")
+        if self.max_grad_norm <= 0:
+            raise UserError(
+                "max_grad_norm must be above 0: a gradient is left as it is by a large one, such "
+                "as 1e9."
+            )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Prompts
 
 FORMATS = ("line", "answer")
@@ -31,6 +31,13 @@ class PromptConfig:
     answer_start: str  # beginning of the assistant's turn, which the policy continues
     max_tokens: int  # S, to which prompts are padded on the left
     format: str  # "line": the answer is the rewrite; "answer": <answer>rewrite</answer>
+
+    def __post_init__(self) -> None:
+        check_choice("prompt.format", self.format, FORMATS)
+        if "{query}" not in self.user:
+            raise UserError("prompt.user must contain {query}, where the query goes.")
+        if self.format == "answer" and self.answer_start:
+            raise UserError("prompt.answer_start must be empty with prompt.format='answer'.")
 
 
 def encode_prompts(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from grape_jax.models import policy
 from grape_jax.models.lora import LoraConfig
+from grape_jax.runtime.errors import UserError, check_least
 from grape_jax.types import Params, Prompts, Rollout
 
 CDF_BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
@@ -35,6 +36,18 @@ class SamplingConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
+
+    def __post_init__(self) -> None:
+        check_least("rollout.max_tokens", self.max_tokens, 1)
+        check_least("rollout.temperature", self.temperature, 0)
+        if self.top_k < 0 or self.top_k == 1:
+            raise UserError(
+                "rollout.top_k must be 0 (off) or 2 or more: of one token all are alike."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError("rollout.top_p must be above 0 and at most 1 (off).")
+        if not 0 <= self.min_p < 1:
+            raise UserError("rollout.min_p must be 0 (off) or more, and below 1.")
 
     @property
     def filtered(self) -> bool:

@@ -11,6 +11,7 @@ from grape_jax.models import towers
 from grape_jax.retrieval.ranking import target_ranks
 from grape_jax.rl import rewards
 from grape_jax.runtime import sharding
+from grape_jax.runtime.errors import UserError, check_choice, check_least
 from grape_jax.types import Index, Params, Ranks, Rewrites, Rollout, Scores
 
 
@@ -27,6 +28,19 @@ class RewardConfig:
     format_rule: str  # one of rewards.FORMAT_RULES
     malformed_reward: float  # format rule "gate": total reward of a malformed answer
     truncated_penalty: float  # subtracted from the reward of a completion without an end token
+
+    def __post_init__(self) -> None:
+        check_choice("grpo.reward_shape", self.reward_shape, rewards.SHAPES)
+        check_choice("grpo.format_rule", self.format_rule, rewards.FORMAT_RULES)
+        check_least("grpo.reward_k", self.reward_k, 1)
+        if self.reward_temperature <= 0:
+            raise UserError("grpo.reward_temperature must be above 0.")
+        if self.malformed_reward > 0:
+            raise UserError("grpo.malformed_reward must be 0 or less: it is paid for no content.")
+        if self.truncated_penalty < 0:
+            raise UserError(
+                "grpo.truncated_penalty must be 0 or more: it is taken from the reward."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,23 +14,46 @@ from grape_jax.rl.optimizer import OptimizerConfig
 from grape_jax.rl.prompts import PromptConfig
 from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import RewardConfig, Scorer
+from grape_jax.runtime.errors import UserError
 
 
 def make_learner(config: ConfigDict, phase: str, model: PolicyConfig, mesh: Mesh) -> Learner:
     """The static part of the step functions of a phase, "warm_up" or "grpo"."""
-    updates = config.grpo.passes if phase == "grpo" else 1
-    schedule = _fields(OptimizerConfig, config[phase])
-    schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
-    rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
     return Learner(
         policy=model,
         lora=lora_config(config),
-        optimizer=OptimizerConfig(**schedule),
-        grpo=GrpoConfig(**_fields(GrpoConfig, config.grpo), **rollout),
+        optimizer=optimizer_config(config, phase),
+        grpo=grpo_config(config),
         mesh=mesh,
         microbatches=config[phase].microbatches,
         logprob_chunk=config.policy.logprob_chunk,
     )
+
+
+def grpo_config(config: ConfigDict) -> GrpoConfig:
+    """The settings of advantages, loss and reference."""
+    rollout = {name: config.rollout[name] for name in ("temperature", "max_tokens")}
+    return GrpoConfig(**_fields(GrpoConfig, config.grpo), **rollout)
+
+
+def reward_config(config: ConfigDict) -> RewardConfig:
+    """The settings of the reward."""
+    return RewardConfig(**_fields(RewardConfig, config.grpo))
+
+
+def optimizer_config(config: ConfigDict, phase: str) -> OptimizerConfig:
+    """The optimizer of a phase, whose schedule counts updates.
+
+    Raises:
+      UserError: a setting is impossible; names its key.
+    """
+    updates = config.grpo.passes if phase == "grpo" else 1
+    schedule = _fields(OptimizerConfig, config[phase])
+    schedule |= {name: schedule[name] * updates for name in ("steps", "ramp_steps")}
+    try:
+        return OptimizerConfig(**schedule)
+    except UserError as error:
+        raise UserError(f"{phase}.{error}") from error
 
 
 def make_scorer(
@@ -43,7 +66,7 @@ def make_scorer(
 ) -> Scorer:
     """The static part of `score_rewrites`."""
     return Scorer(
-        reward=RewardConfig(**_fields(RewardConfig, config.grpo)),
+        reward=reward_config(config),
         retriever=retriever,
         corpus_size=corpus_size,
         stop_ids=stop_ids,

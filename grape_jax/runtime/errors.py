@@ -1,11 +1,38 @@
-"""The exception for user errors, and how a command ends with one."""
+"""The exception for user errors, common checks, and how a command ends with an error."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
     """An error that the user can fix: one sentence with what is wrong and what to do."""
+
+
+def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuses a value that is not one of the choices.
+
+    Args:
+      key: name of the setting, for the message.
+
+    Raises:
+      UserError: the value is not among them.
+    """
+    if value not in choices:
+        raise UserError(f"{key}={value!r} is unknown: choose one of {', '.join(choices)}.")
+
+
+def check_least(key: str, value: float, least: int) -> None:
+    """Refuses a number below `least`.
+
+    Args:
+      key: name of the setting, for the message.
+
+    Raises:
+      UserError: the number is lower.
+    """
+    if value < least:
+        raise UserError(f"{key} must be {least} or more.")
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.runtime import sharding
-from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Prompts
 from grape_jax.weights import gguf, hub, huggingface, policy_config
 from grape_jax.weights.placing import Placer
@@ -76,8 +76,7 @@ class OpenedPolicy:
 
     def load(self, dtype: str, mesh: Mesh) -> Policy:
         """Reads the weights, as `load_policy`."""
-        if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+        check_choice("dtype", dtype, DTYPES)
         params = self.place(mesh, DTYPES[dtype])
         return Policy(self.config, params, self.tokenizer, self.end_tokens)
 
@@ -108,8 +107,7 @@ def load_policy(
     Raises:
       UserError: the model is missing, damaged or not supported.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    check_choice("dtype", dtype, DTYPES)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return open_policy(path_or_hub_id).load(dtype, mesh)

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grape_jax.models.encoder import ACTIVATIONS, Params, Tower
-from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.errors import UserError, check_choice
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -72,8 +72,7 @@ def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "floa
     Raises:
       UserError: a file is missing, damaged or a pickle; a tensor is missing or has another shape.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    check_choice("dtype", dtype, DTYPES)
     empty = lambda leaf: np.empty(leaf.shape, DTYPES[dtype])
     params = jax.tree.map(empty, nn.meta.unbox(shapes))
     with contextlib.ExitStack() as stack:
