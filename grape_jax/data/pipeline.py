@@ -15,10 +15,7 @@ from grape_jax.runtime.errors import UserError
 
 
 def train_iterator(
-    sets: Sequence[Sequence[Any]],
-    batch_size: int,
-    seed: int,
-    rows: Sequence[int] | None = None,
+    sets: Sequence[Sequence[Any]], batch_size: int, seed: int
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of batches of queries, in a new order every epoch.
 
@@ -31,19 +28,16 @@ def train_iterator(
       sets: sequences of any objects, which are neither copied nor changed.
       batch_size: B, queries of a global batch, over all processes.
       seed: 0 <= seed < 2**32, determines the order of all epochs.
-      rows: the rows of each global batch that this process needs; None: all.
 
     Returns:
       A grain iterator of lists of queries. `get_state()` returns a small dictionary that JSON can
-      store; `set_state()` accepts it if all arguments but `rows` are the same. The state counts
-      global batches, so it is equal on all processes.
+      store; `set_state()` accepts it if all arguments are the same.
 
     Raises:
       UserError: `batch_size` is below 1 or larger than the smallest set; `seed` is out of range.
     """
     smallest = min(len(queries) for queries in sets)
     _check_arguments(smallest, batch_size, seed)
-    rows = range(batch_size) if rows is None else rows
 
     def batches(queries: Sequence[Any]) -> grain.MapDataset:
         return (
@@ -52,7 +46,6 @@ def train_iterator(
             .repeat()
             # An endless dataset has no remainder. Without it, grain's length overflows for B = 1.
             .batch(batch_size, drop_remainder=True, batch_fn=list)
-            .map(lambda batch: [batch[row] for row in rows])
         )
 
     alternating = grain.MapDataset.mix([batches(queries) for queries in sets])

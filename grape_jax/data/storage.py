@@ -35,50 +35,15 @@ CORPUS_FEATURES = {
 }
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """TFDS builder of one set from records in memory."""
+class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+    """TFDS builder of one set from records in memory, without TensorFlow."""
 
     # Otherwise TFDS searches for checksums beside this file, with a package it does not install.
     code_path = None
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        config: str,
-        version: str,
-        features: Mapping[str, Any],
-        splits: Mapping[str, Iterable[dict]],
-        about: str,
-        data_dir: str,
-    ):
-        self.name = name
-        self.VERSION = tfds.core.Version(version)
-        self.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, description=about)]
-        self._features = features
-        self._splits = splits
-        self._about = about
-        super().__init__(
-            config=self.BUILDER_CONFIGS[0],
-            version=version,
-            data_dir=data_dir,
-            file_format="array_record",
-        )
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._about,
-            features=tfds.features.FeaturesDict(self._features),
-            disable_shuffling=True,  # targets are row numbers
-        )
-
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager  # nothing is downloaded
-        return {split: enumerate(records) for split, records in self._splits.items()}
-
-    def _generate_examples(self, records: Iterator) -> Iterator:
-        return records
+        return {split: enumerate(records) for split, records in self._split_datasets.items()}
 
 
 def write_queries(
@@ -124,12 +89,14 @@ def _write(
     with _quiet_tfds():
         _Builder(
             name=name,
-            config=config,
+            config=tfds.core.BuilderConfig(name=config, description=about),
             version=version,
-            features=features,
-            splits=splits,
-            about=about,
+            features=tfds.features.FeaturesDict(features),
+            split_datasets=splits,
+            description=about,
             data_dir=str(data_dir),
+            file_format="array_record",
+            disable_shuffling=True,  # targets are row numbers
         ).download_and_prepare()
 
 

@@ -76,25 +76,17 @@ def embed_texts(
     return unit_length(raw_NxE)
 
 
-def embed_images(
-    config: ClipConfig,
-    params: Params,
-    pixels_NxHxWx3: jax.Array,
-    patches_NxP: jax.Array | None = None,
-) -> jax.Array:
+def embed_images(config: ClipConfig, params: Params, pixels_NxHxWx3: jax.Array) -> jax.Array:
     """Embeds images.
 
     Args:
       pixels_NxHxWx3: float32, H = W = config.image_size, normalised with the checkpoint's mean and
         standard deviation.
-      patches_NxP: int32 row-major indices of the patches to use of each image, as in FLIP (Li et
-        al. 2023), which speeds up training; None: all patches.
 
     Returns:
       float32 `[N, E]` of unit length.
     """
-    variables = {"params": params["vision"]}
-    raw_NxE: Any = VisionTower(config).apply(variables, pixels_NxHxWx3, patches_NxP)
+    raw_NxE: Any = VisionTower(config).apply({"params": params["vision"]}, pixels_NxHxWx3)
     return unit_length(raw_NxE)
 
 
@@ -130,21 +122,15 @@ class VisionTower(nn.Module):
     config: ClipConfig
 
     @nn.compact
-    def __call__(
-        self, pixels_NxHxWx3: jax.Array, patches_NxP: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, pixels_NxHxWx3: jax.Array) -> jax.Array:
         config, tower = self.config, self.config.vision
         count = (config.image_size // config.patch) ** 2
         class_D = vector(self, "class_embedding", tower.width)
         position_LxD = table(self, "position_embedding", (count + 1, tower.width), "position")
 
         patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), config.patch)
-        position_NxLxD = position_LxD[None, 1:]
-        if patches_NxP is not None:
-            patches_NxLxF = jnp.take_along_axis(patches_NxLxF, patches_NxP[..., None], axis=1)
-            position_NxLxD = position_LxD[1:][patches_NxP]
         embed = dense(tower.width, ("pixels", "embed"), "patch_embedding", use_bias=False)
-        x_NxLxD = embed(patches_NxLxF) + position_NxLxD
+        x_NxLxD = embed(patches_NxLxF) + position_LxD[1:]
 
         class_Nx1xD = jnp.broadcast_to(
             class_D + position_LxD[0], (x_NxLxD.shape[0], 1, tower.width)

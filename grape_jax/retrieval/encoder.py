@@ -27,7 +27,8 @@ from grape_jax.retrieval import preprocessing
 from grape_jax.retrieval.preprocessing import Preprocess
 from grape_jax.runtime import processes, sharding
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights import clip, hub, open_clip, sentence, siglip, tensors, tokenizer
+from grape_jax.weights import hub, open_clip, sentence, tensors, tokenizer
+from grape_jax.weights import retriever as checkpoints
 
 SHIPPED = Path(__file__).parent / "assets" / "retriever"
 # Files downloaded from the hub: no pickled weights.
@@ -113,29 +114,22 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
       UserError: a file is missing, damaged or not supported.
     """
     directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, HUB_FILES)
-    if _is_open_clip(directory):
-        return _load_open_clip(directory, dtype)
-    config_file = directory / clip.CONFIG_FILE
-    kind = _model_type(config_file)
-    config: RetrieverConfig
-    if kind == "clip":
-        config, params = clip.load(directory, dtype)
-    elif kind == "siglip":
-        config, params = siglip.load(directory, dtype)
-    else:
-        config, params = sentence.load(directory, dtype)
-    texts = tokenizer.read(directory)
-    _check_vocabulary(config, texts, config_file)
+    as_open_clip = checkpoints.is_open_clip(directory)
+    config, params = checkpoints.load(directory, dtype)
+    texts = (tokenizer.read_open_clip if as_open_clip else tokenizer.read)(directory)
+    _check_vocabulary(config, texts, checkpoints.config_file(directory))
+    preprocess = None
+    if not isinstance(config, SentenceConfig):
+        read = preprocessing.read_open_clip if as_open_clip else preprocessing.read
+        preprocess = read(directory, config.image_size)
     return Retriever(
         config=config,
         params=params,
         tokenizer=texts,
-        clean=lambda text: text,
-        context=_context(config, texts, directory),
-        preprocess=None
-        if isinstance(config, SentenceConfig)
-        else preprocessing.read(directory, config.image_size),
-        fingerprint=_fingerprint(dtype, directory / clip.WEIGHTS_FILE),
+        clean=tokenizer.clean_open_clip if as_open_clip else str,
+        context=config.context if as_open_clip else _context(config, texts, directory),
+        preprocess=preprocess,
+        fingerprint=_fingerprint(dtype, checkpoints.weights_file(directory)),
         cut_texts=CutTexts(),
     )
 
@@ -149,29 +143,9 @@ def read_config(path_or_hub_id: str | Path | None = None) -> RetrieverConfig:
     Raises:
       UserError: as in `load`.
     """
-    configs = [clip.CONFIG_FILE, open_clip.CONFIG_FILE]
-    directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, configs)
-    if _is_open_clip(directory):
-        return open_clip.read_config(directory)
-    match _model_type(directory / clip.CONFIG_FILE):
-        case "clip":
-            return clip.read_config(directory)
-        case "siglip":
-            return siglip.read_config(directory)
-        case _:
-            return sentence.read_config(directory)
-
-
-def _model_type(config_file: Path) -> str:
-    """The model type of a transformers config: clip, siglip or bert."""
-    kind = tensors.read_json(config_file).get("model_type")
-    if kind not in ("clip", "siglip", "bert"):
-        raise UserError(
-            f"{config_file}: model_type={kind!r} is not supported: use a CLIPModel (clip), a "
-            "SiglipModel (siglip, also SigLIP 2 at a fixed resolution), a BERT sentence encoder "
-            "(bert), or an open_clip directory."
-        )
-    return kind
+    names = [tensors.CONFIG_FILE, open_clip.CONFIG_FILE]
+    directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, names)
+    return checkpoints.read_config(directory)
 
 
 def place(retriever: Retriever, mesh: Mesh) -> Retriever:
@@ -290,32 +264,6 @@ def check_embeddings(
             f"the embeddings in {name} are not the retriever's: embedded again, {len(items)} "
             f"{kind} have a median cosine of {np.median(cosine_N):.2f} with them: {advice}."
         )
-
-
-def _is_open_clip(directory: Path) -> bool:
-    """Whether a directory has the files of open_clip but not those of transformers."""
-    has = lambda name: (directory / name).exists()
-    return has(open_clip.CONFIG_FILE) and not (
-        has(clip.WEIGHTS_FILE) or has(f"{clip.WEIGHTS_FILE}.index.json")
-    )
-
-
-def _load_open_clip(directory: Path, dtype: str) -> Retriever:
-    """`load` for a directory of open_clip."""
-    config, params = open_clip.load(directory, dtype)
-    config_file = directory / open_clip.CONFIG_FILE
-    texts = tokenizer.read_open_clip(directory)
-    _check_vocabulary(config, texts, config_file)
-    return Retriever(
-        config=config,
-        params=params,
-        tokenizer=texts,
-        clean=tokenizer.clean_open_clip,
-        context=config.context,
-        preprocess=preprocessing.read_open_clip(directory, config.image_size),
-        fingerprint=_fingerprint(dtype, directory / open_clip.WEIGHTS_FILE),
-        cut_texts=CutTexts(),
-    )
 
 
 def _context(config: RetrieverConfig, texts: PreTrainedTokenizerBase, directory: Path) -> int:

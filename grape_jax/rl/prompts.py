@@ -61,16 +61,15 @@ def encode_prompts(
     return Prompts(tokens, mask)  # type: ignore[arg-type]
 
 
-def to_bucket(prompts: Prompts, buckets: Sequence[int], longest: int | None = None) -> Prompts:
+def to_bucket(prompts: Prompts, buckets: Sequence[int]) -> Prompts:
     """Trims shared padding: to the shortest bucket that holds the longest prompt.
 
     Args:
-      prompts: a batch, or a process's part of one.
+      prompts: a whole batch.
       buckets: lengths in ascending order; if none is long enough, the prompts are returned
         unchanged.
-      longest: tokens of the longest prompt of the whole batch; None: of `prompts`.
     """
-    longest = int(prompts.mask_BxS.sum(axis=1).max()) if longest is None else longest
+    longest = int(prompts.mask_BxS.sum(axis=1).max())
     width = prompts.tokens_BxS.shape[1]
     length = next((bucket for bucket in buckets if longest <= bucket < width), width)
     return Prompts(prompts.tokens_BxS[:, width - length :], prompts.mask_BxS[:, width - length :])

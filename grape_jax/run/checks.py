@@ -17,7 +17,7 @@ from grape_jax.retrieval import ranking
 from grape_jax.rl import learner
 from grape_jax.run import settings
 from grape_jax.runtime.errors import UserError, check_choice, check_least
-from grape_jax.weights import pretrained
+from grape_jax.weights import tensors
 
 PHASES = ("warm_up", "grpo")
 
@@ -103,7 +103,7 @@ def _check_settings(config: ConfigDict) -> None:
     """Makes every group of settings, each of which checks itself."""
     for shift in config.shifts:
         settings.prompt_config(config, shift, config.prompt.max_tokens)
-    check_choice("policy.dtype", config.policy.dtype, pretrained.DTYPES)
+    check_choice("policy.dtype", config.policy.dtype, tensors.DTYPES)
     check_least("policy.logprob_chunk", config.policy.logprob_chunk, 1)
     settings.reward_config(config)
     learner.check_reference(settings.grpo_config(config), settings.lora_config(config))

@@ -27,7 +27,7 @@ from grape_jax.run.policy import RewritePolicy
 from grape_jax.run.queries import Queries
 from grape_jax.runtime import checkpoint, processes, sharding
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights.pretrained import OpenedPolicy
+from grape_jax.weights.placing import OpenedPolicy
 
 
 @dataclasses.dataclass(frozen=True)

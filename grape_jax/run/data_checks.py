@@ -18,7 +18,7 @@ from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.policy import RewritePolicy
 from grape_jax.run.queries import Queries
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights.pretrained import OpenedPolicy
+from grape_jax.weights.placing import OpenedPolicy
 
 
 def check_before_loading(

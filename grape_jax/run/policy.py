@@ -23,8 +23,8 @@ from grape_jax.run import settings
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
-from grape_jax.weights import pretrained
-from grape_jax.weights.pretrained import OpenedPolicy
+from grape_jax.weights import pretrained, tensors
+from grape_jax.weights.placing import OpenedPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +76,15 @@ def load(
     Raises:
       UserError: the weights are damaged, or `rollout.stop` has texts of several tokens.
     """
-    found = opened.load(settings.base_dtype(config), mesh)
-    tokenizer = _check_chat(config, found.tokenizer)
+    tokenizer = _check_chat(config, opened.tokenizer)
     stops = prompts.stop_tokens(tokenizer, config.rollout.stop)
     *buckets, longest = lengths
     return RewritePolicy(
-        model=settings.with_compute_settings(config, found.config, mesh),
-        base=found.params,
+        model=settings.with_compute_settings(config, opened.config, mesh),
+        base=opened.place(mesh, tensors.DTYPES[settings.base_dtype(config)]),
         lora=settings.lora_config(config),
         tokenizer=tokenizer,
-        stop_ids=found.end_tokens + stops,
+        stop_ids=opened.end_tokens + stops,
         prompts={shift: settings.prompt_config(config, shift, longest) for shift in config.shifts},
         buckets=tuple(buckets),
     )

@@ -7,34 +7,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from grape_jax.models import towers
 from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params, Tower
-from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
-from grape_jax.weights.tensors import Tensor, dense, norm
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
-
-def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Params]:
-    """Reads a CLIP checkpoint.
-
-    Args:
-      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
-
-    Returns:
-      The config, and the parameters as numpy arrays.
-
-    Raises:
-      UserError: a file is missing or damaged, or the model is not a supported CLIP.
-    """
-    directory = Path(directory)
-    config = read_config(directory)
-    return config, tensors.load(
-        directory / WEIGHTS_FILE, _table(config), towers.shapes(config), dtype
-    )
+from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Tensor, dense, norm
 
 
 def save(
@@ -46,22 +22,22 @@ def save(
     (directory / CONFIG_FILE).write_text(json.dumps(_to_json(config), indent=2) + "\n")
     tensors = {
         tensor.name: np.array(_to_file(_get(params, tensor), tensor, config), dtype, order="C")
-        for tensor in _table(config)
+        for tensor in table(config)
     }
     # transformers requires this metadata.
     safetensors.numpy.save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def read_config(directory: str | Path) -> ClipConfig:
-    """Reads config.json; missing fields take the defaults of transformers.
+def read_config(path: Path, data: dict) -> ClipConfig:
+    """The architecture in config.json; missing fields take the defaults of transformers.
+
+    Args:
+      path: of the file, for messages.
+      data: its contents.
 
     Raises:
-      UserError: the file is missing or damaged, or describes an unsupported model.
+      UserError: the model is not supported, or a field is malformed.
     """
-    path = Path(directory) / CONFIG_FILE
-    data = tensors.read_json(path)
-    if data.get("model_type") != "clip":
-        raise UserError(f"{path} does not have model_type clip: use a transformers CLIPModel.")
     text, vision = _section(data, "text_config"), _section(data, "vision_config")
     text_tower = Tower(width=512, layers=12, heads=8, mlp=2048)
     vision_tower = Tower(width=768, layers=12, heads=12, mlp=3072)
@@ -127,10 +103,10 @@ def _to_json(config: ClipConfig) -> dict:
     }
 
 
-def _table(config: ClipConfig) -> list[Tensor]:
+def table(config: ClipConfig) -> list[Tensor]:
     """All tensors of a checkpoint, for reading and writing."""
     text, vision = "text_model.embeddings.", "vision_model.embeddings."
-    table = [
+    found = [
         Tensor(text + "token_embedding.weight", ("text", "token_embedding")),
         Tensor(text + "position_embedding.weight", ("text", "position_embedding")),
         Tensor("text_projection.weight", ("text", "projection", "kernel"), kind="matrix"),
@@ -144,13 +120,13 @@ def _table(config: ClipConfig) -> list[Tensor]:
         Tensor("visual_projection.weight", ("vision", "projection", "kernel"), kind="matrix"),
         Tensor("logit_scale", ("logit_scale",)),
     ]
-    table += norm("text_model.final_layer_norm", ("text", "final_norm"))
-    table += norm("vision_model.pre_layrnorm", ("vision", "pre_norm"))
-    table += norm("vision_model.post_layernorm", ("vision", "post_norm"))
+    found += norm("text_model.final_layer_norm", ("text", "final_norm"))
+    found += norm("vision_model.pre_layrnorm", ("vision", "pre_norm"))
+    found += norm("vision_model.post_layernorm", ("vision", "post_norm"))
     for side, tower in (("text", config.text), ("vision", config.vision)):
         for layer in range(tower.layers):
-            table += encoder_layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
-    return table
+            found += encoder_layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
+    return found
 
 
 def encoder_layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:

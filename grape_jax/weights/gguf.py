@@ -26,7 +26,7 @@ from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import policy_config
-from grape_jax.weights.placing import Index, LeafPath, Placer, place
+from grape_jax.weights.placing import Index, LeafPath, OpenedPolicy, place
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Names of a layer's modules: in this package -> in GGUF.
@@ -71,17 +71,8 @@ WORDS = (
 )
 
 
-def open_model(
-    path: str | Path,
-) -> tuple[PolicyConfig, PreTrainedTokenizerFast, tuple[int, ...], Placer]:
-    """Reads everything of a file except the weights.
-
-    Returns:
-      config: the shapes of the model.
-      tokenizer: with the file's chat template.
-      end_tokens: token ids, each of which ends an answer.
-      place: maps a mesh and a dtype to the parameters, sharded by their logical axes. A tensor is
-        dequantised when its shard is placed.
+def open_model(path: str | Path) -> OpenedPolicy:
+    """Reads everything of a file except the weights, which are dequantised shard by shard.
 
     Raises:
       UserError: the file is missing or damaged, or its model is not supported.
@@ -99,7 +90,7 @@ def open_model(
         with _refuse_damage(path):
             return place(config, mesh, dtype, read)
 
-    return config, tokenizer, end_tokens, placed
+    return OpenedPolicy(config, tokenizer, end_tokens, placed)
 
 
 @contextlib.contextmanager

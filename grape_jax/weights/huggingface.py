@@ -18,12 +18,17 @@ from grape_jax.models.policy import PolicyConfig
 from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import policy_config
-from grape_jax.weights.placing import Index, LeafPath, Placer, leaf_shapes, place
-from grape_jax.weights.tensors import PICKLED, open_weights
+from grape_jax.weights.placing import Index, LeafPath, OpenedPolicy, leaf_shapes, place
+from grape_jax.weights.tensors import (
+    WEIGHTS_FILE,
+    indexed_files,
+    open_weights,
+    read_json,
+    refuse_pickles,
+)
 from grape_jax.weights.tokenizer import TOKENIZER_FILE
 from grape_jax.weights.tokenizer import read as read_tokenizer
 
-WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -50,16 +55,8 @@ OUTSIDE = {
 }
 
 
-def open_model(
-    directory: str | Path,
-) -> tuple[PolicyConfig, PreTrainedTokenizerFast | None, tuple[int, ...], Placer]:
+def open_model(directory: str | Path) -> OpenedPolicy:
     """Reads everything of a checkpoint except the weights.
-
-    Returns:
-      config: the shapes of the model.
-      tokenizer: with its chat template; None if the directory has none.
-      end_tokens: token ids, each of which ends an answer.
-      place: maps a mesh and a dtype to the parameters, sharded by their logical axes.
 
     Raises:
       UserError: a file is missing, damaged or pickled, or files belong to different models.
@@ -80,16 +77,14 @@ def open_model(
         return block.T if transposed else block
 
     end_tokens = _end_tokens(directory, tokenizer)
-    return config, tokenizer, end_tokens, lambda mesh, dtype: place(config, mesh, dtype, read)
+    placed = lambda mesh, dtype: place(config, mesh, dtype, read)
+    return OpenedPolicy(config, tokenizer, end_tokens, placed)
 
 
 def _end_tokens(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> tuple[int, ...]:
     """The end tokens of tokenizer and generation config, which may name several (Qwen: two)."""
     path = directory / GENERATION_FILE
-    try:
-        named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): download it again.") from error
+    named = read_json(path).get("eos_token_id") if path.exists() else None
     named = named if isinstance(named, list) else [named]
     first = None if tokenizer is None else tokenizer.eos_token_id
     return tuple(dict.fromkeys(token for token in (first, *named) if token is not None))
@@ -221,31 +216,13 @@ def _file_name(path: LeafPath, layer: int) -> str:
 def _locate(directory: Path) -> dict[str, Path]:
     """The file of each tensor, by the tensor's name."""
     index = directory / INDEX_FILE
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{index} has no readable weight_map: download or export it again."
-            ) from error
-        for name in names:
-            if not (directory / name).exists():
-                raise UserError(
-                    f"{directory / name} is missing, though weight_map in {index} names it: "
-                    "download it again."
-                )
-        paths = [directory / name for name in names]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
+    paths = indexed_files(index) if index.exists() else sorted(directory.glob("*.safetensors"))
     if not paths:
-        pickled = sorted(path for pattern in PICKLED for path in directory.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"{pickled[0]} is pickled, which can run arbitrary code, and is not loaded: "
-                "convert it with transformers, "
-                f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(DIR)."
-            )
+        refuse_pickles(
+            directory,
+            "convert it with transformers, "
+            f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(DIR).",
+        )
         raise UserError(f"{directory / WEIGHTS_FILE} is missing: download or export it again.")
     where: dict[str, Path] = {}
     for path in paths:

@@ -9,9 +9,8 @@ hf_tokenizer_name: ConvNeXt, SigLIP, EVA, MobileCLIP, CLIPA, MetaCLIP 2, ...), C
 
 from pathlib import Path
 
-from grape_jax.models import towers
 from grape_jax.models.clip import ClipConfig
-from grape_jax.models.encoder import Params, Tower
+from grape_jax.models.encoder import Tower
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
 from grape_jax.weights.tensors import Tensor, dense, fused_qkv, norm
@@ -35,33 +34,17 @@ NEUTRAL = {
 }
 
 
-def load(directory: str | Path, dtype: str = "float32") -> tuple[ClipConfig, Params]:
-    """Reads an open_clip checkpoint.
+def read_config(path: Path, data: dict) -> ClipConfig:
+    """The architecture in open_clip_config.json; missing fields take the defaults of open_clip.
 
     Args:
-      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
-
-    Returns:
-      The config, and the parameters as numpy arrays.
+      path: of the file, for messages.
+      data: its contents.
 
     Raises:
-      UserError: a file is missing or damaged, or the model is not supported.
+      UserError: the model is not supported, or a field is malformed.
     """
-    directory = Path(directory)
-    config = read_config(directory)
-    custom_text = tensors.read_json(directory / CONFIG_FILE)["model_cfg"].get("custom_text")
-    table = _table(config, "text." if custom_text else "")
-    return config, tensors.load(directory / WEIGHTS_FILE, table, towers.shapes(config), dtype)
-
-
-def read_config(directory: str | Path) -> ClipConfig:
-    """Reads open_clip_config.json; missing fields take the defaults of open_clip.
-
-    Raises:
-      UserError: the file is missing or damaged, or describes an unsupported model.
-    """
-    path = Path(directory) / CONFIG_FILE
-    model = _section(tensors.read_json(path), "model_cfg", path)
+    model = _section(data, "model_cfg", path)
     vision, text = _section(model, "vision_cfg", path), _section(model, "text_cfg", path)
     _refuse_others(model, MODEL_FIELDS + MODEL_TRAINING, "", path)
     _refuse_others(vision, VISION_FIELDS + VISION_TRAINING, "vision_cfg.", path)
@@ -120,9 +103,10 @@ def _refuse_others(data: dict, fields: tuple[str, ...], section: str, path: Path
             )
 
 
-def _table(config: ClipConfig, text: str) -> list[Tensor]:
-    """All tensors of a checkpoint; `text` is the prefix of the text tower's names."""
-    table = [
+def table(config: ClipConfig, data: dict) -> list[Tensor]:
+    """All tensors of a checkpoint with these contents of open_clip_config.json."""
+    text = "text." if data["model_cfg"].get("custom_text") else ""
+    found = [
         Tensor(text + "token_embedding.weight", ("text", "token_embedding")),
         Tensor(text + "positional_embedding", ("text", "position_embedding")),
         # These two projections are not stored transposed.
@@ -133,13 +117,13 @@ def _table(config: ClipConfig, text: str) -> list[Tensor]:
         Tensor("visual.conv1.weight", ("vision", "patch_embedding", "kernel"), kind="patches"),
         Tensor("logit_scale", ("logit_scale",)),
     ]
-    table += norm(text + "ln_final", ("text", "final_norm"))
-    table += norm("visual.ln_pre", ("vision", "pre_norm"))
-    table += norm("visual.ln_post", ("vision", "post_norm"))
+    found += norm(text + "ln_final", ("text", "final_norm"))
+    found += norm("visual.ln_pre", ("vision", "pre_norm"))
+    found += norm("visual.ln_post", ("vision", "post_norm"))
     for prefix, side, tower in ((text, "text", config.text), ("visual.", "vision", config.vision)):
         for layer in range(tower.layers):
-            table += _layer(f"{prefix}transformer.resblocks.{layer}.", (side, "layers"), layer)
-    return table
+            found += _layer(f"{prefix}transformer.resblocks.{layer}.", (side, "layers"), layer)
+    return found
 
 
 def _layer(prefix: str, path: tuple[str, ...], layer: int) -> list[Tensor]:

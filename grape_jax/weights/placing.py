@@ -1,5 +1,6 @@
 """Places parameters from files on devices, shard by shard."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, Sharding
+from transformers import PreTrainedTokenizerFast
 
 from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
@@ -17,7 +19,17 @@ Index = tuple[slice, ...]
 # Reads a block of a leaf, given path, layer, and slices without the layer axis. The layer of leaves
 # outside the layers is 0.
 ReadBlock = Callable[[LeafPath, int, Index], np.ndarray]
-Placer = Callable[[Mesh, Any], dict[str, Any]]  # mesh and dtype -> parameters on the mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedPolicy:
+    """A policy whose weights have not been read yet."""
+
+    config: PolicyConfig
+    tokenizer: PreTrainedTokenizerFast | None  # with its chat template; None if there is none
+    end_tokens: tuple[int, ...]  # each ends an answer
+    # Reads the parameters onto a mesh in a dtype, sharded by their logical axes.
+    place: Callable[[Mesh, Any], dict[str, Any]]
 
 
 def place(config: PolicyConfig, mesh: Mesh, dtype: Any, read: ReadBlock) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -20,9 +19,9 @@ from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Prompts
 from grape_jax.weights import gguf, hub, huggingface, policy_config
-from grape_jax.weights.placing import Placer
+from grape_jax.weights.placing import OpenedPolicy
+from grape_jax.weights.tensors import DTYPES
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DIGEST_BLOCKS, DIGEST_BLOCK = 128, 1 << 20  # hashed blocks of a file, and bytes of each
 
@@ -65,22 +64,6 @@ class Policy:
         return _logits(self.config, self.params, prompts)
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedPolicy:
-    """A policy whose weights have not been read yet."""
-
-    config: PolicyConfig
-    tokenizer: PreTrainedTokenizerFast | None
-    end_tokens: tuple[int, ...]
-    place: Placer  # reads the parameters onto a mesh
-
-    def load(self, dtype: str, mesh: Mesh) -> Policy:
-        """Reads the weights, as `load_policy`."""
-        check_choice("dtype", dtype, DTYPES)
-        params = self.place(mesh, DTYPES[dtype])
-        return Policy(self.config, params, self.tokenizer, self.end_tokens)
-
-
 def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
     """Reads everything of a model except the weights.
 
@@ -89,8 +72,8 @@ def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_file() or path.suffix == ".gguf":
-        return OpenedPolicy(*gguf.open_model(path))
-    return OpenedPolicy(*huggingface.open_model(hub.directory(path_or_hub_id, HUB_FILES)))
+        return gguf.open_model(path)
+    return huggingface.open_model(hub.directory(path_or_hub_id, HUB_FILES))
 
 
 def load_policy(
@@ -110,7 +93,9 @@ def load_policy(
     check_choice("dtype", dtype, DTYPES)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return open_policy(path_or_hub_id).load(dtype, mesh)
+    opened = open_policy(path_or_hub_id)
+    params = opened.place(mesh, DTYPES[dtype])
+    return Policy(opened.config, params, opened.tokenizer, opened.end_tokens)
 
 
 def read_config(path_or_hub_id: str | Path) -> PolicyConfig:

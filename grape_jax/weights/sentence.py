@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from grape_jax.models import towers
-from grape_jax.models.encoder import Params, Tower
+from grape_jax.models.encoder import Tower
 from grape_jax.models.sentence import SentenceConfig
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
-from grape_jax.weights.clip import CONFIG_FILE, WEIGHTS_FILE
-from grape_jax.weights.tensors import Tensor, dense, norm
+from grape_jax.weights.tensors import CONFIG_FILE, Tensor, dense, norm
 
 DEFAULT = Tower(
     width=768,
@@ -26,39 +24,19 @@ MODULES = ("Transformer", "Pooling", "Normalize")
 MEAN = "pooling_mode_mean_tokens"
 
 
-def load(directory: str | Path, dtype: str = "float32") -> tuple[SentenceConfig, Params]:
-    """Reads a sentence encoder with mean pooling.
+def read_config(path: Path, data: dict) -> SentenceConfig:
+    """The architecture in config.json; missing fields take the defaults of transformers.
 
     Args:
-      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
-
-    Returns:
-      The config, and the parameters as numpy arrays.
+      path: of the file, for messages.
+      data: its contents.
 
     Raises:
-      UserError: a file is missing or damaged, or the model is not supported.
+      UserError: the model is not supported, or a field is malformed.
     """
-    directory = Path(directory)
-    config = read_config(directory)
-    return config, tensors.load(
-        directory / WEIGHTS_FILE, _table(config), towers.shapes(config), dtype
-    )
-
-
-def read_config(directory: str | Path) -> SentenceConfig:
-    """Reads config.json; missing fields take the defaults of transformers.
-
-    Raises:
-      UserError: a file is missing or damaged, or describes an unsupported model.
-    """
-    directory = Path(directory)
-    path = directory / CONFIG_FILE
-    data = tensors.read_json(path)
-    if data.get("model_type") != "bert":
-        raise UserError(f"{path} does not have model_type bert: use a transformers BertModel.")
     tensors.one_of(data, "position_embedding_type", "absolute", ("absolute",), path)
     tensors.one_of(data, "is_decoder", False, (False,), path)
-    _check_pooling(directory)
+    _check_pooling(path.parent)
     return SentenceConfig(
         text=tensors.read_tower(data, DEFAULT, path),
         vocab=tensors.whole_number(data, "vocab_size", 30522, path),
@@ -97,7 +75,7 @@ def _check_mean(path: Path) -> None:
             raise UserError(f"{path}: {key}={data[key]!r} is not supported, only {MEAN} is.")
 
 
-def _table(config: SentenceConfig) -> list[Tensor]:
+def table(config: SentenceConfig) -> list[Tensor]:
     """All tensors except those of BERT's pooler, which mean pooling does not use."""
     text = ("text",)
     names = {
@@ -108,16 +86,16 @@ def _table(config: SentenceConfig) -> list[Tensor]:
         "intermediate.dense": "up",
         "output.dense": "down",
     }
-    table = [
+    found = [
         Tensor("embeddings.word_embeddings.weight", (*text, "token_embedding")),
         Tensor("embeddings.position_embeddings.weight", (*text, "position_embedding")),
         Tensor("embeddings.token_type_embeddings.weight", (*text, "type_embedding")),
     ]
-    table += norm("embeddings.LayerNorm", (*text, "embedding_norm"))
+    found += norm("embeddings.LayerNorm", (*text, "embedding_norm"))
     for layer in range(config.text.layers):
         prefix, path = f"encoder.layer.{layer}.", (*text, "layers")
         for theirs, ours in names.items():
-            table += dense(prefix + theirs, (*path, ours), layer)
-        table += norm(prefix + "attention.output.LayerNorm", (*path, "norm1"), layer)
-        table += norm(prefix + "output.LayerNorm", (*path, "norm2"), layer)
-    return table
+            found += dense(prefix + theirs, (*path, ours), layer)
+        found += norm(prefix + "attention.output.LayerNorm", (*path, "norm1"), layer)
+        found += norm(prefix + "output.LayerNorm", (*path, "norm2"), layer)
+    return found

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from grape_jax.models import towers
-from grape_jax.models.encoder import Params, Tower
+from grape_jax.models.encoder import Tower
 from grape_jax.models.siglip import SiglipConfig
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
-from grape_jax.weights.clip import CONFIG_FILE, WEIGHTS_FILE, encoder_layer
+from grape_jax.weights.clip import encoder_layer
 from grape_jax.weights.tensors import Tensor, dense, norm
 
 DEFAULT = Tower(
@@ -15,36 +14,16 @@ DEFAULT = Tower(
 )
 
 
-def load(directory: str | Path, dtype: str = "float32") -> tuple[SiglipConfig, Params]:
-    """Reads a SigLIP checkpoint.
+def read_config(path: Path, data: dict) -> SiglipConfig:
+    """The architecture in config.json; missing fields take the defaults of transformers.
 
     Args:
-      dtype: "float32" or "bfloat16", the dtype of the returned parameters.
-
-    Returns:
-      The config, and the parameters as numpy arrays. Scale and bias of the similarities are left
-      out, since they do not change a rank.
+      path: of the file, for messages.
+      data: its contents.
 
     Raises:
-      UserError: a file is missing or damaged, or the model is not a supported SigLIP.
+      UserError: the model is not supported, or a field is malformed.
     """
-    directory = Path(directory)
-    config = read_config(directory)
-    return config, tensors.load(
-        directory / WEIGHTS_FILE, _table(config), towers.shapes(config), dtype
-    )
-
-
-def read_config(directory: str | Path) -> SiglipConfig:
-    """Reads config.json; missing fields take the defaults of transformers.
-
-    Raises:
-      UserError: the file is missing or damaged, or describes an unsupported model.
-    """
-    path = Path(directory) / CONFIG_FILE
-    data = tensors.read_json(path)
-    if data.get("model_type") != "siglip":
-        raise UserError(f"{path} does not have model_type siglip: use a transformers SiglipModel.")
     text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
     whole = lambda key, default: tensors.whole_number(text, key, default, path, "text_config.")
     square = lambda key, default: tensors.square(vision, key, default, path, "vision_config.")
@@ -67,11 +46,11 @@ def read_config(directory: str | Path) -> SiglipConfig:
     return config
 
 
-def _table(config: SiglipConfig) -> list[Tensor]:
+def table(config: SiglipConfig) -> list[Tensor]:
     """All tensors that the embeddings need."""
     text, vision, head = ("text",), ("vision",), ("vision", "head")
     embeddings = "vision_model.embeddings."
-    table = [
+    found = [
         Tensor("text_model.embeddings.token_embedding.weight", (*text, "token_embedding")),
         Tensor("text_model.embeddings.position_embedding.weight", (*text, "position_embedding")),
         Tensor(embeddings + "position_embedding.weight", (*vision, "position_embedding")),
@@ -83,16 +62,16 @@ def _table(config: SiglipConfig) -> list[Tensor]:
         Tensor(embeddings + "patch_embedding.bias", (*vision, "patch_embedding", "bias")),
         Tensor("vision_model.head.probe", (*head, "probe")),
     ]
-    table += norm("text_model.final_layer_norm", (*text, "final_norm"))
-    table += dense("text_model.head", (*text, "head"))
-    table += norm("vision_model.post_layernorm", (*vision, "post_norm"))
+    found += norm("text_model.final_layer_norm", (*text, "final_norm"))
+    found += dense("text_model.head", (*text, "head"))
+    found += norm("vision_model.post_layernorm", (*vision, "post_norm"))
     attention = "vision_model.head.attention."
-    table += tensors.fused_qkv(attention + "in_proj_weight", attention + "in_proj_bias", head)
-    table += dense(attention + "out_proj", (*head, "out"))
-    table += norm("vision_model.head.layernorm", (*head, "norm"))
-    table += dense("vision_model.head.mlp.fc1", (*head, "up"))
-    table += dense("vision_model.head.mlp.fc2", (*head, "down"))
+    found += tensors.fused_qkv(attention + "in_proj_weight", attention + "in_proj_bias", head)
+    found += dense(attention + "out_proj", (*head, "out"))
+    found += norm("vision_model.head.layernorm", (*head, "norm"))
+    found += dense("vision_model.head.mlp.fc1", (*head, "up"))
+    found += dense("vision_model.head.mlp.fc2", (*head, "down"))
     for side, tower in (("text", config.text), ("vision", config.vision)):
         for layer in range(tower.layers):
-            table += encoder_layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
-    return table
+            found += encoder_layer(f"{side}_model.encoder.layers.{layer}.", (side, "layers"), layer)
+    return found

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from grape_jax.models.encoder import ACTIVATIONS, Params, Tower
 from grape_jax.runtime.errors import UserError, check_choice
 
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -100,24 +102,50 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     index = path.with_name(f"{path.name}.index.json")
     if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise UserError(f"{index} has no weight_map: download or export it again.")
-        parts = [path.with_name(name) for name in sorted(set(names.values()))]
-        for part in parts:
-            if not part.exists():
-                raise UserError(f"{part} is missing, but {index.name} lists it: download it again.")
-        return parts
-    pickled = sorted(file.name for pattern in PICKLED for file in path.parent.glob(pattern))
+        return indexed_files(index)
+    refuse_pickles(
+        path.parent,
+        'if torch is installed and you trust the file, run `python -c "import torch, '
+        "safetensors.torch as s; s.save_file({k: v.clone().contiguous() for k, v in "
+        "torch.load('PICKLED', map_location='cpu', weights_only=True).items()}, "
+        f"'{path.name}')\"` in its directory.",
+    )
+    raise UserError(f"{path} is missing: save the checkpoint as safetensors.")
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The parts of split weights, in order of their names.
+
+    Raises:
+      UserError: the index is damaged, or a part is missing.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} has no readable weight_map: download or export it again.")
+    parts = [index.parent / name for name in sorted(set(names.values()))]
+    for part in parts:
+        if not part.exists():
+            raise UserError(
+                f"{part} is missing, though weight_map in {index} names it: download it again."
+            )
+    return parts
+
+
+def refuse_pickles(directory: Path, advice: str) -> None:
+    """Refuses a directory whose weights are pickled.
+
+    Args:
+      advice: how to convert them, with the file's name in place of PICKLED.
+
+    Raises:
+      UserError: there is a pickled file.
+    """
+    pickled = sorted(file.name for pattern in PICKLED for file in directory.glob(pattern))
     if pickled:
         raise UserError(
-            f"{path.parent / pickled[0]} is pickled, which can run arbitrary code, and is not "
-            'loaded: if torch is installed and you trust the file, run `python -c "import torch, '
-            "safetensors.torch as s; s.save_file({k: v.clone().contiguous() for k, v in "
-            f"torch.load('{pickled[0]}', map_location='cpu', weights_only=True).items()}}, "
-            f"'{path.name}')\"` in its directory."
+            f"{directory / pickled[0]} is pickled, which can run arbitrary code, and is not "
+            f"loaded: {advice.replace('PICKLED', pickled[0])}"
         )
-    raise UserError(f"{path} is missing: save the checkpoint as safetensors.")
 
 
 def open_weights(file: Path) -> Any:

@@ -54,12 +54,6 @@ def test_sets_take_turns_and_each_batch_is_of_one():
     assert _take(second, 7) == batches[5:]
 
 
-def test_processes_share_each_batch():
-    whole = _take(train_iterator([QUERIES], 6, seed=3), 5)
-    shares = [_take(train_iterator([QUERIES], 6, 3, rows), 5) for rows in ([0, 1], [2], [3, 4, 5])]
-    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == whole
-
-
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
