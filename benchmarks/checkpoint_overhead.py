@@ -1,9 +1,9 @@
-"""What checkpoints cost: the share of the step time, at one in every ten steps.
+"""Measures the cost of checkpoints, as a share of the step time, at one in ten steps.
 
     python benchmarks/checkpoint_overhead.py --config=configs/emoji.py --workdir=runs/overhead
 
 Runs GRPO steps of a config as the training loop does, and saves after every tenth. The cost of a
-checkpoint is what the loop waits for it, and how much longer the steps take during which it is
+checkpoint is the time that the loop waits for it, plus the slowdown of the steps during which it is
 written in the background. Prints one line of JSON.
 """
 

@@ -1,4 +1,4 @@
-"""grape_jax beside an independent GRAPE in PyTorch: the same start, data, prompts and settings.
+"""Compares grape_jax with an independent GRAPE in PyTorch, from the same start and data.
 
     python -m benchmarks.compare --config=configs/emoji.py --out=runs/compare --steps=40
 
@@ -10,9 +10,9 @@ warm-up and compares rewards, KL, recall, time and memory.
 
 measures speed alone: every prompt and every completion has exactly the given length.
 
-Each version runs in a process of its own, one after the other; the report is report.md in `--out`.
-The same command again keeps what is finished. The parts that are not: ours goes on from its last
-checkpoint, PyTorch begins again. Ctrl-C leaves a report of what was measured.
+Each version runs in its own process, one after the other. The report is report.md in `--out`. The
+same command resumes: finished parts are kept, ours continues from its last checkpoint, PyTorch
+starts again. Ctrl-C writes a report of what was measured.
 """
 
 import json
@@ -34,7 +34,7 @@ from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
 
 FLAGS = flags.FLAGS
-GRACE = 30  # seconds for a child that has seen Ctrl-C too
+GRACE = 30  # seconds that an interrupted child has to end
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def read_overrides() -> dict:
-    """What the command line changes in the config, key by key."""
+    """The config keys that the command line overrides, with their values."""
     asked = {
         "grpo.steps": FLAGS.steps,
         "grpo.batch_size": FLAGS.batch,
@@ -68,10 +68,10 @@ def read_overrides() -> dict:
 
 
 def refuse(config: ConfigDict) -> None:
-    """Refuses what cannot be compared, before anything is loaded.
+    """Refuses settings that cannot be compared, before anything is loaded.
 
     Raises:
-      UserError: the user can mend it.
+      UserError: a setting needs a change by the user.
     """
     if FLAGS.out is None:
         raise UserError("no directory is given: add --out=runs/compare.")
@@ -84,16 +84,18 @@ def refuse(config: ConfigDict) -> None:
     if config.grpo.steps < 1:
         raise UserError("--steps must be 1 or more.")
     if config.prompt.answer_start:
-        raise UserError("prompt.answer_start must be empty: TRL cannot begin an answer.")
+        raise UserError("prompt.answer_start must be empty: TRL cannot start an answer.")
     if config.rollout.stop:
         raise UserError("rollout.stop must be empty: the PyTorch version reads one end token.")
     corpus_of = catalogue.find(config.benchmark).gallery_of
     if corpus_of("train") != corpus_of("test"):
-        raise UserError("the two versions are compared on a benchmark with one corpus for all.")
+        raise UserError(
+            "the two versions can only be compared on a benchmark with one corpus for all splits."
+        )
     if passed_over := keys.unknown(config.to_dict()):
         raise UserError(
-            f"the PyTorch version does not know {', '.join(passed_over)}: teach it in "
-            "benchmarks/pytorch/settings.py, then name them in keys.py."
+            f"the PyTorch version does not support {', '.join(passed_over)}: implement them in "
+            "benchmarks/pytorch/settings.py, then add them to keys.py."
         )
     if sentence := keys.without_peer(config.to_dict()):
         raise UserError(sentence)
@@ -101,7 +103,7 @@ def refuse(config: ConfigDict) -> None:
 
 
 def compare(config: ConfigDict, overrides: dict, out: Path, seeds: list[int]) -> None:
-    """Runs what is missing, and writes the report of what there is, whole or not."""
+    """Runs the missing parts and writes the report, also of an incomplete comparison."""
     forced = FLAGS.completion_tokens
     keep_order(out, config, seeds)
     try:
@@ -113,14 +115,14 @@ def compare(config: ConfigDict, overrides: dict, out: Path, seeds: list[int]) ->
                 train_ours(overrides, out, seed)
         module("PyTorch", "benchmarks.pytorch", out / "task", out / "pytorch")
     except KeyboardInterrupt:
-        print("stopped; the same command keeps what is finished.", file=sys.stderr)
+        print("stopped; the same command keeps the finished parts.", file=sys.stderr)
         sys.exit(130)
     finally:
         report(config, out, seeds)
 
 
 def keep_order(out: Path, config: ConfigDict, seeds: list[int]) -> None:
-    """Holds a directory to one comparison."""
+    """Refuses a directory that holds another comparison."""
     order = json.loads(config.to_json_best_effort()) | {"seeds": seeds}
     order["forced"] = [FLAGS.prompt_tokens, FLAGS.completion_tokens]
     path = out / "order.json"
@@ -134,12 +136,12 @@ def keep_order(out: Path, config: ConfigDict, seeds: list[int]) -> None:
 
 
 def prepare(config: ConfigDict, out: Path, seed: int) -> None:
-    """Writes the start and the task of both versions."""
+    """Writes the starting policy and the task of both versions."""
     config = ConfigDict(config.to_dict())
     config.seed = seed
     if FLAGS.completion_tokens:
         config.warm_up.steps = 0
-        # Every completion is cut off: it is paid all the same, so that there is a gradient.
+        # Every completion is truncated. It is rewarded all the same, so that there is a gradient.
         config.grpo.format_rule = "sum"
     order = {
         "config": json.loads(config.to_json_best_effort()),
@@ -153,7 +155,7 @@ def prepare(config: ConfigDict, out: Path, seed: int) -> None:
 
 
 def train_ours(overrides: dict, out: Path, seed: int) -> None:
-    """The package's own command, from the start that both versions have."""
+    """Runs the training command, from the starting policy of both versions."""
     changed = overrides | {
         "seed": seed,
         "policy.path": str((out / "policy").resolve()),
@@ -174,11 +176,11 @@ def module(what: str, name: str, *arguments: Path, done: Path | None = None) -> 
 
 
 def child(what: str, argv: list[str], directory: Path) -> None:
-    """Runs a process to its end, unless it was; leaves its peak memory in `directory`.
+    """Runs a process unless it has finished before; writes its peak memory to `directory`.
 
     Raises:
-      KeyboardInterrupt: here, or there.
-      SystemExit: the child has said in a sentence what is wrong.
+      KeyboardInterrupt: this process or the child was interrupted.
+      SystemExit: the child ended with a user error, which it has printed.
     """
     finished = directory / "finished.json"
     if finished.exists():
@@ -205,7 +207,7 @@ def child(what: str, argv: list[str], directory: Path) -> None:
 
 
 def report(config: ConfigDict, out: Path, seeds: list[int]) -> None:
-    """Writes the report, where a run has taken a step."""
+    """Writes the report, if any run has completed a step."""
     runs = [our_run(out / f"ours-{seed}", seed) for seed in seeds]
     runs.append(their_run(out / "pytorch", seeds[0]))
     runs = [run for run in runs if run.steps]
@@ -225,7 +227,7 @@ def report(config: ConfigDict, out: Path, seeds: list[int]) -> None:
 
 
 def our_run(workdir: Path, seed: int) -> Run:
-    """From a training run's own files, or from forced steps."""
+    """One of our runs, from the files of a training run or of forced steps."""
     steps = _lines(workdir / "steps.jsonl") or [
         line for line in _lines(workdir / "metrics.jsonl") if line["phase"] == "grpo"
     ]
@@ -266,7 +268,7 @@ def their_run(directory: Path, seed: int) -> Run:
 
 
 def _lines(path: Path) -> list[dict]:
-    """Whole lines: the last one of a run that was killed may have no end."""
+    """The complete lines; the last line of a killed run may be cut short."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""The report of `benchmarks.compare`: numbers, tables and a figure from what the runs left."""
+"""The report of `benchmarks.compare`: numbers, tables and a figure from the files of the runs."""
 
 import dataclasses
 import importlib.metadata
@@ -16,8 +16,8 @@ from grape_jax.reporting import metrics
 from grape_jax.runtime import files
 
 OURS, THEIRS = "grape_jax", "PyTorch (TRL)"
-LEFT_OUT = 2  # first steps of a run, which compile and allocate; they are in no timing
-BLOCKS = 4  # stretches of a run whose mean rewards are compared
+LEFT_OUT = 2  # first steps of a run, which compile and allocate, and are not timed
+BLOCKS = 4  # blocks of steps whose mean rewards are compared
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "trl", "peft", "accelerate")
 COLOURS = {OURS: "#2a6fbb", THEIRS: "#c0392b"}
 
@@ -26,8 +26,8 @@ COLOURS = {OURS: "#2a6fbb", THEIRS: "#c0392b"}
 class Run:
     version: str  # OURS or THEIRS
     seed: int
-    steps: list[dict]  # one for each GRPO step: "step", "seconds", "length", and what it logged
-    process_bytes: int | None  # the most that the whole process held; None: it did not end
+    steps: list[dict]  # of each GRPO step: "step", "seconds", "length", and its metrics
+    process_bytes: int | None  # peak memory of the process; None: it did not end
     # Of each test set: "name", "shift", "groups" and "ranks", from decoding to ranks; before
     # training "ranks_at_start" where they were measured.
     tests: list[dict]
@@ -38,12 +38,12 @@ class Run:
 
 
 def write(out: Path, runs: list[Run], rows: int, about: dict) -> None:
-    """Writes report.md, report.json and, where steps have rewards, curves.png.
+    """Writes report.md, report.json and curves.png.
 
     Args:
-      runs: those that took a step at least.
+      runs: the runs with at least one step.
       rows: completions in a step, B x K.
-      about: what made these numbers: the command, settings.
+      about: the command and settings, by label.
     """
     numbers = {
         "about": about | machine(),
@@ -66,7 +66,7 @@ def machine() -> dict:
 
 
 def speed(run: Run, rows: int) -> dict:
-    """Medians over the steps that are not left out; of a run of few steps the last counts."""
+    """Medians over the steps after `LEFT_OUT`; of a shorter run, over the last step."""
     timed = run.steps[min(LEFT_OUT, len(run.steps) - 1) :]
     seconds = np.array([step["seconds"] for step in timed])
     tokens = np.array([step["length"] * rows for step in timed])
@@ -86,10 +86,10 @@ def speed(run: Run, rows: int) -> dict:
 
 
 def agreement(runs: list[Run]) -> list[dict]:
-    """Mean rewards and KL of both versions over stretches of the run.
+    """Mean rewards and KL of both versions over blocks of steps.
 
-    The difference of the PyTorch run from the mean of our seeds is judged by the interval in which
-    one more seed of ours would fall 95 times in 100, if their means are normal (Student's t).
+    `half_width` is that of the 95 % prediction interval of one more seed of ours around their mean
+    (Student's t), which the PyTorch run is compared with.
     """
     ours = [run for run in runs if run.version == OURS]
     theirs = [run for run in runs if run.version == THEIRS]
@@ -142,7 +142,7 @@ def recalls(runs: list[Run]) -> list[dict]:
 
 
 def markdown(numbers: dict) -> str:
-    """The report as a page."""
+    """The report in Markdown."""
     parts = ["# grape_jax beside PyTorch", _speed_table(numbers["speed"])]
     parts += _ratio(numbers["speed"])
     if numbers["recalls"]:
@@ -150,8 +150,8 @@ def markdown(numbers: dict) -> str:
     if numbers["agreement"]:
         parts += [_agreement_table(numbers["agreement"])]
         parts.append(
-            "Means over stretches of the run. The interval is where one more seed of grape_jax "
-            "would fall 95 times in 100, judged from the seeds that there are."
+            "Means over blocks of steps. The interval is the 95 % prediction interval of one more "
+            "seed of grape_jax (Student's t)."
         )
     parts.append("![reward and KL by step](curves.png)")
     parts.append("\n".join(f"- {key}: {value}" for key, value in numbers["about"].items()))
@@ -178,7 +178,7 @@ def _speed_table(speeds: list[dict]) -> str:
 
 
 def _ratio(speeds: list[dict]) -> list[str]:
-    """One sentence: how the medians of both versions compare."""
+    """A sentence with the ratios of both versions' medians; none unless both were run."""
     versions = {
         version: [speed for speed in speeds if speed["version"] == version]
         for version in (OURS, THEIRS)
@@ -229,7 +229,7 @@ def _agreement_table(found_in_blocks: list[dict]) -> str:
 
 
 def draw(runs: list[Run]) -> bytes:
-    """Reward and KL by step, one line a run: a PNG."""
+    """Plots reward and KL by step, a line for each run; returns a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")

@@ -1,12 +1,13 @@
-"""Pictures a second: a corpus embedded here against torch, in one run, on the same cores.
+"""Compares the embedding of a corpus with torch: pictures a second, on the same cores.
 
     python benchmarks/embedding.py                   # 2,000 pictures, ViT-B/32 shapes
-    python benchmarks/embedding.py --pictures=128    # some seconds, to see that it runs
+    python benchmarks/embedding.py --pictures=128    # a few seconds, as a smoke test
 
 The model is a random CLIPModel saved by transformers, the pictures are random JPEG files of 640 x
-480. Both sides decode with PIL, in one thread a core, and embed in batches of 128; torch's has the
-next batch decoded while it computes, as a loader with workers does. The sides take turns, so that a
-busy machine slows both. Writes the result to benchmarks/embedding.md. Needs torch.
+480. Both sides decode with PIL, in one thread per core, and embed in batches of 128. The torch side
+decodes the next batch during the computation, as a loader with workers does. The sides alternate,
+so that other load on the machine slows both. Writes the result to benchmarks/embedding.md. Needs
+torch.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def write_model(folder: Path) -> Path:
-    """ViT-B/32's towers at random; the text tower is cut to one layer, which no picture sees."""
+    """Writes a random ViT-B/32; its text tower has one layer, since only pictures are embedded."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 
@@ -59,7 +60,7 @@ def write_model(folder: Path) -> Path:
 
 
 def write_picture(folder: Path, seed: int) -> Path:
-    """Smooth colours with noise, so that the file has the size of a photograph's."""
+    """Writes smooth colours with noise, which compress to about the size of a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
     smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), np.int16)
@@ -70,7 +71,7 @@ def write_picture(folder: Path, seed: int) -> Path:
 
 
 def measure(model: Path, pictures: list[Path], folder: Path) -> dict:
-    """Seconds of both sides over the same pictures, and how far their embeddings differ."""
+    """Seconds of both sides over the same pictures, and the largest difference of embeddings."""
     import torch
     from transformers import CLIPModel
 
@@ -118,18 +119,18 @@ def measure(model: Path, pictures: list[Path], folder: Path) -> dict:
 
 def report(count: int, seconds: dict, farthest: float) -> str:
     rate = {name: count / value for name, value in seconds.items()}
-    return f"""# A corpus embedded
+    return f"""# Embedding a corpus
 
-`python benchmarks/embedding.py --pictures={count}`: JPEG files of 640 x 480 through a random CLIP
-of ViT-B/32's shapes, float32, {CORES} core(s). Ours hashes the files, embeds them and writes the
-bank; torch's decodes and embeds. Largest difference of two embeddings: {farthest:.1e}.
+`python benchmarks/embedding.py --pictures={count}`: JPEG files of 640 x 480, a random CLIP with the
+shapes of ViT-B/32, float32, {CORES} core(s). grape_jax hashes the files, embeds them and writes the
+bank; torch decodes and embeds. Largest difference of two embeddings: {farthest:.1e}.
 
 | | pictures a second |
 | --- | ---: |
 | grape_jax, file to bank | {rate["ours"]:.1f} |
 | torch, file to embedding | {rate["torch"]:.1f} |
 | decoding and resizing alone | {rate["decoding"]:.1f} |
-| **ratio, ours / torch** | **{rate["ours"] / rate["torch"]:.2f}** |
+| **ratio, grape_jax / torch** | **{rate["ours"] / rate["torch"]:.2f}** |
 """
 
 

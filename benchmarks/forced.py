@@ -1,4 +1,4 @@
-"""GRPO steps of grape_jax with prompts and completions of given lengths, timed.
+"""Times GRPO steps of grape_jax with prompts and completions of given lengths.
 
     python -m benchmarks.forced TASK OUT
 
@@ -27,7 +27,7 @@ LOGGED = ("reward", "kl", "loss", "grad_norm", "length")
 
 
 def build(config: ConfigDict) -> Context:
-    """A run whose policy never stops before its budget is spent."""
+    """A run whose policy generates up to its token budget."""
     return without_stops(context.build(config))
 
 
@@ -36,7 +36,7 @@ def without_stops(run: Context) -> Context:
 
 
 def of_shape(run: Context, prompt_tokens: int, completion_tokens: int, group_size: int) -> Context:
-    """The same run with other lengths; prompts must have exactly `prompt_tokens` tokens."""
+    """The run with other lengths; its prompts must have exactly `prompt_tokens` tokens."""
     config = ConfigDict(run.config.to_dict())
     config.prompt.max_tokens = prompt_tokens
     config.rollout.max_tokens = completion_tokens
@@ -50,10 +50,10 @@ def of_shape(run: Context, prompt_tokens: int, completion_tokens: int, group_siz
 
 
 def timed_steps(run: Context, batches: list) -> Iterator[dict]:
-    """Takes one GRPO step for each batch of (shift, query).
+    """Runs one GRPO step for each batch of (shift, query).
 
     Yields:
-      The step from 1, its seconds, its peak of memory, and some of what a step logs.
+      The number of the step, from 1; its seconds, peak memory, and some of its metrics.
     """
     state = start_grpo(run.learner("grpo"), run.initial_state("grpo"))
     for step, batch in enumerate(batches):
@@ -70,7 +70,7 @@ def timed_steps(run: Context, batches: list) -> Iterator[dict]:
 
 def main() -> None:
     task, out = (Path(argument) for argument in sys.argv[1:])
-    # The policy does not stop where a rewrite would.
+    # The policy generates past the end of a rewrite.
     warnings.filterwarnings("ignore", message="a text is longer than")
     out.mkdir(parents=True, exist_ok=True)
     run = build(ConfigDict(json.loads((task / "config.json").read_text())))

@@ -1,16 +1,16 @@
-"""How the time of a GRPO step grows with the prompt and with the group.
+"""Measures how the time of a GRPO step grows with prompt length and group size.
 
     python -m benchmarks.growth --config=configs/emoji.py --out=runs/growth \\
         --prompts=64,256,512,1024 --groups=2,4,8,16 --completion_tokens=16 --batch=2 --steps=4
 
-Every pair of a prompt's length and a group's size is timed in one process, with prompts and
-completions of exactly these lengths; the first step of each, which compiles, is left out. A line
-through the times of one group size gives the cost of a prompt token. Were prompts computed once for
-each completion, it would grow as the group does; computed once for the group, what is left of the
-growth is the completions' attention to the prompt.
+Every pair of a prompt length and a group size is timed in one process, with prompts and completions
+of exactly these lengths. The first step of each pair, which compiles, is left out. A line fitted to
+the times of one group size gives the cost of a prompt token. If a prompt were computed once for
+each completion, this cost would be proportional to the group size. It is computed once for the
+group, so the cost grows only by the completions' attention to the prompt.
 
-Leaves growth.md, growth.json and growth.png in `--out`. The same command again keeps what was
-measured; Ctrl-C leaves tables of that.
+Writes growth.md, growth.json and growth.png to `--out`. The same command keeps finished
+measurements; Ctrl-C writes tables of them.
 """
 
 import io
@@ -68,7 +68,7 @@ def measure_all(
     completion: int,
     steps: int,
 ) -> dict:
-    """Measures every pair that is not in growth.json yet; writes tables and figure after each."""
+    """Measures the pairs that growth.json lacks; writes tables and figure after each."""
     out.mkdir(parents=True, exist_ok=True)
     settings = {"completion_tokens": completion, "steps": steps}
     settings |= {"config": json.loads(config.to_json_best_effort())}
@@ -77,7 +77,7 @@ def measure_all(
         found = json.loads((out / "growth.json").read_text())
         if found["settings"] != settings:
             raise UserError(f"{out} holds other measurements: choose another --out.")
-    # The policy does not stop where a rewrite would.
+    # The policy generates past the end of a rewrite.
     warnings.filterwarnings("ignore", message="a text is longer than")
     known = {(point["prompt"], point["group"]) for point in found["points"]}
     missing = [(p, g) for g in groups for p in prompts if (p, g) not in known]
@@ -95,7 +95,7 @@ def measure_all(
 
 
 def measure(run: Context, prompt: int, group: int, completion: int, steps: int) -> list[float]:
-    """Seconds of each step but the first."""
+    """Seconds of each step after the first."""
     run = forced.of_shape(run, prompt, completion, group)
     batches = batch_iterators(run.config, run.queries)["grpo"]
     made = [task.lengthened(run, next(batches), prompt) for _ in range(steps)]
@@ -103,10 +103,10 @@ def measure(run: Context, prompt: int, group: int, completion: int, steps: int) 
 
 
 def prompt_cost(points: list[dict]) -> list[dict]:
-    """For each group size of several prompts: a line through the median times of a step.
+    """Fits a line to the median step times of each group size with several prompt lengths.
 
     Returns:
-      Seconds a token of prompt length (of all prompts of a step together), and at length 0.
+      Seconds per token of prompt length, of all prompts of a step together, and at length 0.
     """
     cost = []
     for group in sorted({point["group"] for point in points}):
@@ -122,7 +122,7 @@ def prompt_cost(points: list[dict]) -> list[dict]:
 
 
 def markdown(found: dict) -> str:
-    """The times as a table, the fitted costs as another."""
+    """Tables of the times and of the fitted costs."""
     prompts = sorted({point["prompt"] for point in found["points"]})
     groups = sorted({point["group"] for point in found["points"]})
     seconds = {(p["prompt"], p["group"]): np.median(p["seconds"]) for p in found["points"]}
@@ -145,10 +145,10 @@ def markdown(found: dict) -> str:
         f"{found['settings']['completion_tokens']} tokens",
     }
     parts = [
-        "# A GRPO step against the prompt's length and the group's size",
-        "Seconds a step, median; one column for each length of the prompt in tokens.",
+        "# Time of a GRPO step by prompt length and group size",
+        "Median seconds per step; a column for each prompt length in tokens.",
         comparison.table(["group", *map(str, prompts)], times),
-        "A line through each row:",
+        "A line fitted to each row:",
         comparison.table(
             [
                 *("group", "ms a token of length", "against the smallest group"),
@@ -163,7 +163,7 @@ def markdown(found: dict) -> str:
 
 
 def draw(points: list[dict]) -> bytes:
-    """Time against the prompt, one line a group; and against the group, one line a prompt: PNG."""
+    """Plots time by prompt length for each group size, and the reverse; returns a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")
@@ -177,7 +177,7 @@ def draw(points: list[dict]) -> bytes:
         axis.set_ylim(bottom=0)
         axis.grid(color="#e6e6e6", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        # Above, where no line is.
+        # Above the axes, where it covers no line.
         axis.legend(
             frameon=False, fontsize=8, ncols=4, columnspacing=1,
             loc="lower left", bbox_to_anchor=(0, 1),

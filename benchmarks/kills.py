@@ -1,11 +1,11 @@
-"""A run that is killed again and again, against one that was left alone: the same to the bit?
+"""Checks that a run that is killed repeatedly has the same bits as an undisturbed one.
 
     python benchmarks/kills.py --out=runs/kills --kills=25 --processes=1
     python benchmarks/kills.py --out=runs/kills --kills=25 --processes=2
 
-SIGKILL comes at random moments of the steps, and every third time while a checkpoint is being
-written. Of several processes one is killed, and the others must end by themselves. Prints a table
-of the kills, then what was compared.
+SIGKILL is sent at random moments of the steps, and every third time while a checkpoint is written.
+Of several processes one is killed, and the others must end by themselves. Prints a table of the
+kills, then the results of the comparison.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tiny_runs
 
-LIMIT = 600  # seconds within which a run must show the awaited sign, and the others must end
+LIMIT = 600  # seconds to wait for a moment, and for the other processes to end
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     folder, rng = given.out.resolve(), random.Random(given.seed)
     tiny_runs.prepare(folder)
     devices = 4 if given.processes > 1 else 1
-    # Every kill costs a start; one to three steps lie between two kills.
+    # One to three steps lie between two kills.
     settings = {"warm_up.steps": 4, "grpo.steps": 3 * given.kills + 8, "checkpoint.every": 2}
     begin = lambda name: tiny_runs.start(folder, name, settings, given.processes, devices)
     quiet, killed = f"quiet-{given.processes}", f"killed-{given.processes}"
@@ -45,7 +45,7 @@ def main() -> None:
         await_moment(folder / killed, moment, rng, run)
         run[rng.randrange(len(run))].kill()
         codes = [process.wait(timeout=LIMIT) for process in run]
-        assert all(codes), f"a process ended as if nothing had happened: {codes}"
+        assert all(codes), f"a process ended without an error: {codes}"
         steps = checkpoints(folder / killed)
         print(
             f"| {number} | {moment} | {newest_step(folder / killed)} | {steps[-1:]} | {codes} |",
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def await_moment(workdir: Path, moment: str, rng: random.Random, run: list) -> None:
-    """Until some time after the next step, or until a checkpoint is half written."""
+    """Waits for a random moment after the next step, or for a half-written checkpoint."""
     before, deadline = newest_step(workdir), time.monotonic() + LIMIT
     half_written = lambda: set(workdir.glob("checkpoints/*orbax-checkpoint-tmp*"))
     left_behind = half_written()  # by an earlier kill
@@ -67,7 +67,7 @@ def await_moment(workdir: Path, moment: str, rng: random.Random, run: list) -> N
         if any(process.poll() is not None for process in run):
             raise SystemExit("the run ended before it could be killed: see its log")
         if moment == "in a step" and newest_step(workdir) > before:
-            # The first step after a start compiles: the fastest says how long a step is.
+            # The first step after a start compiles, so the fastest step is the typical one.
             time.sleep(rng.uniform(0, 2 * min(line["seconds"] for line in lines(workdir))))
             return
         if moment == "while saving" and half_written() - left_behind:
@@ -77,14 +77,14 @@ def await_moment(workdir: Path, moment: str, rng: random.Random, run: list) -> N
 
 
 def lines(workdir: Path) -> list[dict]:
-    """The whole lines of the log, so far."""
+    """The complete lines of the log so far."""
     log = workdir / "metrics.jsonl"
     text = log.read_text() if log.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def newest_step(workdir: Path) -> int:
-    """The newest in the log, 0 where there is none."""
+    """The newest step in the log; 0 if there is none."""
     return max((line["step"] for line in lines(workdir)), default=0)
 
 

@@ -1,12 +1,12 @@
-"""Peak host memory of loading a random model that is split over eight virtual devices.
+"""Measures the peak host memory of loading a model that is split over eight virtual devices.
 
     python benchmarks/load_memory.py                # 1.5B parameters, bf16
-    python benchmarks/load_memory.py --scale=tiny   # some seconds, to see that it runs
+    python benchmarks/load_memory.py --scale=tiny   # a few seconds, as a smoke test
 
-Writes the model to a temporary folder in several safetensors files, loads it in a process of its
-own, and prints one line of JSON: bytes of the model, the growth of the process's peak resident
-memory over what it held before loading, and their ratio. The devices are the host's own memory, so
-that the model itself is part of the peak.
+Writes a random model to a temporary folder in several safetensors files, loads it in a separate
+process, and prints one line of JSON: bytes of the model, growth of the process's peak resident
+memory during loading, and their ratio. The devices are in host memory, so the model itself is part
+of the peak.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def write(folder: Path, width: int, mlp: int, layers: int, heads: int, kv: int, vocab: int) -> None:
-    """A Qwen2 directory of random bf16 weights, one file for each layer."""
+    """Writes a Qwen2 directory of random bf16 weights, one file for each layer."""
     import ml_dtypes
     from safetensors.numpy import save_file
 
@@ -114,7 +114,7 @@ def measure(folder: str) -> dict:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process, memory-mapped files included (Linux)."""
-    # Not getrusage's: that one begins at what the process that started this one held.
+    # getrusage would start at the memory of the parent process.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1]) * 1024
 

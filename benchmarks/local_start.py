@@ -1,14 +1,14 @@
-"""From precomputed embeddings to the first training step: seconds and memory.
+"""Measures time and memory from precomputed embeddings to the first training step.
 
     python benchmarks/local_start.py                       # 200,000 x 512, float32
     python benchmarks/local_start.py --dtype=float16
-    python benchmarks/local_start.py --rows=20000          # to see that it runs
+    python benchmarks/local_start.py --rows=20000          # as a smoke test
 
-The embeddings are random unit vectors and the queries are numbers: what is timed is loading,
-nothing that is found means anything. The retriever is a random CLIP of one narrow layer whose
-shared space is 512 wide; the policy is the one that a run takes. One line of JSON: seconds until
-the index is on the device (`ready`) and until the first step is done, and the growth of the peak
-resident memory while data and index were read, over the size of the file.
+The embeddings are random unit vectors and the queries are numbers, since only loading is measured.
+The retriever is a random CLIP with one narrow layer and a shared space 512 wide; the policy is the
+default one. Prints one line of JSON: seconds until the index is on the device (`ready`) and until
+the first step is done, and the growth of the peak resident memory while data and index are read,
+divided by the size of the file.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write(folder: Path, rows: int, dtype: str) -> Path:
-    """A .npy of unit vectors with its ids, queries, and a retriever of this width."""
+    """Writes unit vectors with their ids, queries, and a retriever of this width."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 
@@ -85,7 +85,7 @@ def measure(folder: Path, file: Path, corpus_dtype: str, policy: str) -> dict:
     config.retriever.path, config.retriever.corpus_dtype = str(folder / "retriever"), corpus_dtype
     config.policy.path = policy
     config.warm_up.steps, config.evaluation.every = 0, 0
-    # What a run holds without the corpus: everything is loaded once, and let go.
+    # The memory of a run without the corpus: everything is loaded once and released.
     pretrained.load_policy(pretrained.policy_path(policy))
     before, began = peak_bytes(reset=True), time.perf_counter()
     run = context.build(config)
@@ -111,10 +111,10 @@ def leaves(tree) -> list:
 
 
 def peak_bytes(reset: bool = False) -> int:
-    """Resident memory of this process, memory-mapped files included (Linux).
+    """Peak resident memory of this process, memory-mapped files included (Linux).
 
     Args:
-      reset: the peak begins again at what is resident now, which is what is returned.
+      reset: first resets the peak to the memory that is resident now.
     """
     if reset:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,9 +1,9 @@
-"""The tiny run on every kind of mesh, in one process and several, against one device.
+"""Compares the tiny run on all kinds of meshes and numbers of processes with one device.
 
     python benchmarks/meshes.py --out=runs/meshes --steps=20
 
-Prints one row of Markdown a run: the steps in which every sampled text and rank is the same as on
-one device, and the largest differences of rewards and losses over all steps.
+Prints a Markdown row for each run: the number of steps in which every sampled text and rank is the
+same as on one device, and the largest differences of rewards and losses over all steps.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def compare(folder: Path, name: str) -> tuple[int, float, float]:
-    """GRPO steps with the same texts and ranks, and the largest differences."""
+    """The number of steps with the same texts and ranks, and the largest differences."""
     ours, theirs = (tiny_runs.lines(folder, run, "rewrites.jsonl") for run in (name, "alone"))
     said = lambda row: [(rewrite["text"], rewrite["rank"]) for rewrite in row["rewrites"]]
     steps = {row["step"] for row in theirs}

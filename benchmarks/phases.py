@@ -1,13 +1,12 @@
-"""Where the time of a GRPO step goes, and how near its products come to what the machine can do.
+"""Measures the parts of a GRPO step, and their speed relative to a plain matrix product.
 
     python -m benchmarks.phases --config=configs/emoji.py --batch=8 --group=8 \\
         --prompt_tokens=48 --completion_tokens=16
 
-Each part of a step runs by itself, five times after it was compiled; the median is printed, with
-the operations of its products of matrices and their speed; those of attention and adapter, some
-hundredths more, are not counted. The last row is a product with the policy's widest projection
-alone. Reference and gradient are the functions that `grpo_train_step` is made of; a step compiles
-them as one program.
+Each part of a step runs alone, five times after its compilation. The median is printed, with the
+FLOPs of the matrix products and their speed; attention and adapter, a few per cent more, are not
+counted. The last row is a product with the policy's widest projection alone. Reference and gradient
+are the functions that `grpo_train_step` consists of; a step compiles them as one program.
 """
 
 import functools
@@ -45,7 +44,7 @@ def main() -> None:
     config.prompt.max_tokens = FLAGS.prompt_tokens
     config.rollout.max_tokens = FLAGS.completion_tokens
     checks.check(config)
-    # The policy does not stop where a rewrite would.
+    # The policy generates past the end of a rewrite.
     warnings.filterwarnings("ignore", message="a text is longer than")
     run = forced.of_shape(
         forced.build(config), FLAGS.prompt_tokens, FLAGS.completion_tokens, FLAGS.group
@@ -58,7 +57,7 @@ def main() -> None:
 
 
 def parts(run: Context) -> list[tuple[str, float, float]]:
-    """Name, seconds, and floating point operations of every part of a step."""
+    """Name, seconds and FLOPs of every part of a step."""
     config, policy, learner = run.config, run.policy, run.learner("grpo")
     B, K, T = config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens
     state, key = run.initial_state("grpo"), jax.random.key(config.seed)
@@ -85,9 +84,9 @@ def parts(run: Context) -> list[tuple[str, float, float]]:
     body = sum(stack.size for stack in kernels(run))
     head = run.policy.base["embedding"].size
     prompt_tokens, tokens = B * config.prompt.max_tokens, B * K * T
-    fed = B * K * (T - 1)  # nothing is predicted from a completion's last token
+    fed = B * K * (T - 1)  # no token is predicted from a completion's last token
     forward = 2 * (body * (prompt_tokens + fed) + head * tokens)
-    # Forward, and back to the states; the weights beneath an adapter have no gradient.
+    # The backward pass to the states only: weights under an adapter have no gradient.
     passes = 3 if learner.lora is None else 2
     return [
         ("gathering the weights", gathered, 0),
@@ -99,7 +98,7 @@ def parts(run: Context) -> list[tuple[str, float, float]]:
 
 
 def one_product(run: Context) -> tuple[str, float, float]:
-    """One product of the step's tokens with the projection that has the most weights."""
+    """A product of the step's tokens with the largest projection."""
     config = run.config
     completion = config.grpo.group_size * (config.rollout.max_tokens - 1)
     tokens = config.grpo.batch_size * (config.prompt.max_tokens + completion)
@@ -112,7 +111,7 @@ def one_product(run: Context) -> tuple[str, float, float]:
 
 
 def kernels(run: Context) -> list[jax.Array]:
-    """Every projection's weights, those of all layers in one stack."""
+    """The kernel of every projection, stacked over layers."""
     return [leaf for leaf in jax.tree.leaves(run.policy.base["layers"]) if leaf.ndim == 3]
 
 

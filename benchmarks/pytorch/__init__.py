@@ -1,9 +1,8 @@
-"""GRAPE in PyTorch, on TRL's GRPOTrainer, peft and transformers: what grape_jax is compared with.
+"""GRAPE in PyTorch with TRL's GRPOTrainer, peft and transformers, for comparison with grape_jax.
 
     python -m benchmarks.pytorch TASK OUT
 
-Nothing of grape_jax is imported: prompts, answers, ranks, rewards, loss and optimizer are those of
-other people's libraries, or written a second time. It works from a task directory, which
-`benchmarks.task` writes: the resolved config, the starting policy, the gallery, and the queries of
-every step in the order in which grape_jax sees them.
+Imports nothing of grape_jax: prompts, answers, ranks, rewards, loss and optimizer are those of the
+libraries, or independent code. Reads a task directory that `benchmarks.task` writes: the resolved
+config, the starting policy, the gallery, and the queries of every step in the order of grape_jax.
 """

@@ -1,4 +1,4 @@
-"""The config's keys that `settings` and `reward` put into practice; others would be passed over."""
+"""The config keys that `settings` and `reward` implement; others would be ignored."""
 
 KNOWN = {
     "grpo": {
@@ -30,7 +30,7 @@ ONLY = {
 
 
 def unknown(config: dict) -> list[str]:
-    """Keys of these sections that the PyTorch version does not know."""
+    """Keys of these sections that the PyTorch version does not support."""
     return sorted(
         f"{section}.{key}"
         for section, keys in KNOWN.items()
@@ -39,7 +39,7 @@ def unknown(config: dict) -> list[str]:
 
 
 def without_peer(config: dict) -> str | None:
-    """What to change in settings that the PyTorch version cannot follow; None where it can."""
+    """A sentence with an unsupported setting and its alternative; None if all are supported."""
     grpo = config["grpo"]
     for key, value in ONLY.items():
         section, name = key.split(".")

@@ -1,4 +1,4 @@
-"""Prompts as TRL takes them, and what an answer says."""
+"""Prompts in the format of TRL, and parsing of answers."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ TAGS = re.compile(r"</?(?:answer|think)>")
 
 
 def turns(prompt: dict, shift: str, query: str) -> list[dict]:
-    """The conversation that asks for a rewrite; `prompt` is the config's section."""
+    """The conversation for a query; `prompt` is the config's section."""
     user = {"role": "user", "content": prompt["user"].replace("{query}", query)}
     system = prompt["system"][shift]
     return [{"role": "system", "content": system}, user] if system else [user]
@@ -32,7 +32,7 @@ def _line(said: str) -> tuple[str, bool]:
 def _tagged(said: str) -> tuple[str, bool]:
     """The text between one pair of answer tags, which one pair of think tags may precede.
 
-    Where the tags are not like that, everything outside of thoughts.
+    With other tags, everything outside of thoughts.
     """
     pieces = [piece.strip() for piece in TAGS.split(said)]
     match TAGS.findall(said):

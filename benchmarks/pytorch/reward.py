@@ -1,4 +1,4 @@
-"""The reward: torch CLIP, a full argsort of the gallery, and one number for a rank."""
+"""The reward: torch CLIP, a full argsort of the gallery, and a function of the rank."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ BATCH = 128
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """A frozen CLIP with the pictures that are searched, embedded."""
+    """A frozen CLIP with the embedded pictures."""
 
     clip: CLIPModel
     tokenizer: object
@@ -33,7 +33,7 @@ class Gallery:
             )
 
     def rank(self, texts: Sequence[str], targets: Sequence[int]):
-        """Where each text's target stands in the whole gallery, ties by row.
+        """The rank of each text's target in the whole gallery, ties by row.
 
         Returns:
           rank_Q: int64, 1 is best.
@@ -59,7 +59,7 @@ def load_gallery(retriever: str, pictures: Sequence[Path], text_length: int) -> 
 
 
 def rank_score(grpo: dict, gallery: Gallery, texts, targets, queries) -> torch.Tensor:
-    """What each text's rank is worth: float32 `[n]`; `grpo` is the config's section."""
+    """The score of each rank, float32 `[n]`; `grpo` is the config's section."""
     rank, similarity_QxN = gallery.rank(texts, targets)
     size, k = len(gallery.rows_NxE), grpo["reward_k"]
     to_target = similarity_QxN[torch.arange(len(texts)), torch.as_tensor(targets)]
@@ -91,7 +91,7 @@ def rank_score(grpo: dict, gallery: Gallery, texts, targets, queries) -> torch.T
 def reward_parts(
     grpo: dict, gallery: Gallery, answers, targets, queries
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part for the rank and the part for the format, weighted: two float32 `[n]`.
+    """The weighted rewards for rank and for format: two float32 `[n]`.
 
     Args:
       answers: (text, well formed) of each completion.

@@ -1,4 +1,4 @@
-"""The run: TRL's trainer over the task's batches, then answers to the task's tests."""
+"""Runs TRL's trainer on the batches of a task, then answers its test queries."""
 
 import json
 import time
@@ -27,7 +27,7 @@ LOGGED = {
 
 
 def run(task: Path, out: Path) -> None:
-    """Trains, and leaves steps.jsonl and, where the task has tests, answers.json in `out`."""
+    """Trains, and writes steps.jsonl and, if the task has tests, answers.json to `out`."""
     config = json.loads((task / "config.json").read_text())
     about = json.loads((task / "task.json").read_text())
     gallery = load_gallery(
@@ -68,7 +68,7 @@ def make_trainer(task: Path, config: dict, about: dict, gallery: Gallery, out: P
 
 
 def reward_functions(config: dict, tokenizer, gallery: Gallery) -> list:
-    """As TRL calls them, once for each batch; their sum is the reward."""
+    """The reward functions for TRL, which calls them once for each batch and adds them."""
 
     def parts(completion_ids, target, query):
         answers = [
@@ -86,7 +86,7 @@ def reward_functions(config: dict, tokenizer, gallery: Gallery) -> list:
 
 
 class Recorder(TrainerCallback):
-    """One line for each step: what TRL logs, and what the whole step took in time and memory."""
+    """Writes a line for each step: TRL's metrics, and the time and memory of the step."""
 
     def __init__(self, path: Path, steps: int):
         self.path, self.steps = path, steps
@@ -117,7 +117,7 @@ class Recorder(TrainerCallback):
 
 
 def answer(trainer: GRPOTrainer, config: dict, gallery: Gallery, test: dict) -> dict:
-    """Greedy and sampled rewrites of a test set, and what they rank."""
+    """Greedy and sampled rewrites of a test set, and the ranks of their targets."""
     batch, queries = config["evaluation"]["batch_size"], test["queries"]
     found = {}
     for decoding in ("greedy", "sampled"):

@@ -1,4 +1,4 @@
-"""A resolved config in the words of TRL, peft and torch: the one place where its keys are read."""
+"""Converts a resolved config to the settings of TRL, peft and torch."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def trainer_config(config: dict, steps: int, forced_tokens: int | None, out: Pat
     """One optimizer step for each batch of completions, all in float32.
 
     Args:
-      forced_tokens: every completion has exactly so many; None: it ends where it ends.
+      forced_tokens: length of every completion; None: completions end at an end token.
     """
     grpo = config["grpo"]
     rows = grpo["batch_size"] * grpo["group_size"]
@@ -73,10 +73,10 @@ def lora_config(lora: dict) -> LoraConfig | None:
 
 
 def start_adapter(model: torch.nn.Module, seed: int) -> None:
-    """Draws every A again, from the distribution that grape_jax starts with.
+    """Draws every A again, from the initial distribution of grape_jax.
 
-    peft's own is narrower by the square root of 6, and with B at zero the scale of A is a factor of
-    the learning rate.
+    That of peft is narrower by the square root of 6. With B at zero, the scale of A acts as a
+    factor of the learning rate.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -85,17 +85,17 @@ def start_adapter(model: torch.nn.Module, seed: int) -> None:
 
 
 def teach_padding(trainer: GRPOTrainer) -> None:
-    """Lets the padding token's embedding learn from the places where it is no padding.
+    """Trains the padding token's embedding at positions where it is not padding.
 
     transformers gives it no gradient, masked or not. A chat template may end every message with
-    that token (SmolLM2's does, with <|im_end|>), and then its true gradient is a large one.
+    that token, as SmolLM2's does with <|im_end|>, and then its gradient is large.
     """
     for model in filter(None, (trainer.model, trainer.ref_model)):
         model.get_input_embeddings().padding_idx = None
 
 
 def make_optimizer(parameters, grpo: dict):
-    """AdamW that decays matrices alone, with a rate that ramps up and then follows its schedule."""
+    """AdamW with weight decay of matrices only, and a learning-rate schedule after a ramp."""
     parameters = list(parameters)
     decayed = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
@@ -113,7 +113,7 @@ def make_optimizer(parameters, grpo: dict):
 def rate(
     schedule: str, ramp_steps: int, steps: int, final_fraction: float
 ) -> Callable[[int], float]:
-    """What the learning rate is multiplied with at each step, from 0."""
+    """The factor of the learning rate at each step, from 0."""
 
     def factor(step: int) -> float:
         if step < ramp_steps:
