@@ -45,12 +45,7 @@ class ClipConfig:
 
 
 def init(config: ClipConfig, key: jax.Array) -> Params:
-    """Random float32 parameters."""
-    return nn.meta.unbox(boxed_init(config, key))
-
-
-def boxed_init(config: ClipConfig, key: jax.Array) -> Params:
-    """`init`, boxed with the logical axes of each parameter."""
+    """Random float32 parameters, boxed with their logical axes."""
     text_key, vision_key = jax.random.split(key)
     tokens_1xL = jnp.zeros((1, config.context), jnp.int32)
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32)

@@ -162,6 +162,11 @@ def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None) -
     return {"params": params} | ({"lora": stacked["lora"]} if lora else {})
 
 
+def boxed_shapes(config: PolicyConfig, lora: LoraConfig | None = None) -> Params:
+    """The shapes of `init`, boxed with their logical axes."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0), lora))
+
+
 def prefill(
     config: PolicyConfig, variables: Params, prompts: Prompts, lora: LoraConfig | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -313,7 +318,7 @@ def in_compute_dtype(
     Args:
       variables: `{"params": ...}`, `{"lora": ...}`, or both.
     """
-    boxed = jax.eval_shape(lambda: init(config, jax.random.key(0), lora))
+    boxed = boxed_shapes(config, lora)
     axes = nn.get_partition_spec({name: boxed[name] for name in variables})
     cast = lambda names, x: x if "norm" in names else x.astype(config.dtype or x.dtype)
     return jax.tree.map(cast, axes, variables, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -62,7 +62,7 @@ def shapes(config: RetrieverConfig) -> Params:
     key = jax.random.key(0)
     match config:
         case ClipConfig():
-            return jax.eval_shape(lambda: clip.boxed_init(config, key))
+            return jax.eval_shape(lambda: clip.init(config, key))
         case SiglipConfig():
             return jax.eval_shape(lambda: siglip.init(config, key))
         case SentenceConfig():

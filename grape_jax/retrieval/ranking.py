@@ -282,10 +282,7 @@ def _rank_in_shard(queries: _Queries, shard: Index, first_row, size: int, temper
 
     def compare(block: Index, start, query: _Queries, target_scores_PxQ, ahead_PxQ, top_Q, total_Q):
         rows_C = start + jnp.arange(tile)
-        counts_CxQ = (rows_C < size)[:, None]
-        if query.others_TxXxQ is not None:
-            counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
-        scores_CxQ = jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
+        scores_CxQ = _counted_similarities(query, block, rows_C, size)
         # By row index: a target's product here may differ in its last bits from the gathered one.
         target_CxQ = (rows_C[:, None, None] == query.targets_TxPxQ).any(1)
         others_CxQ = jnp.where(target_CxQ, -jnp.inf, scores_CxQ)
@@ -304,11 +301,11 @@ def _rank_in_shard(queries: _Queries, shard: Index, first_row, size: int, temper
         one = lambda x: compare(block, start, *x)
         return jax.lax.map(one, (queries, target_scores_TxPxQ, *carry)), None
 
-    blocks = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), shard)
-    starts = first_row + jnp.arange(rows // tile) * tile
     # Finite, so that a device with padding rows only adds zero instead of NaN.
     initial = (jnp.zeros((T, P, Q), jnp.int32), jnp.full((T, Q), -1e30), jnp.zeros((T, Q)))
-    (ahead_TxPxQ, top_TxQ, total_TxQ), _ = jax.lax.scan(next_tile, initial, (blocks, starts))
+    (ahead_TxPxQ, top_TxQ, total_TxQ), _ = jax.lax.scan(
+        next_tile, initial, _tiles_of(shard, tile, first_row)
+    )
 
     ahead_TxPxQ = jax.lax.psum(ahead_TxPxQ, MESH_AXES)
     highest_TxQ = jax.lax.pmax(top_TxQ, MESH_AXES)
@@ -333,10 +330,7 @@ def _nearest_in_shard(queries: _Queries, shard: Index, first_row, size: int, dep
         def next_tile(carry, block_and_start):
             block, start = block_and_start
             rows_C = start + jnp.arange(tile)
-            counts_CxQ = (rows_C < size)[:, None]
-            if query.others_TxXxQ is not None:
-                counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
-            scores_CxQ = jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
+            scores_CxQ = _counted_similarities(query, block, rows_C, size)
             # `top_k` orders -0 before 0; `target_ranks` compares them as equal.
             scores_QxC = jnp.where(scores_CxQ == 0, 0.0, scores_CxQ).T
             rows_QxC = jnp.broadcast_to(rows_C, scores_QxC.shape)
@@ -345,10 +339,8 @@ def _nearest_in_shard(queries: _Queries, shard: Index, first_row, size: int, dep
             )
             return best(*joined), None
 
-        blocks = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), shard)
-        starts = first_row + jnp.arange(rows // tile) * tile
         initial = (jnp.full((QUERY_TILE, depth), -jnp.inf), jnp.full((QUERY_TILE, depth), -1))
-        return jax.lax.scan(next_tile, initial, (blocks, starts))[0]
+        return jax.lax.scan(next_tile, initial, _tiles_of(shard, tile, first_row))[0]
 
     best_TxQxD = jax.lax.map(one_tile_of_queries, queries)
     # Devices are in the order of their rows, so the first of equal scores has the lowest row.
@@ -367,19 +359,20 @@ def _rank_in_subset(queries: _Queries, shard: Index, first_row: jax.Array) -> ja
     scores_TxXxQ = _similarities_of(queries, subset, shard, first_row)
     is_target = (subset[:, :, None] == targets[:, None]).any(2)
     counted = (subset >= 0) & ~_repeats(subset) & ~is_target
-    ahead = _ahead_among(scores_TxXxQ, subset, counted, target_scores_TxPxQ, targets)
-    return jnp.where(targets >= 0, ahead + 1, NO_RANK)
-
-
-def _ahead_among(scores_TxXxQ, rows_TxXxQ, counted_TxXxQ, target_scores_TxPxQ, targets_TxPxQ):
-    """Number of counted items ahead of each target: int32 `[T, P, Q]`."""
     ahead_TxXxPxQ = _ahead(
         scores_TxXxQ[:, :, None],
-        rows_TxXxQ[:, :, None],
+        subset[:, :, None],
         target_scores_TxPxQ[:, None],
-        targets_TxPxQ[:, None],
+        targets[:, None],
     )
-    return (ahead_TxXxPxQ & counted_TxXxQ[:, :, None]).sum(1, dtype=jnp.int32)
+    ahead_TxPxQ = (ahead_TxXxPxQ & counted[:, :, None]).sum(1, dtype=jnp.int32)
+    return jnp.where(targets >= 0, ahead_TxPxQ + 1, NO_RANK)
+
+
+def _tiles_of(shard: Index, tile: int, first_row):
+    """The rows of a shard by tiles, and the corpus row that each tile starts at."""
+    blocks = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), shard)
+    return blocks, first_row + jnp.arange(len(shard.rows_NxE) // tile) * tile
 
 
 def _ahead(score, row, target_score, target_row):
@@ -417,6 +410,14 @@ def _similarities_of(queries: _Queries, rows_TxXxQ, shard: Index, first_row):
     )
     is_local_TxXxQ = is_local_TxR[:, : X * Q].reshape(T, X, Q)
     return jax.lax.psum(jnp.where(is_local_TxXxQ, scores_TxXxQ, 0), MESH_AXES)
+
+
+def _counted_similarities(query: _Queries, block: Index, rows_C, size: int):
+    """`_similarities` to the rows of a tile; -inf for excluded items and padding rows."""
+    counts_CxQ = (rows_C < size)[:, None]
+    if query.others_TxXxQ is not None:
+        counts_CxQ &= (rows_C[:, None, None] != query.others_TxXxQ).all(1)
+    return jnp.where(counts_CxQ, _similarities(query, block), -jnp.inf)
 
 
 def _similarities(query: _Queries, block: Index):

@@ -133,7 +133,7 @@ def state_shardings(learner: Learner) -> TrainState:
 
     Every step returns the state with these shardings, so that no step is compiled twice.
     """
-    boxed = jax.eval_shape(lambda: policy.init(learner.policy, jax.random.key(0), learner.lora))
+    boxed = policy.boxed_shapes(learner.policy, learner.lora)
     boxed = boxed["params"] if learner.lora is None else boxed["lora"]
     trained: Any = sharding.of_parameters(learner.mesh, boxed)
     optimizer = make_optimizer(learner.optimizer)

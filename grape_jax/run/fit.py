@@ -255,7 +255,8 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
         config, retriever=tower, corpus_size=corpus_size, stop_ids=(0,), mesh=mesh
     )
     dtype = jnp.dtype(settings.base_dtype(config))
-    base = placed(_boxed(model), sharding.of_parameters(mesh, _boxed(model)), dtype)
+    boxed = policy.boxed_shapes(model)["params"]
+    base = placed(boxed, sharding.of_parameters(mesh, boxed), dtype)
     return Shapes(
         learner=made,
         scorer=scorer,
@@ -297,8 +298,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     )
     held = learner.policy_variables(made, base, state.trained)
     moved = parts_to_gather(model, mesh, held)
-    boxed = jax.eval_shape(lambda: policy.init(model, jax.random.key(0), made.lora))
-    boxed = {name: boxed[name] for name in moved}
+    boxed = {name: policy.boxed_shapes(model, made.lora)[name] for name in moved}
     cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x, made.lora), moved)
     copied = placed(cast, sharding.of_parameters(mesh, boxed, sharding.SAMPLING_RULES))
     variables = held | copied
@@ -349,10 +349,6 @@ def bytes_a_chip(tree) -> float:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def _boxed(model: policy.PolicyConfig):
-    return jax.eval_shape(lambda: policy.init(model, jax.random.key(0)))["params"]
 
 
 def _refused_bytes(message: str) -> float | None:

@@ -170,7 +170,7 @@ def untrained_variables(policy: RewritePolicy) -> dict[str, Any]:
     """`sampling_variables` of the base, with an adapter of zeros so that programs are shared."""
     if policy.lora is None:
         return sampling_variables(policy, policy.base)
-    boxed = _boxed(policy.model, policy.lora)["lora"]
+    boxed = decoder.boxed_shapes(policy.model, policy.lora)["lora"]
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(boxed))
     where = sharding.of_parameters(policy.mesh, boxed)
     return sampling_variables(policy, jax.jit(zeros, out_shardings=where)())
@@ -188,7 +188,7 @@ def parts_to_gather(model: PolicyConfig, mesh: Mesh, variables: dict[str, Any]) 
 def gather(model: PolicyConfig, adapter: LoraConfig | None, variables) -> dict[str, Any]:
     """Replicates variables along "fsdp" and casts them to the compute dtype."""
     variables = decoder.in_compute_dtype(model, variables, adapter)
-    boxed = {name: _boxed(model, adapter)[name] for name in variables}
+    boxed = {name: decoder.boxed_shapes(model, adapter)[name] for name in variables}
     assert model.mesh is not None
     where = sharding.of_parameters(model.mesh, boxed, sharding.SAMPLING_RULES)
     return jax.lax.with_sharding_constraint(variables, where)
@@ -199,11 +199,6 @@ def merged_parameters(policy: RewritePolicy, trained) -> dict[str, Any]:
     if policy.lora is None:
         return decoder.in_compute_dtype(policy.model, {"params": trained})["params"]
     return lora.merge(policy.base, trained, policy.lora)
-
-
-def _boxed(model: PolicyConfig, adapter: LoraConfig | None) -> dict[str, Any]:
-    """The shapes of all variables, boxed with their logical axes."""
-    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0), adapter))
 
 
 def _check_chat(

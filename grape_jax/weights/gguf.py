@@ -115,17 +115,6 @@ def read_config(path: str | Path) -> PolicyConfig:
         return _config(reader, path, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """Reads the tokenizer only.
-
-    Raises:
-      UserError: as `open_model`.
-    """
-    reader = _open(Path(path))
-    with _refuse_damage(path):
-        return _tokenizer(reader, path)
-
-
 class _Reader(GGUFReader):
     """Reads a vocabulary three times as fast, since slicing an array is faster than a memmap."""
 

@@ -38,7 +38,7 @@ def place(config: PolicyConfig, mesh: Mesh, dtype: Any, read: ReadBlock) -> dict
     Each distinct shard is read once and copied to its devices. The host holds one shard at a time,
     and no device holds an unsharded copy.
     """
-    boxed = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
+    boxed = policy.boxed_shapes(config)["params"]
     shapes = leaf_shapes(config)
 
     def place_leaf(keys: tuple, where: Sharding) -> jax.Array:
@@ -50,7 +50,7 @@ def place(config: PolicyConfig, mesh: Mesh, dtype: Any, read: ReadBlock) -> dict
 
 def leaf_shapes(config: PolicyConfig) -> dict[LeafPath, tuple[int, ...]]:
     """The shape of every leaf of the parameters; below "layers" the first axis is the layer."""
-    tree = nn.unbox(jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"])
+    tree = nn.unbox(policy.boxed_shapes(config)["params"])
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
 

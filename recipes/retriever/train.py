@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import flax.serialization
 import flax.struct
 import jax
@@ -418,7 +419,7 @@ def _init(
 ) -> State:
     clip_key, proxy_key = jax.random.split(jax.random.key(config.seed))
     params = {
-        "clip": jax.jit(clip.init, static_argnums=0)(clip_config, clip_key),
+        "clip": nn.unbox(jax.jit(clip.init, static_argnums=0)(clip_config, clip_key)),
         "proxies": jax.random.normal(proxy_key, (count, clip_config.projection))
         / math.sqrt(clip_config.projection),
     }

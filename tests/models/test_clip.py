@@ -47,7 +47,7 @@ def small_pictures() -> np.ndarray:
 
 def random_params(config: ClipConfig) -> clip.Params:
     """Every tensor random, biases and norms too, so that none can be mistaken for another."""
-    shapes = jax.eval_shape(lambda: clip.init(config, jax.random.key(0)))
+    shapes = nn.unbox(jax.eval_shape(lambda: clip.init(config, jax.random.key(0))))
     rng = np.random.default_rng(2)
     return jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes
@@ -149,8 +149,8 @@ def test_batch_layout_does_not_change_the_numbers():
 
 
 def test_every_parameter_has_logical_axes():
-    axes = nn.get_partition_spec(jax.eval_shape(lambda: clip.boxed_init(SMALL, jax.random.key(0))))
-    shapes = jax.eval_shape(lambda: clip.init(SMALL, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: clip.init(SMALL, jax.random.key(0)))
+    axes, shapes = nn.get_partition_spec(boxed), nn.unbox(boxed)
     is_spec = jax.sharding.PartitionSpec
     jax.tree.map(
         lambda spec, leaf: None if len(spec) == leaf.ndim else pytest.fail(f"{spec} {leaf}"),

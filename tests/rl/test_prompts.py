@@ -21,7 +21,7 @@ PROMPT = PromptConfig("Correct.", "{query}", "", 40, "line")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return gguf.load_tokenizer(pretrained.policy_path(""))
+    return gguf.open_model(pretrained.policy_path("")).tokenizer
 
 
 @pytest.mark.parametrize(
