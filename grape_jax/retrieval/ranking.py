@@ -301,11 +301,10 @@ def _rank_in_shard(queries: _Queries, shard: Index, first_row, size: int, temper
         one = lambda x: compare(block, start, *x)
         return jax.lax.map(one, (queries, target_scores_TxPxQ, *carry)), None
 
+    tiles = _tiles_of(shard, tile, first_row)
     # Finite, so that a device with padding rows only adds zero instead of NaN.
     initial = (jnp.zeros((T, P, Q), jnp.int32), jnp.full((T, Q), -1e30), jnp.zeros((T, Q)))
-    (ahead_TxPxQ, top_TxQ, total_TxQ), _ = jax.lax.scan(
-        next_tile, initial, _tiles_of(shard, tile, first_row)
-    )
+    (ahead_TxPxQ, top_TxQ, total_TxQ), _ = jax.lax.scan(next_tile, initial, tiles)
 
     ahead_TxPxQ = jax.lax.psum(ahead_TxPxQ, MESH_AXES)
     highest_TxQ = jax.lax.pmax(top_TxQ, MESH_AXES)
@@ -339,8 +338,9 @@ def _nearest_in_shard(queries: _Queries, shard: Index, first_row, size: int, dep
             )
             return best(*joined), None
 
+        tiles = _tiles_of(shard, tile, first_row)
         initial = (jnp.full((QUERY_TILE, depth), -jnp.inf), jnp.full((QUERY_TILE, depth), -1))
-        return jax.lax.scan(next_tile, initial, _tiles_of(shard, tile, first_row))[0]
+        return jax.lax.scan(next_tile, initial, tiles)[0]
 
     best_TxQxD = jax.lax.map(one_tile_of_queries, queries)
     # Devices are in the order of their rows, so the first of equal scores has the lowest row.
