@@ -8,6 +8,7 @@ from PIL import Image
 
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import open_clip, tensors
+from grape_jax.weights.tensors import Fields
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"  # contains the former in transformers 5
@@ -69,7 +70,7 @@ def read(directory: str | Path, image_size: int) -> Preprocess:
     kind = str(data.get("image_processor_type", data.get("feature_extractor_type", "CLIP")))
     siglip = kind.lower().startswith("siglip")
     for key in ("do_rescale", "do_normalize", "do_convert_rgb"):
-        tensors.one_of(data, key, True, (True, None), path)
+        Fields(path, data).one_of(key, True, (True, None))
     if abs(data.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UserError(f"{path}: rescale_factor={data['rescale_factor']!r} must be 1/255.")
     try:
@@ -100,9 +101,7 @@ def read_open_clip(directory: str | Path, image_size: int) -> Preprocess:
     """
     path = Path(directory) / open_clip.CONFIG_FILE
     data = tensors.read_json(path).get("preprocess_cfg") or {}
-    one_of = lambda key, default, known: tensors.one_of(
-        data, key, default, known, path, "preprocess_cfg."
-    )
+    one_of = Fields(path, data, "preprocess_cfg.").one_of
     one_of("mode", "RGB", ("RGB",))
     # "random" is for training; open_clip evaluates with bicubic.
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -9,8 +9,7 @@ import safetensors.numpy
 
 from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Params, Tower
-from grape_jax.weights import tensors
-from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Tensor, dense, norm
+from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Fields, Tensor, dense, norm
 
 
 def save(
@@ -38,21 +37,18 @@ def read_config(path: Path, data: dict) -> ClipConfig:
     Raises:
       UserError: the model is not supported, or a field is malformed.
     """
-    text, vision = _section(data, "text_config"), _section(data, "vision_config")
-    text_tower = Tower(width=512, layers=12, heads=8, mlp=2048)
-    vision_tower = Tower(width=768, layers=12, heads=12, mlp=3072)
-    whole = lambda key, default: tensors.whole_number(text, key, default, path, "text_config.")
-    square = lambda key, default: tensors.square(vision, key, default, path, "vision_config.")
-    tensors.one_of(vision, "num_channels", 3, (3,), path, "vision_config.")
+    text = Fields(path, _section(data, "text_config"), "text_config.")
+    vision = Fields(path, _section(data, "vision_config"), "vision_config.")
+    vision.one_of("num_channels", 3, (3,))
     return ClipConfig(
-        text=tensors.read_tower(text, text_tower, path, "text_config."),
-        vision=tensors.read_tower(vision, vision_tower, path, "vision_config."),
-        vocab=whole("vocab_size", 49408),
-        context=whole("max_position_embeddings", 77),
-        end_token=whole("eos_token_id", 49407),
-        image_size=square("image_size", 224),
-        patch=square("patch_size", 32),
-        projection=tensors.whole_number(data, "projection_dim", 512, path),
+        text=text.tower(Tower(width=512, layers=12, heads=8, mlp=2048)),
+        vision=vision.tower(Tower(width=768, layers=12, heads=12, mlp=3072)),
+        vocab=text.whole("vocab_size", 49408),
+        context=text.whole("max_position_embeddings", 77),
+        end_token=text.whole("eos_token_id", 49407),
+        image_size=vision.square("image_size", 224),
+        patch=vision.square("patch_size", 32),
+        projection=Fields(path, data).whole("projection_dim", 512),
         logit_scale=data.get("logit_scale_init_value", 2.6592),
     )
 

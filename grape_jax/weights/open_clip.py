@@ -13,7 +13,7 @@ from grape_jax.models.clip import ClipConfig
 from grape_jax.models.encoder import Tower
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights import tensors
-from grape_jax.weights.tensors import Tensor, dense, fused_qkv, norm
+from grape_jax.weights.tensors import Fields, Tensor, dense, fused_qkv, norm
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -44,62 +44,60 @@ def read_config(path: Path, data: dict) -> ClipConfig:
     Raises:
       UserError: the model is not supported, or a field is malformed.
     """
-    model = _section(data, "model_cfg", path)
-    vision, text = _section(model, "vision_cfg", path), _section(model, "text_cfg", path)
-    _refuse_others(model, MODEL_FIELDS + MODEL_TRAINING, "", path)
-    _refuse_others(vision, VISION_FIELDS + VISION_TRAINING, "vision_cfg.", path)
-    _refuse_others(text, TEXT_FIELDS + TEXT_TRAINING, "text_cfg.", path)
-    if isinstance(vision.get("layers"), list):
+    model = _section(path, data, "model_cfg")
+    vision = _section(path, model.data, "vision_cfg", "vision_cfg.")
+    text = _section(path, model.data, "text_cfg", "text_cfg.")
+    _refuse_others(model, MODEL_FIELDS + MODEL_TRAINING)
+    _refuse_others(vision, VISION_FIELDS + VISION_TRAINING)
+    _refuse_others(text, TEXT_FIELDS + TEXT_TRAINING)
+    if isinstance(vision.data.get("layers"), list):
         raise UserError(
-            f"{path}: vision_cfg.layers={vision['layers']!r} is a ResNet, which is not supported: "
-            "use a ViT."
+            f"{path}: vision_cfg.layers={vision.data['layers']!r} is a ResNet, which is not "
+            "supported: use a ViT."
         )
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    of_vision = lambda key, default: tensors.whole_number(vision, key, default, path, "vision_cfg.")
-    of_text = lambda key, default: tensors.whole_number(text, key, default, path, "text_cfg.")
-    vision_width, head_width = of_vision("width", 768), of_vision("head_width", 64)
-    text_width = of_text("width", 512)
+    activation = "quick_gelu" if model.data.get("quick_gelu") else "gelu"
+    vision_width, text_width = vision.whole("width", 768), text.whole("width", 512)
     config = ClipConfig(
         text=Tower(
             width=text_width,
-            layers=of_text("layers", 12),
-            heads=of_text("heads", 8),
-            mlp=int(text_width * text.get("mlp_ratio", 4.0)),
+            layers=text.whole("layers", 12),
+            heads=text.whole("heads", 8),
+            mlp=int(text_width * text.data.get("mlp_ratio", 4.0)),
             activation=activation,
         ),
         vision=Tower(
             width=vision_width,
-            layers=of_vision("layers", 12),
-            heads=max(1, vision_width // head_width),
-            mlp=int(vision_width * vision.get("mlp_ratio", 4.0)),
+            layers=vision.whole("layers", 12),
+            heads=max(1, vision_width // vision.whole("head_width", 64)),
+            mlp=int(vision_width * vision.data.get("mlp_ratio", 4.0)),
             activation=activation,
         ),
-        vocab=of_text("vocab_size", 49408),
-        context=of_text("context_length", 77),
+        vocab=text.whole("vocab_size", 49408),
+        context=text.whole("context_length", 77),
         end_token=END_TOKEN,
-        image_size=tensors.square(vision, "image_size", 224, path, "vision_cfg."),
-        patch=tensors.square(vision, "patch_size", 16, path, "vision_cfg."),
-        projection=tensors.whole_number(model, "embed_dim", None, path),
+        image_size=vision.square("image_size", 224),
+        patch=vision.square("patch_size", 16),
+        projection=model.whole("embed_dim"),
     )
     tensors.check_heads(config.text, path, "text_cfg.heads")
     tensors.check_heads(config.vision, path, "vision_cfg.width / head_width")
     return config
 
 
-def _section(data: dict, name: str, path: Path) -> dict:
+def _section(path: Path, data: dict, name: str, prefix: str = "") -> Fields:
     if not isinstance(data.get(name), dict):
         raise UserError(f"{path} has no section {name}: download or export it again.")
-    return data[name]
+    return Fields(path, data[name], prefix)
 
 
-def _refuse_others(data: dict, fields: tuple[str, ...], section: str, path: Path) -> None:
+def _refuse_others(fields: Fields, known: tuple[str, ...]) -> None:
     """Refuses any other field with a value that may change the computation."""
-    for key, value in data.items():
+    for key, value in fields.data.items():
         neutral = not value or value in NEUTRAL.get(key, ())
-        if key not in fields and not neutral:
+        if key not in known and not neutral:
             raise UserError(
-                f"{path}: {section}{key}={value!r} is not supported: use a checkpoint with the "
-                "plain ViT and the plain text transformer of CLIP."
+                f"{fields.path}: {fields.section}{key}={value!r} is not supported: use a "
+                "checkpoint with the plain ViT and the plain text transformer of CLIP."
             )
 
 

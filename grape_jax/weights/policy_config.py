@@ -10,9 +10,8 @@ from grape_jax.models import rope
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.models.rope import RopeScaling
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights.tensors import read_json
+from grape_jax.weights.tensors import CONFIG_FILE, Fields, read_json
 
-CONFIG_FILE = "config.json"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -125,7 +124,7 @@ def _check_rope(path: Path, data: dict) -> None:
 
 
 def _from_theirs(path: Path, kind: str, data: dict) -> PolicyConfig:
-    size = lambda field: _size(path, data, field)
+    size = Fields(path, data).whole
     heads, width = size("num_attention_heads"), size("hidden_size")
     kv_heads = heads if data.get("num_key_value_heads") is None else size("num_key_value_heads")
     if heads % kv_heads:
@@ -158,16 +157,6 @@ def _from_theirs(path: Path, kind: str, data: dict) -> PolicyConfig:
         qk_norm=kind == "qwen3",
         windows=None if kind == "llama" else _windows(path, data, size("num_hidden_layers")),
     )
-
-
-def _size(path: Path, data: dict, field: str) -> int:
-    value = data.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(
-            f"{path}: {field}={value!r} must be a whole number of 1 or more: download or export it "
-            "again."
-        )
-    return value
 
 
 def _windows(path: Path, data: dict, layers: int) -> tuple[int, ...] | None:

@@ -5,8 +5,7 @@ from pathlib import Path
 from grape_jax.models.encoder import Tower
 from grape_jax.models.sentence import SentenceConfig
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights import tensors
-from grape_jax.weights.tensors import CONFIG_FILE, Tensor, dense, norm
+from grape_jax.weights.tensors import CONFIG_FILE, Fields, Tensor, dense, norm, read_json
 
 DEFAULT = Tower(
     width=768,
@@ -34,14 +33,15 @@ def read_config(path: Path, data: dict) -> SentenceConfig:
     Raises:
       UserError: the model is not supported, or a field is malformed.
     """
-    tensors.one_of(data, "position_embedding_type", "absolute", ("absolute",), path)
-    tensors.one_of(data, "is_decoder", False, (False,), path)
+    fields = Fields(path, data)
+    fields.one_of("position_embedding_type", "absolute", ("absolute",))
+    fields.one_of("is_decoder", False, (False,))
     _check_pooling(path.parent)
     return SentenceConfig(
-        text=tensors.read_tower(data, DEFAULT, path),
-        vocab=tensors.whole_number(data, "vocab_size", 30522, path),
-        context=tensors.whole_number(data, "max_position_embeddings", 512, path),
-        token_types=tensors.whole_number(data, "type_vocab_size", 2, path),
+        text=fields.tower(DEFAULT),
+        vocab=fields.whole("vocab_size", 30522),
+        context=fields.whole("max_position_embeddings", 512),
+        token_types=fields.whole("type_vocab_size", 2),
     )
 
 
@@ -50,7 +50,7 @@ def longest_text(directory: str | Path) -> int | None:
     path = Path(directory) / LENGTH_FILE
     if not path.exists():
         return None
-    return tensors.whole_number(tensors.read_json(path), "max_seq_length", None, path)
+    return Fields(path, read_json(path)).whole("max_seq_length")
 
 
 def _check_pooling(directory: Path) -> None:
@@ -58,7 +58,7 @@ def _check_pooling(directory: Path) -> None:
     path = directory / MODULES_FILE
     if not path.exists():
         return
-    for module in tensors.read_json(path, list):
+    for module in read_json(path, list):
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind not in MODULES:
             raise UserError(
@@ -69,7 +69,7 @@ def _check_pooling(directory: Path) -> None:
 
 
 def _check_mean(path: Path) -> None:
-    data = tensors.read_json(path)
+    data = read_json(path)
     for key in (name for name in data if name.startswith("pooling_mode_")):
         if bool(data[key]) != (key == MEAN):
             raise UserError(f"{path}: {key}={data[key]!r} is not supported, only {MEAN} is.")

@@ -5,9 +5,8 @@ from pathlib import Path
 from grape_jax.models.encoder import Tower
 from grape_jax.models.siglip import SiglipConfig
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights import tensors
 from grape_jax.weights.clip import encoder_layer
-from grape_jax.weights.tensors import Tensor, dense, norm
+from grape_jax.weights.tensors import Fields, Tensor, dense, fused_qkv, norm
 
 DEFAULT = Tower(
     width=768, layers=12, heads=12, mlp=3072, activation="gelu_pytorch_tanh", norm_eps=1e-6
@@ -24,20 +23,19 @@ def read_config(path: Path, data: dict) -> SiglipConfig:
     Raises:
       UserError: the model is not supported, or a field is malformed.
     """
-    text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
-    whole = lambda key, default: tensors.whole_number(text, key, default, path, "text_config.")
-    square = lambda key, default: tensors.square(vision, key, default, path, "vision_config.")
-    tensors.one_of(vision, "num_channels", 3, (3,), path, "vision_config.")
-    tensors.one_of(vision, "vision_use_head", True, (True,), path, "vision_config.")
+    text = Fields(path, data.get("text_config") or {}, "text_config.")
+    vision = Fields(path, data.get("vision_config") or {}, "vision_config.")
+    vision.one_of("num_channels", 3, (3,))
+    vision.one_of("vision_use_head", True, (True,))
     config = SiglipConfig(
-        text=tensors.read_tower(text, DEFAULT, path, "text_config."),
-        vision=tensors.read_tower(vision, DEFAULT, path, "vision_config."),
-        vocab=whole("vocab_size", 32000),
-        context=whole("max_position_embeddings", 64),
-        image_size=square("image_size", 224),
-        patch=square("patch_size", 16),
+        text=text.tower(DEFAULT),
+        vision=vision.tower(DEFAULT),
+        vocab=text.whole("vocab_size", 32000),
+        context=text.whole("max_position_embeddings", 64),
+        image_size=vision.square("image_size", 224),
+        patch=vision.square("patch_size", 16),
     )
-    width = text.get("projection_size") or config.text.width
+    width = text.data.get("projection_size") or config.text.width
     if width != config.projection:
         raise UserError(
             f"{path}: text_config.projection_size={width} must equal vision_config.hidden_size="
@@ -66,7 +64,7 @@ def table(config: SiglipConfig) -> list[Tensor]:
     found += dense("text_model.head", (*text, "head"))
     found += norm("vision_model.post_layernorm", (*vision, "post_norm"))
     attention = "vision_model.head.attention."
-    found += tensors.fused_qkv(attention + "in_proj_weight", attention + "in_proj_bias", head)
+    found += fused_qkv(attention + "in_proj_weight", attention + "in_proj_bias", head)
     found += dense(attention + "out_proj", (*head, "out"))
     found += norm("vision_model.head.layernorm", (*head, "norm"))
     found += dense("vision_model.head.mlp.fc1", (*head, "up"))

@@ -181,26 +181,77 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return data
 
 
-def read_tower(data: dict, defaults: Tower, path: Path, section: str = "") -> Tower:
-    """The sizes of a tower, from the field names of transformers.
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """An object of a JSON config. Its fields are checked when they are read."""
 
-    Raises:
-      UserError: a field is malformed or has an unsupported value.
-    """
-    whole = lambda key, default: whole_number(data, key, default, path, section)
-    tower = dataclasses.replace(
-        defaults,
-        width=whole("hidden_size", defaults.width),
-        layers=whole("num_hidden_layers", defaults.layers),
-        heads=whole("num_attention_heads", defaults.heads),
-        mlp=whole("intermediate_size", defaults.mlp),
-        activation=one_of(
-            data, "hidden_act", defaults.activation, tuple(ACTIVATIONS), path, section
-        ),
-        norm_eps=float(data.get("layer_norm_eps", defaults.norm_eps)),
-    )
-    check_heads(tower, path, f"{section}num_attention_heads")
-    return tower
+    path: Path  # of the file, for messages
+    data: dict
+    section: str = ""  # prefix of the fields' names in messages, such as "text_config."
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; a field without a default (None) is required.
+
+        Raises:
+          UserError: the field is missing or malformed.
+        """
+        value = self.data.get(key, default)
+        if value is None:
+            raise UserError(
+                f"{self.path} has no field {self.section}{key}: download or export it again."
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"{self.path}: {self.section}{key}={value!r} must be a whole number above 0."
+            )
+        return value
+
+    def one_of(self, key: str, default: Any, choices: Sequence) -> Any:
+        """A field with a fixed set of supported values.
+
+        Raises:
+          UserError: the field has another value.
+        """
+        value = self.data.get(key, default)
+        if value not in choices:
+            raise UserError(
+                f"{self.path}: {self.section}{key}={value!r} is not supported, only "
+                f"{', '.join(map(repr, choices))}."
+            )
+        return value
+
+    def square(self, key: str, default: int | None = None) -> int:
+        """A size in pixels, stored as one number or as two equal ones.
+
+        Raises:
+          UserError: the two numbers differ, or the field is malformed.
+        """
+        value = self.data.get(key, default)
+        if not isinstance(value, list):
+            return self.whole(key, default)
+        if len(value) != 2 or value[0] != value[1]:
+            raise UserError(
+                f"{self.path}: {self.section}{key}={value!r} is not supported, only squares."
+            )
+        return dataclasses.replace(self, data={key: value[0]}).whole(key)
+
+    def tower(self, defaults: Tower) -> Tower:
+        """The sizes of a tower, from the field names of transformers.
+
+        Raises:
+          UserError: a field is malformed or has an unsupported value.
+        """
+        tower = dataclasses.replace(
+            defaults,
+            width=self.whole("hidden_size", defaults.width),
+            layers=self.whole("num_hidden_layers", defaults.layers),
+            heads=self.whole("num_attention_heads", defaults.heads),
+            mlp=self.whole("intermediate_size", defaults.mlp),
+            activation=self.one_of("hidden_act", defaults.activation, tuple(ACTIVATIONS)),
+            norm_eps=float(self.data.get("layer_norm_eps", defaults.norm_eps)),
+        )
+        check_heads(tower, self.path, f"{self.section}num_attention_heads")
+        return tower
 
 
 def check_heads(tower: Tower, path: Path, field: str) -> None:
@@ -210,49 +261,6 @@ def check_heads(tower: Tower, path: Path, field: str) -> None:
             f"{path}: {field}={tower.heads} does not divide the width of {tower.width}: download "
             "or export the checkpoint again."
         )
-
-
-def whole_number(data: dict, key: str, default: int | None, path: Path, section: str = "") -> int:
-    """A positive whole number; a field without a default (None) is required.
-
-    Raises:
-      UserError: the field is missing or malformed.
-    """
-    value = data.get(key, default)
-    if value is None:
-        raise UserError(f"{path} has no field {section}{key}: download or export it again.")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: {section}{key}={value!r} must be a whole number above 0.")
-    return value
-
-
-def one_of(
-    data: dict, key: str, default: Any, choices: Sequence, path: Path, section: str = ""
-) -> Any:
-    """A field with a fixed set of supported values.
-
-    Raises:
-      UserError: the field has another value.
-    """
-    value = data.get(key, default)
-    if value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise UserError(f"{path}: {section}{key}={value!r} is not supported, only {listed}.")
-    return value
-
-
-def square(data: dict, key: str, default: int | None, path: Path, section: str = "") -> int:
-    """A size in pixels, stored as one number or as two equal ones.
-
-    Raises:
-      UserError: the two numbers differ, or the field is malformed.
-    """
-    value = data.get(key, default)
-    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-        data = {key: value[0]}
-    elif isinstance(value, list):
-        raise UserError(f"{path}: {section}{key}={value!r} is not supported, only squares.")
-    return whole_number(data, key, default, path, section)
 
 
 def _from_file(value: np.ndarray, tensor: Tensor) -> np.ndarray:

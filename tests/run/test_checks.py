@@ -1,7 +1,9 @@
 """Any config: accepted, or refused by a UserError that names a key."""
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import thorough
@@ -9,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from grape_jax.models.lora import LoraConfig
+from grape_jax.rl.prompts import PromptConfig
 from grape_jax.run import checks
+from grape_jax.run import settings as make
 from grape_jax.runtime import checkpoint, command_line
 from grape_jax.runtime.errors import UserError
 
@@ -98,4 +103,30 @@ def test_impossible_settings_are_refused(key, value, advice):
     config = ConfigDict(CONFIG.to_dict())
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=rf"{key}.* must be {advice}"):
+        checks.check(config)
+
+
+@pytest.mark.parametrize(
+    ("made", "change", "key"),
+    [
+        (make.grpo_config(CONFIG), {"clip_low": 1.0}, "grpo.clip_low"),
+        (make.grpo_config(CONFIG), {"aggregation": "median"}, "grpo.aggregation"),
+        (make.grpo_config(CONFIG), {"temperature": 0.0}, "rollout.temperature"),
+        (make.reward_config(CONFIG), {"reward_k": 0}, "grpo.reward_k"),
+        (make.optimizer_config(CONFIG, "grpo"), {"learning_rate": 0.0}, "learning_rate"),
+        (make.optimizer_config(CONFIG, "grpo"), {"schedule": "stairs"}, "schedule"),
+        (PromptConfig("", "{query}", "", 16, "line"), {"user": "no place"}, "prompt.user"),
+        (LoraConfig(4, 8.0, ("q",)), {"targets": ("z",)}, "lora.targets"),
+    ],
+)
+def test_settings_made_in_python_are_checked(made, change, key):
+    with pytest.raises(UserError, match=re.escape(key)):
+        dataclasses.replace(made, **change)
+
+
+@pytest.mark.parametrize("phase", checks.PHASES)
+def test_an_optimizer_is_refused_by_the_key_of_its_phase(phase):
+    config = ConfigDict(CONFIG.to_dict())
+    config[phase].max_grad_norm = 0.0
+    with pytest.raises(UserError, match=rf"{phase}\.max_grad_norm"):
         checks.check(config)
