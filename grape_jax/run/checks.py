@@ -109,14 +109,7 @@ def _check_settings(config: ConfigDict) -> None:
     learner.check_reference(settings.grpo_config(config), settings.lora_config(config))
     for phase in PHASES:
         settings.optimizer_config(config, phase)
-    settings.make_sampling(
-        config,
-        group_size=config.grpo.group_size,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        stop_ids=(),
-        pad_id=0,
-    )
+    settings.sampling_config(config, stop_ids=(), pad_id=0)
 
 
 def _check_microbatches(phase: str, config: ConfigDict) -> None:

@@ -48,8 +48,8 @@ class Context:
 
     def scorer(self) -> Scorer:
         """The static part of `score_rewrites` in the training gallery."""
-        return settings.make_scorer(
-            self.config,
+        return Scorer(
+            reward=settings.reward_config(self.config),
             retriever=self.retriever.config,
             corpus_size=len(self.galleries.open("train")),
             stop_ids=self.policy.stop_ids,
@@ -58,13 +58,11 @@ class Context:
 
     def sampling(self, group_size: int, temperature: float, max_tokens: int) -> SamplingConfig:
         """The static part of `sample`; at temperature 0 filters are off."""
-        return settings.make_sampling(
-            self.config,
-            group_size=group_size,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            stop_ids=self.policy.stop_ids,
-            pad_id=self.policy.tokenizer.pad_token_id,
+        rollout = settings.sampling_config(
+            self.config, self.policy.stop_ids, self.policy.tokenizer.pad_token_id
+        )
+        return dataclasses.replace(
+            rollout, group_size=group_size, temperature=temperature, max_tokens=max_tokens
         )
 
     def initial_state(self, phase: str) -> TrainState:

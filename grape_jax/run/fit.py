@@ -251,9 +251,8 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
     tower = retriever.read_config(config.retriever.path or None)
     made = settings.make_learner(config, "grpo", model, mesh)
     # Which tokens end a completion does not change the programs.
-    scorer = settings.make_scorer(
-        config, retriever=tower, corpus_size=corpus_size, stop_ids=(0,), mesh=mesh
-    )
+    reward = settings.reward_config(config)
+    scorer = Scorer(reward, tower, corpus_size, stop_ids=(0,), mesh=mesh)
     dtype = jnp.dtype(settings.base_dtype(config))
     boxed = policy.boxed_shapes(model)["params"]
     base = placed(boxed, sharding.of_parameters(mesh, boxed), dtype)
@@ -278,8 +277,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.logical(mesh, "batch"))
 
     B, K, S = config.grpo.batch_size, config.grpo.group_size, config.prompt.max_tokens
-    T, L = config.rollout.max_tokens, config.retriever.text_length
-    L = L or shapes.scorer.retriever.context
+    L = config.retriever.text_length or shapes.scorer.retriever.context
     prompts = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool))
     rewrites = Rewrites(
         tokens_BxKxL=in_batch(B, K, L),
@@ -288,14 +286,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         has_text_BxK=in_batch(B, K, dtype=bool),
     )
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
-    sampling = settings.make_sampling(
-        config,
-        group_size=K,
-        max_tokens=T,
-        temperature=config.rollout.temperature,
-        stop_ids=shapes.scorer.stop_ids,
-        pad_id=0,
-    )
+    sampling = settings.sampling_config(config, shapes.scorer.stop_ids, pad_id=0)
     held = learner.policy_variables(made, base, state.trained)
     moved = parts_to_gather(model, mesh, held)
     boxed = {name: policy.boxed_shapes(model, made.lora)[name] for name in moved}

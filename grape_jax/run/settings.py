@@ -7,13 +7,12 @@ from ml_collections import ConfigDict
 
 from grape_jax.models.lora import LoraConfig
 from grape_jax.models.policy import PolicyConfig
-from grape_jax.models.towers import RetrieverConfig
 from grape_jax.rl.grpo import GrpoConfig
 from grape_jax.rl.learner import Learner
 from grape_jax.rl.optimizer import OptimizerConfig
 from grape_jax.rl.prompts import PromptConfig
 from grape_jax.rl.rollout import SamplingConfig
-from grape_jax.rl.scoring import RewardConfig, Scorer
+from grape_jax.rl.scoring import RewardConfig
 from grape_jax.runtime.errors import UserError
 
 
@@ -56,43 +55,18 @@ def optimizer_config(config: ConfigDict, phase: str) -> OptimizerConfig:
         raise UserError(f"{phase}.{error}") from error
 
 
-def make_scorer(
-    config: ConfigDict,
-    *,
-    retriever: RetrieverConfig,
-    corpus_size: int,
-    stop_ids: tuple[int, ...],
-    mesh: Mesh,
-) -> Scorer:
-    """The static part of `score_rewrites`."""
-    return Scorer(
-        reward=reward_config(config),
-        retriever=retriever,
-        corpus_size=corpus_size,
-        stop_ids=stop_ids,
-        mesh=mesh,
-    )
+def sampling_config(config: ConfigDict, stop_ids: tuple[int, ...], pad_id: int) -> SamplingConfig:
+    """The sampling of a GRPO step.
 
-
-def make_sampling(
-    config: ConfigDict,
-    *,
-    group_size: int,
-    max_tokens: int,
-    temperature: float,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-) -> SamplingConfig:
-    """The static part of `sample`, with the filters of the config's rollout."""
+    Args:
+      stop_ids: tokens that end a completion.
+      pad_id: the token after the end.
+    """
     return SamplingConfig(
-        group_size=group_size,
-        max_tokens=max_tokens,
-        temperature=temperature,
+        group_size=config.grpo.group_size,
         stop_ids=stop_ids,
         pad_id=pad_id,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        min_p=config.rollout.min_p,
+        **_fields(SamplingConfig, config.rollout),
     )
 
 
