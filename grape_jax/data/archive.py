@@ -96,6 +96,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
 
 
+def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (location for messages, entry) of a JSON file that contains a list.
+
+    Raises:
+      UserError: the file is missing, is not JSON, or contains something else.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: must be a list of entries.")
+    yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(entries))
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (location for messages, value) of each line that is not blank.
 

@@ -53,13 +53,8 @@ def _pictures(folder: Path, split: str, roots: list[Path]) -> list[RawPicture]:
 
 
 def _queries(folder: Path, split: str) -> list[RawQuery]:
-    path = folder / "captions" / f"cap.rc2.{split}.json"
-    entries = archive.read_json(path)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: must be a list of entries.")
     queries = []
-    for number, entry in enumerate(entries):
-        place = f"{path}, entry {number}"
+    for place, entry in archive.read_entries(folder / "captions" / f"cap.rc2.{split}.json"):
         reference = archive.field(place, entry, "reference", str)
         members = archive.field(
             place, archive.field(place, entry, "img_set", dict), "members", list

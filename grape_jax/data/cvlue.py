@@ -39,13 +39,9 @@ def read(manual_dir: Path) -> Archive:
 
 def _read_split(folder: Path, name: str) -> tuple[list[RawPicture], list[RawQuery]]:
     path = folder / name
-    entries = archive.read_json(path)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: must be a list of entries.")
     files: dict[str, str] = {}
     pairs: list[tuple[str, str]] = []  # picture id, caption
-    for number, entry in enumerate(entries):
-        place = f"{path}, entry {number}"
+    for place, entry in archive.read_entries(path):
         image = archive.field(place, entry, "image", str)
         key = str(archive.field(place, entry, "image_id", (int, str)))
         if files.setdefault(key, image) != image:
