@@ -288,10 +288,7 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
     sampling = settings.sampling_config(config, shapes.scorer.stop_ids, pad_id=0)
     held = learner.policy_variables(made, base, state.trained)
-    moved = parts_to_gather(model, mesh, held)
-    boxed = {name: policy.boxed_shapes(model, made.lora)[name] for name in moved}
-    cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x, made.lora), moved)
-    copied = placed(cast, sharding.of_parameters(mesh, boxed, sharding.SAMPLING_RULES))
+    moved, copied = _sampling_copies(made, held)
     variables = held | copied
     result = lambda function: jax.tree.map(
         lambda x: in_batch(*x.shape, dtype=x.dtype), jax.eval_shape(function)
@@ -325,6 +322,15 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
         Program("score_rewrites", lower_score, (shapes.retriever, shapes.index), (copied,)),
         Program("grpo_train_step", lower_step, (state, base) if reads_base else (state,)),
     ]
+
+
+def _sampling_copies(made: learner.Learner, held: dict) -> tuple[dict, dict]:
+    """The collections that a step copies for sampling, and the shapes of the copies."""
+    model, mesh = made.policy, made.mesh
+    moved = parts_to_gather(model, mesh, held)
+    boxed = {name: policy.boxed_shapes(model, made.lora)[name] for name in moved}
+    cast = jax.eval_shape(lambda x: policy.in_compute_dtype(model, x, made.lora), moved)
+    return moved, placed(cast, sharding.of_parameters(mesh, boxed, sharding.SAMPLING_RULES))
 
 
 def placed(tree, where, dtype=None):
