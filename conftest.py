@@ -93,8 +93,14 @@ def folder(shared, tmp_path_factory):
     return folder
 
 
-# Files that start whole runs, the longest first: two workers then end at about the same time.
-LONGEST = ("test_loop", "test_compare", "test_learner", "test_paper_benchmarks", "test_evaluation")
+# Files that start whole runs or compile much, the longest first: two workers then end at about the
+# same time. The second one needs nothing of `shared`, which the first worker makes meanwhile.
+LONGEST = (
+    "test_loop", "test_ranking", "test_compare", "test_paper_benchmarks", "test_learner",
+    "test_local", "test_trl", "test_score_inflation", "test_evaluation", "test_processes",
+    "test_policy_families", "test_encoder_families", "test_fit", "test_sampling_weights",
+    "test_huggingface", "test_start",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

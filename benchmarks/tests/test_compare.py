@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import xla_flags
 from ml_collections import ConfigDict
 
 pytest.importorskip("torch")
@@ -256,17 +255,11 @@ def compare(folder, out, *overrides):
         "evaluation.seen_limit": 8,
     }
     argv = [
-        *(sys.executable, "-m", "benchmarks.compare", "--config=configs/emoji.py"),
+        *("benchmarks.compare", "--config=configs/emoji.py"),
         *(f"--out={folder / out}", "--steps=2", "--batch=2", "--group=4", "--seeds=3"),
         *(f"--config.{key}={value}" for key, value in config.items()),
     ]
-    return subprocess.run(
-        [*argv, *overrides],
-        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return commands.run(*argv, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -429,12 +422,8 @@ def test_the_parts_of_a_step_are_timed_and_counted(folder, tiny):
 
 def benchmark(folder, name, *arguments) -> str:
     """What a benchmark of steps says, run with the tiny policy."""
-    argv = [sys.executable, "-m", f"benchmarks.{name}", "--config=configs/emoji.py", *arguments]
     given = [f"--config.data_dir={folder / 'data'}", f"--config.policy.path={folder / 'tiny.gguf'}"]
-    environment = os.environ | {"XLA_FLAGS": xla_flags.devices(1)}
-    done = subprocess.run(
-        argv + given, env=environment, capture_output=True, text=True, check=False
-    )
+    done = commands.run(f"benchmarks.{name}", "--config=configs/emoji.py", *arguments, *given)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

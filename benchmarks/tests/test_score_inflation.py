@@ -1,12 +1,9 @@
 """The score-inflation experiment from end to end, on a tiny policy."""
 
 import json
-import os
-import subprocess
-import sys
 
+import commands
 import pytest
-import xla_flags
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +26,8 @@ def command(folder, *overrides):
         "evaluation.every": 2,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    argv = [
-        sys.executable, "-m", "benchmarks.score_inflation", f"--workdir={folder / 'both'}",
-        "--config=configs/score_inflation.py", *flags, *overrides,
-    ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": xla_flags.devices(1)}
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    argv = (f"--workdir={folder / 'both'}", "--config=configs/score_inflation.py")
+    return commands.run("benchmarks.score_inflation", *argv, *flags, *overrides)
 
 
 def test_two_runs_from_one_start_make_a_table_and_a_figure(folder):

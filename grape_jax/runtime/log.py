@@ -2,13 +2,21 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
 
 from grape_jax.runtime import files, processes
+
+# tensorboardX imports torch where it is installed, for a type check of images. That takes longer
+# than the import of jax; a module that is None in `sys.modules` is not found.
+_hidden = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _hidden:
+    del sys.modules["torch"]
 
 # The event that JAX records for every compilation, and for every program loaded from its cache.
 COMPILED = "/jax/core/compile/backend_compile_duration"

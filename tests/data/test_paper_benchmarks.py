@@ -3,11 +3,10 @@
 import base64
 import csv
 import json
-import subprocess
-import sys
 from unittest import mock
 from xml.etree import ElementTree
 
+import commands
 import numpy as np
 import official_files
 import pytest
@@ -349,10 +348,7 @@ def test_broken_input_is_one_sentence_and_nothing_is_written(tmp_path, case):
 
 
 def command(*arguments, module="prepare"):
-    return subprocess.run(
-        [sys.executable, "-m", f"grape_jax.{module}", *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return commands.run(f"grape_jax.{module}", *arguments)
 
 
 def test_the_command_line_ends_with_a_sentence(tmp_path):

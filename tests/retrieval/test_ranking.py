@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -278,8 +279,8 @@ def test_two_processes_give_the_same_ranks():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    code = (
-        "import sys, jax; jax.config.update('jax_platforms', 'cpu');"
+    code = commands.ALONE + (
+        "import jax; jax.config.update('jax_platforms', 'cpu');"
         f"jax.distributed.initialize('localhost:{port}', 2, int(sys.argv[1]));"
         "import numpy as np; from grape_jax.retrieval import ranking;"
         "from grape_jax.runtime.sharding import *;"
@@ -306,6 +307,7 @@ def test_two_processes_give_the_same_ranks():
         assert out.splitlines()[-1:] == [f"4 {wanted}"], err[-2000:]  # gloo talks, too
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(xla_flags.AS_USERS in os.environ, reason="is what this test runs")
 def test_ranks_hold_at_the_compiler_settings_that_users_get():
     """The tests above once more, without the flags that make the tests' programs quick to compile.

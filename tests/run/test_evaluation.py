@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import commands
 import ir_measures as ir
 import pytest
 import xla_flags
+
+pytestmark = pytest.mark.slow
 
 METHODS = [
     *("raw query", "untrained, greedy", "untrained, sampled", "untrained + query, greedy"),
@@ -16,13 +19,7 @@ METHODS = [
 
 
 def evaluate(folder, *arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "grape_jax.evaluate", f"--workdir={folder / 'run'}", *arguments],
-        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = commands.run("grape_jax.evaluate", f"--workdir={folder / 'run'}", *arguments)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -42,7 +39,15 @@ def config_of(folder):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    evaluate(folder, *config_of(folder), "--methods=all")
+    arguments = (f"--workdir={folder / 'run'}", *config_of(folder), "--methods=all")
+    done = subprocess.run(
+        [sys.executable, "-m", "grape_jax.evaluate", *arguments],
+        env=os.environ | {"XLA_FLAGS": xla_flags.devices(1)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
 
 

