@@ -312,9 +312,10 @@ def test_two_processes_give_the_same_ranks():
 def test_ranks_hold_at_the_compiler_settings_that_users_get():
     """The tests above once more, without the flags that make the tests' programs quick to compile.
 
-    What LLVM vectorises and reassociates decides the last bits of a sum.
+    What LLVM vectorises and reassociates decides the last bits of a sum. Left out are the nearest
+    rows by exact products, since those by real numbers are in.
     """
-    chosen = "argsort or itself or depend or share or processes or stand or excluded or subset"
+    chosen = "equals or itself or depend or share or processes or stand or excluded or subset"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", chosen],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -322,7 +323,7 @@ def test_ranks_hold_at_the_compiler_settings_that_users_get():
         | {xla_flags.AS_USERS: "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 19, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 18, done.stdout
 
 
 def test_log_partition_is_over_the_real_items():
