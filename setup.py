@@ -43,7 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grape_jax", "grape_jax.*"]),
-    package_data={"grape_jax": ["py.typed", "retrieval/assets/**"]},
+    package_data={"grape_jax": ["py.typed", "retrieval/assets/**", "reporting/assets/*"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",

@@ -28,12 +28,10 @@ class Examples(NamedTuple):
 
 def random_sample(test_set: TestSet, count: int = DRAWN) -> Examples | None:
     """A random sample of the queries whose rank training has changed; None if there are none."""
-    present = _stages(test_set)
-    if len(present) < 2:
+    pair = before_and_after(test_set)
+    if pair is None:
         return None
-    untrained = test_set.find(UNTRAINED, "greedy")
-    after = present[-1]
-    before = untrained if untrained not in (None, after) else present[0]
+    before, after = pair
     gains, losses, stayed = _moved(test_set, before, after)
     if not len(gains) + len(losses):
         return None
@@ -123,6 +121,19 @@ def write_sheet(path: Path, examples: Sequence[Examples], rules: Sequence[str]) 
 def rank_of(answers: Answers, index: int) -> int:
     """The rank of a query's best right picture."""
     return int(metrics.best(answers.ranks[[index]])[0])
+
+
+def before_and_after(test_set: TestSet) -> tuple[Answers, Answers] | None:
+    """The greedy answers before and after training; None if there is nothing to compare.
+
+    Before training: those of the raw query and of the untrained policy.
+    """
+    present = _stages(test_set)
+    if len(present) < 2:
+        return None
+    untrained = test_set.find(UNTRAINED, "greedy")
+    after = present[-1]
+    return (untrained if untrained not in (None, after) else present[0]), after
 
 
 def _stages(test_set: TestSet) -> list[Answers]:

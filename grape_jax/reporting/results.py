@@ -13,6 +13,7 @@ from grape_jax.types import NO_RANK
 
 RAW, UNTRAINED, WARM_UP, GRPO = "raw query", "untrained", "warm-up", "GRPO"
 HYDE, MULTI_QUERY = "HyDE", "multi-query"
+PICTURE, PICTURE_EDIT, CAPTION_EDIT = "picture alone", "picture + edit", "caption + edit"
 CONSTANT, REFERENCE = "constant caption", "reference text"
 
 
@@ -29,6 +30,9 @@ def samples(policy: str) -> str:
 # Rows of a table in their order, with explanations for the legend.
 METHODS = {
     RAW: "the query as the user wrote it",
+    PICTURE: "the embedding of the query's own picture, without the words that change it",
+    PICTURE_EDIT: "the embedding of the query's own picture and that of the words, added",
+    CAPTION_EDIT: "captions of the query's own picture and the words, as one text",
     UNTRAINED: "rewritten by the language model without training",
     WARM_UP: "rewritten after supervised fine-tuning, before GRPO",
     GRPO: "rewritten after GRPO",
@@ -46,11 +50,15 @@ METHODS = {
     REFERENCE: "the right wording of the query, given by the data: an oracle that shows what the "
     "retriever can do",
 }
+COMPOSED = (PICTURE, PICTURE_EDIT, CAPTION_EDIT)  # baselines of composed queries
+# Methods without training, of which a trained policy has to beat the best.
+BASELINES = (RAW, *COMPOSED, UNTRAINED, fused(UNTRAINED), HYDE, MULTI_QUERY, CONSTANT)
 EXTRAS = ("fused", "samples", "hyde", "multi_query")  # choices of `evaluation.methods`
 DECODINGS = ("greedy", "sampled")
 CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
 COMPARED = ("recall_at_1", "recall_at_10")  # measures of which differences are reported
+COMPARED_IN_SUBSET = "subset_recall_at_1"  # another, where queries have subsets
 LENGTH_GROUPS = 3
 
 
@@ -64,6 +72,7 @@ class Answers:
     ranks: np.ndarray  # int [n, P], each right item's rank among all; 1 is best, NO_RANK padding
     nearest: np.ndarray  # int [n, 5], corpus rows of the five nearest, best first; -1 is padding
     subset_ranks: np.ndarray | None = None  # int [n, P], ranks in the query's subset
+    note: str = ""  # a setting of the method, for the legend
 
     @property
     def label(self) -> str:
@@ -99,6 +108,11 @@ class TestSet:
         return any(query.image >= 0 for query in self.queries)
 
     @property
+    def measure(self) -> str:
+        """The measure of headlines: of composed queries R@1, since near variants fill the top."""
+        return "recall_at_1" if self.composed else "recall_at_10"
+
+    @property
     def in_order(self) -> list[Answers]:
         """The answers in the order of METHODS."""
         order = {method: i for i, method in enumerate(METHODS)}
@@ -110,6 +124,23 @@ class TestSet:
             if answers.method == method and answers.decoding in ("", decoding):
                 return answers
         return None
+
+    @property
+    def trained(self) -> Answers | None:
+        """The greedy answers at the end of training; None before it."""
+        return self.find(GRPO, "greedy") or self.find(WARM_UP, "greedy")
+
+    @property
+    def best_baseline(self) -> Answers | None:
+        """The greedy answers without training that are best by `measure`; None if none is judged.
+
+        It is chosen on the test queries themselves, which favours the baseline.
+        """
+        present = [found for method in BASELINES if (found := self.find(method, "greedy"))]
+        if not self.judged.any():
+            return None
+        score = lambda answers: measures_of(answers, self.judged)[self.measure].mean()
+        return max(present, key=score, default=None)
 
 
 def numbers_of(test_set: TestSet) -> dict:
@@ -130,17 +161,23 @@ def numbers_of(test_set: TestSet) -> dict:
                 f"{answers.label} answers {len(answers.ranks)} of {count} queries: evaluate again."
             )
     judged = test_set.judged
+    best, trained = test_set.best_baseline, test_set.trained
     return {
         "name": test_set.name,
         "shift": test_set.shift,
         "queries": count,
         "judged": int(judged.sum()),
         "groups": len(set(test_set.groups[judged])),
+        "measure": test_set.measure,
+        "composed": test_set.composed,
+        "best_baseline": best.method if best else None,
+        "trained": trained.method if trained else None,
         "several_targets": any(len(query.targets) > 1 for query in test_set.queries),
         "methods": _scores(test_set, judged),
         "differences": _differences(test_set, judged),
         "languages": (languages := _by_language(test_set, judged)),
         "mean_of_languages": _mean_of_parts(languages),
+        "kinds": _by_kind(test_set, judged),
         "lengths": _by_length(test_set, judged),
         "answers": [_record(test_set, index) for index in range(count)],
     }
@@ -176,6 +213,7 @@ def _scores(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
     table = []
     for answers, found in zip(test_set.in_order, measured, strict=True):
         entry: dict[str, Any] = {"method": answers.method, "decoding": answers.decoding}
+        entry |= {"note": answers.note} if answers.note else {}
         entry |= {name: dataclasses.asdict(next(intervals)) for name in found}
         entry["median_rank"] = float(np.median(metrics.best(answers.ranks[chosen])))
         table.append(entry)
@@ -188,11 +226,13 @@ def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
     if not pairs:
         return []
     of_method = {a.label: measures_of(a, chosen) for pair in pairs for a in pair}
+    in_all = set.intersection(*(set(found) for found in of_method.values()))
+    compared = [name for name in (*COMPARED, COMPARED_IN_SUBSET) if name in in_all]
     columns = np.stack(
         [
             of_method[a.label][name] - of_method[b.label][name]
             for a, b in pairs
-            for name in COMPARED
+            for name in compared
         ],
         axis=1,
     )
@@ -203,7 +243,7 @@ def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
     for a, b in pairs:
         entry: dict[str, Any] = {"a": a.method, "b": b.method}
         entry["decoding"] = a.decoding or b.decoding
-        for name in COMPARED:
+        for name in compared:
             interval = next(intervals)
             entry[name] = dataclasses.asdict(interval)
             entry[name] |= {"clear_of_zero": interval.clear_of_zero, "p": next(p_values)}
@@ -212,16 +252,27 @@ def _differences(test_set: TestSet, chosen: np.ndarray) -> list[dict]:
 
 
 def _pairs(test_set: TestSet) -> list[tuple[Answers, Answers]]:
-    """Pairs of methods to compare: each with the untrained policy and the raw query."""
+    """Pairs of methods to compare.
+
+    Each is compared with the untrained policy and the raw query, and the trained policy with the
+    baselines of composed queries and the best baseline as well.
+    """
+    trained, best = test_set.trained, test_set.best_baseline
     baselines = {GRPO: (UNTRAINED, RAW, WARM_UP), UNTRAINED: (RAW,)}
-    pairs = []
+    names = []
     for decoding in DECODINGS:
         for method in (GRPO, WARM_UP, UNTRAINED):
-            for baseline in baselines.get(method, (UNTRAINED, RAW)):
-                pairs.append((test_set.find(method, decoding), test_set.find(baseline, decoding)))
-    done = {RAW, UNTRAINED, WARM_UP, GRPO, CONSTANT, REFERENCE}
+            others = baselines.get(method, (UNTRAINED, RAW))
+            if trained is not None and (method, decoding) == (trained.method, trained.decoding):
+                others = (*others, *COMPOSED, *([best.method] if best else []))
+            names += [(method, baseline, decoding) for baseline in others]
+    compared = {RAW, UNTRAINED, WARM_UP, GRPO, CONSTANT, REFERENCE, *COMPOSED}
+    pairs = [
+        (test_set.find(method, decoding), test_set.find(baseline, decoding))
+        for method, baseline, decoding in dict.fromkeys(names)
+    ]
     for answers in test_set.in_order:
-        if answers.method not in done:
+        if answers.method not in compared:
             pairs += [(answers, test_set.find(b, "greedy")) for b in (UNTRAINED, RAW)]
     return [(a, b) for a, b in pairs if a is not None and b is not None]
 
@@ -231,6 +282,15 @@ def _by_language(test_set: TestSet, judged: np.ndarray) -> list[dict]:
     languages = np.array([query.language for query in test_set.queries])
     named = [(str(name), judged & (languages == name)) for name in sorted(set(languages))]
     return _parts(test_set, "language", named)
+
+
+def _by_kind(test_set: TestSet, judged: np.ndarray) -> list[dict]:
+    """The scores for each kind of change; none if there is only one, or no composed query."""
+    if not test_set.composed:
+        return []
+    kinds = np.array([query.kind for query in test_set.queries])
+    named = [(str(name) or "other", judged & (kinds == name)) for name in sorted(set(kinds))]
+    return _parts(test_set, "kind", named)
 
 
 def _by_length(test_set: TestSet, judged: np.ndarray) -> list[dict]:
@@ -286,6 +346,7 @@ def _record(test_set: TestSet, index: int) -> dict:
         "query": query.text,
         "language": query.language,
         "group": query.group,
+        "kind": query.kind,
         "reference": query.reference,
         "searched": {a.label: a.texts[index] for a in test_set.in_order},
         "ranks": {a.label: ranks(a) for a in test_set.in_order},

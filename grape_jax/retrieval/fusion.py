@@ -1,5 +1,7 @@
 """Fusion of several searches: of their embeddings, or of their ranked lists. NumPy arrays only."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from grape_jax.types import NO_RANK
@@ -7,7 +9,7 @@ from grape_jax.types import NO_RANK
 RRF_K = 60  # of Cormack, Clarke and Büttcher (2009); it damps the top ranks of a single list
 
 
-def mean_embedding(emb_MxQxE: np.ndarray) -> np.ndarray:
+def mean_embedding(emb_MxQxE: np.ndarray, weights_M: Sequence[float] | None = None) -> np.ndarray:
     """The normalised mean of unit vectors.
 
     With a query and its rewrite, this is the fusion of SQUARE; with captions and the query, that of
@@ -15,11 +17,12 @@ def mean_embedding(emb_MxQxE: np.ndarray) -> np.ndarray:
 
     Args:
       emb_MxQxE: float32, unit embeddings of M searches for each of Q queries.
+      weights_M: of the searches, with a sum above 0; None: equal.
 
     Returns:
       float32 `[Q, E]` of unit length.
     """
-    mean_QxE = np.asarray(emb_MxQxE, np.float64).mean(axis=0)
+    mean_QxE = np.average(np.asarray(emb_MxQxE, np.float64), axis=0, weights=weights_M)
     length_Q = np.linalg.norm(mean_QxE, axis=-1, keepdims=True)
     found = mean_QxE / np.where(length_Q > 1e-6, length_Q, 1)
     return np.where(length_Q > 1e-6, found, emb_MxQxE[0]).astype(np.float32)

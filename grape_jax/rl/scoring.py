@@ -234,6 +234,7 @@ def summary(scores: Scores) -> dict[str, jax.Array]:
         **_spread("well_formed", scores.well_formed_BxK.astype(jnp.float32)),
         **_spread("format_reward_weighted", scores.format_part_BxK),
         "median_rank": jnp.median(rank_BxK),
+        "recall_at_1": (rank_BxK == 1).mean(),
         "recall_at_10": (rank_BxK <= 10).mean(),
         # For score inflation: it rises while the ranks do not improve.
         "target_similarity": scores.similarity_BxK.mean(),

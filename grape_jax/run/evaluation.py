@@ -28,6 +28,7 @@ from grape_jax.reporting.results import (
 )
 from grape_jax.retrieval import fusion
 from grape_jax.retrieval.encoder import Retriever
+from grape_jax.run import composed
 from grape_jax.run.answers import (
     QuerySet,
     answers_path,
@@ -79,6 +80,7 @@ def validate(context: Context, variables: dict[str, Any]) -> dict[str, float]:
     return {
         "validation_target_similarity": float(target_Q.mean()),
         "validation_rest_similarity": float(others_Q.mean()),
+        "validation_recall_at_1": float(np.mean(ranks == 1)),
         "validation_recall_at_10": float(np.mean(ranks <= 10)),
         "validation_median_rank": float(np.median(ranks)),
     }
@@ -90,11 +92,20 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
     Writes the TREC run files on the way: the whole ranked lists are too large to keep.
     """
     found = []
+    settings: dict[str, composed.Settings] = {}
     for one in test_sets(context.config, context.queries):
         gallery = context.galleries.open(one.split)
         title = catalogue.find(context.config.benchmark).test_sets[one.split]
         image = None if gallery.corpus.images is None else gallery.image
-        answers = _search_methods(context.config, context.retriever, workdir, one, gallery)
+        baselines = []
+        if composed.has_baselines(one.queries):
+            processes.set_stage(f"the baselines of {one.shift} {one.split}")
+            if one.shift not in settings:
+                settings[one.shift] = composed.tune(context, one.shift)
+            baselines = composed.searches(context, one, settings[one.shift])
+        answers = _search_methods(
+            context.config, context.retriever, workdir, one, gallery, baselines
+        )
         names = gallery.corpus.names
         named = names != gallery.corpus.ids
         found.append(TestSet(title, one.shift, one.queries, tuple(answers), names, image, named))
@@ -102,7 +113,12 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
 
 
 def _search_methods(
-    config: ConfigDict, retriever: Retriever, workdir: Path, one: QuerySet, gallery: Gallery
+    config: ConfigDict,
+    retriever: Retriever,
+    workdir: Path,
+    one: QuerySet,
+    gallery: Gallery,
+    baselines: Sequence[composed.Search],
 ) -> list[Answers]:
     queries = one.queries
     raw = [query.text for query in queries]
@@ -121,12 +137,12 @@ def _search_methods(
     def several(method: str, name: str) -> list[list[str]]:
         return written(method, *(numbered(name, i) for i in range(config.evaluation.samples)))
 
-    def add(method: str, decoding: str, texts: Sequence[str], found: Found) -> None:
+    def add(method: str, decoding: str, texts: Sequence[str], found: Found, note: str = "") -> None:
         processes.set_stage(f"the report of {one.shift} {one.split} after {method}")
         subset = None if found.subset_QxP is None else among_all(found.subset_QxP)
         nearest = found.rows_QxD[:, :TOP]
         result = Answers(
-            method, decoding, tuple(texts), among_all(found.ranks_QxP), nearest, subset
+            method, decoding, tuple(texts), among_all(found.ranks_QxP), nearest, subset, note
         )
         _write_run(workdir, one, gallery, result.label, found.rows_QxD, config.evaluation.run_depth)
         answers.append(result)
@@ -141,6 +157,9 @@ def _search_methods(
         add(method, "", _joined(lists), found)
 
     raw_QxE = add_texts(RAW, "", raw)
+    for baseline in baselines:
+        found = search(gallery, baseline.emb_QxE, queries, depth)
+        add(baseline.method, "", baseline.texts, found, baseline.note)
     constant_1xE = retriever.embed_texts([CONSTANT_CAPTION])
     constant_QxE = np.repeat(constant_1xE, len(queries), axis=0)
     constant = [CONSTANT_CAPTION] * len(queries)

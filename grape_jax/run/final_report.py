@@ -61,9 +61,10 @@ def write_submissions(
 def _write_tables_and_figures(config: ConfigDict, workdir: Path, sets: list[TestSet]) -> None:
     path = workdir / "metrics.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    numbers = report.write(workdir, sets, log, _about(config, workdir, sets, log))
+    about = _about(config, workdir, sets, log)
+    numbers = report.write(workdir, sets, log, about, config.to_dict())
     print(*report.summary(numbers), sep="\n")
-    print(f"report: {workdir / 'report.md'}  picture: {workdir / 'before_after.png'}")
+    print(f"report: {workdir / 'report.html'} (also as report.md and report.json)")
 
 
 def _about(config: ConfigDict, workdir: Path, sets: list[TestSet], log: list[dict]) -> dict:

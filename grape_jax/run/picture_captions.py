@@ -41,9 +41,13 @@ class PictureCaptions:
 
     def closest(self, emb_QxE: np.ndarray) -> list[str]:
         """The captions closest to each of these pictures' embeddings, as one line."""
+        return ["; ".join(best) for best in self.lists(emb_QxE)]
+
+    def lists(self, emb_QxE: np.ndarray) -> list[list[str]]:
+        """The captions closest to each of these pictures' embeddings, closest first."""
         texts, bank_CxE = self._bank
         rows_QxC = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
-        return ["; ".join(texts[row] for row in best) for best in rows_QxC]
+        return [[texts[row] for row in best] for best in rows_QxC]
 
     @functools.cached_property
     def _bank(self) -> tuple[list[str], np.ndarray]:

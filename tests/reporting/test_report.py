@@ -27,6 +27,7 @@ def _queries(languages=("en",)):
             targets=(i,),
             reference=f"name {i}",
             image=-1,
+            kind="",
         )
         for i in range(QUERIES)
     ]
@@ -216,7 +217,8 @@ def test_every_shift_has_its_headline_and_examples(tmp_path):
 def test_writing_leaves_whole_files_only(tmp_path):
     _write(tmp_path, [_test_set(), _test_set()])
     images = {"curves.png", "before_after.png", "gains_and_losses.png"}
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"} | images
+    reports = {"report.json", "report.md", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == reports | images
     for name in images:
         assert Image.open(tmp_path / name).convert("L").getextrema()[0] < 60
 
