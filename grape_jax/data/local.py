@@ -146,15 +146,54 @@ def load_precomputed(directory: str | Path) -> Precomputed | None:
     bank_NxE = np.load(corpus["bank"], mmap_mode="r")
     rows = [row for row, file in enumerate(corpus["files"]) if file]
     rows = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
-    texts_NxE = [np.load(file, mmap_mode="r")[row] for _, file, row in corpus["texts"]]
     return Precomputed(
         name=corpus["embeddings"],
         bank_NxE=bank_NxE,
         rows=rows,
         pictures=_Files([corpus["files"][row] for row in rows]),
         texts=[text for text, _, _ in corpus["texts"]],
-        texts_NxE=np.asarray(texts_NxE, np.float32).reshape(-1, bank_NxE.shape[1]),
+        texts_NxE=_rows_of(corpus["texts"], bank_NxE.shape[1]),
     )
+
+
+def pictures_in(directory: str | Path) -> Corpus:
+    """The pictures of a directory as a corpus without queries.
+
+    Raises:
+      UserError: there is no such directory, or no picture in it.
+    """
+    found = list_pictures(directory)
+    return Corpus(ids=list(found), names=list(found), images=_Files(list(map(str, found.values()))))
+
+
+def embeddings_in(path: str | Path, data_dir: str | Path) -> tuple[Corpus, Precomputed]:
+    """Embeddings as a corpus without queries.
+
+    Args:
+      data_dir: rows that cannot be used in place are copied to `data_dir/banks`.
+
+    Raises:
+      UserError: there are none, they cannot be read, or rows or ids cannot be used.
+    """
+    given, mistakes = embedded.find(path), Mistakes()
+    _check_unique(given.ids, mistakes)
+    checked = embedded.check(given, mistakes.add)
+    mistakes.refuse()
+    bank_NxE = np.load(embedded.bank(given, checked, data_dir), mmap_mode="r")
+    return Corpus(ids=given.ids, names=given.ids, images=None), Precomputed(
+        name=str(path),
+        bank_NxE=bank_NxE,
+        rows=[],
+        pictures=[],
+        texts=[text for text, _, _ in given.texts],
+        texts_NxE=_rows_of(given.texts, bank_NxE.shape[1]),
+    )
+
+
+def _rows_of(texts: Sequence[tuple[str, str, int]], width: int) -> np.ndarray:
+    """The embeddings of captions, each a row of a file: float32 `[N, width]`."""
+    rows = [np.load(file, mmap_mode="r")[row] for _, file, row in texts]
+    return np.asarray(rows, np.float32).reshape(-1, width)
 
 
 QUERIES, CORPUS = "queries.jsonl", "corpus.json"
@@ -220,9 +259,7 @@ def prepare(config: ConfigDict, data_dir: str | Path) -> None:
     pictures = list_pictures(config.images) if config.images else {}
     given = embedded.find(config.embeddings) if config.embeddings else None
     ids = given.ids if given else list(pictures)
-    for name, count in collections.Counter(ids).items():
-        if count > 1:
-            mistakes.add("ids that occur more than once in the embeddings", repr(name))
+    _check_unique(ids, mistakes)
     names = Names(ids, config.images)
     rows = read_queries(config.queries, mistakes)
     records = [_query_record(row, names, mistakes) for row in rows]
@@ -405,6 +442,12 @@ def _query_record(row: dict, names: Names, mistakes: Mistakes) -> dict:
         "reference": cell("reference"),
         "split": SPLIT_NAMES.get(split, split),
     }
+
+
+def _check_unique(ids: Iterable[str], mistakes: Mistakes) -> None:
+    for name, count in collections.Counter(ids).items():
+        if count > 1:
+            mistakes.add("ids that occur more than once in the embeddings", repr(name))
 
 
 def _check_ids_and_splits(records: list[dict], mistakes: Mistakes) -> None:

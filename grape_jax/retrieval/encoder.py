@@ -65,6 +65,7 @@ class Retriever:
     cut_texts: CutTexts
     mesh: Mesh | None = None  # over which the weights are sharded; None: a single device
     text_length: int | None = None  # tokens read of a query or rewrite; None: the context
+    batch: int = BATCH  # rows embedded at a time on a device
 
     def embed_texts(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
         """Embeds texts.
@@ -302,7 +303,7 @@ def _check_vocabulary(config: RetrieverConfig, texts: PreTrainedTokenizerBase, p
 def _embed_rows(
     retriever: Retriever, tower: Callable, rows_N: np.ndarray, read: Callable
 ) -> Iterator[np.ndarray]:
-    """Embeds rows of a corpus, `BATCH` at a time on each device of all processes.
+    """Embeds rows of a corpus, `retriever.batch` at a time on each device of all processes.
 
     A process reads only the rows that its devices embed, the next batch while the last is computed.
 
@@ -331,7 +332,7 @@ def _embed_rows(
 
 def rows_together(retriever: Retriever) -> int:
     """Rows embedded at a time on all devices."""
-    return BATCH * (retriever.mesh.size if retriever.mesh else 1)
+    return retriever.batch * (retriever.mesh.size if retriever.mesh else 1)
 
 
 def _compute(retriever: Retriever, tower: Callable, arrays: Sequence[np.ndarray]) -> jax.Array:

@@ -1,12 +1,14 @@
 """The public rewriter: loads a trained run, rewrites queries, and searches its galleries."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from orbax.checkpoint import CheckpointManager
+from PIL import Image
 
 from grape_jax.data import catalogue
 from grape_jax.data.pictures import Picture, open_picture
@@ -26,10 +28,17 @@ FEW = 8  # calls with at most so many queries use a batch of this size
 
 @dataclasses.dataclass(frozen=True)
 class Rewriter:
-    """A trained policy with the retriever that it writes for."""
+    """A trained policy with the retriever that it writes for.
+
+    Threads may share it: tokenizers cannot be used by two threads at once, so calls wait for each
+    other.
+    """
 
     context: Context
     variables: dict[str, Any]  # from `policy.sampling_variables`
+    _lock: threading.RLock = dataclasses.field(
+        default_factory=threading.RLock, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def load(cls, workdir: str | Path) -> "Rewriter":
@@ -50,9 +59,15 @@ class Rewriter:
         """The run's shifts, each with a prompt of its own."""
         return tuple(self.context.policy.prompts)
 
+    @property
+    def composed(self) -> bool:
+        """Whether a query is a picture and the words that change it."""
+        return catalogue.find(self.context.config.benchmark).composed
+
     def gallery(self, split: str = "train") -> Gallery:
         """The gallery that a split is ranked in, embedded when it is first opened."""
-        return self.context.galleries.open(split)
+        with self._lock:
+            return self.context.galleries.open(split)
 
     def rewrite(
         self,
@@ -76,16 +91,28 @@ class Rewriter:
                 f"this run has no shift {shift!r}: choose one of {', '.join(self.shifts)}."
             )
         self._check_images(queries, images)
-        config, texts = self.context.config, list(queries)
-        if images:
-            emb_QxE = self.context.retriever.embed_images(images)
+        with self._lock:
+            texts = list(queries)
+            if images:
+                texts = self.user_turns(queries, self.context.retriever.embed_images(images))
+            return self._rewrite(texts, shift or self.shifts[0])
+
+    def user_turns(self, queries: Sequence[str], emb_QxE: np.ndarray) -> list[str]:
+        """What the policy reads of composed queries.
+
+        Args:
+          emb_QxE: the embedding of each query's picture, by the run's retriever.
+        """
+        with self._lock:
             closest = self.context.captions.closest(emb_QxE)
-            texts = [
-                settings.with_captions(config, captions, text)
-                for captions, text in zip(closest, texts, strict=True)
-            ]
-        shift = shift or self.shifts[0]
-        policy = self.context.policy
+        config = self.context.config
+        return [
+            settings.with_captions(config, captions, text)
+            for captions, text in zip(closest, queries, strict=True)
+        ]
+
+    def _rewrite(self, texts: list[str], shift: str) -> list[str]:
+        config, policy = self.context.config, self.context.policy
         if texts and not config.prompt.max_tokens:
             policy = with_room(policy, shift, texts, config.evaluation.max_tokens)
         batch_size = config.evaluation.batch_size
@@ -114,20 +141,20 @@ class Rewriter:
         """
         gallery = self.gallery(split)
         excluded_Qx1 = None
-        if images is not None:
-            excluded_Qx1 = rows_of_pictures(gallery, self.context.retriever, images)
-            top = min(top, len(gallery) - 1)
-        emb_QxE = self.context.retriever.embed_texts(list(texts))
+        with self._lock:
+            if images is not None:
+                excluded_Qx1 = rows_of_pictures(gallery, self.context.retriever, images)
+                top = min(top, len(gallery) - 1)
+            emb_QxE = self.context.retriever.embed_texts(list(texts))
         return nearest(gallery.bank_NxE, emb_QxE, top, excluded_Qx1)
 
     def _check_images(self, queries: Sequence[str], images: Sequence[Picture] | None) -> None:
-        composed = catalogue.find(self.context.config.benchmark).composed
-        if composed and images is None:
+        if self.composed and images is None:
             raise UserError(
                 "this run's queries change a picture: give the picture of each query, with "
                 "images=[...] or --image=FILE."
             )
-        if images is not None and not composed:
+        if images is not None and not self.composed:
             raise UserError("this run's queries are words alone: leave the image out.")
         if images is not None and len(images) != len(queries):
             raise UserError(
@@ -182,14 +209,16 @@ def rows_of_pictures(
 
     Only pictures whose embedding is as close as that of the same picture are opened.
     """
-    pixels = lambda image: np.asarray(image.convert("RGB"))
-    rows_Qx1 = np.full((len(images), 1), -1, np.int32)
     opened = [open_picture(image) for image in images]
-    for i, emb_E in enumerate(retriever.embed_images(opened)):
-        candidates = np.flatnonzero(gallery.bank_NxE @ emb_E > SAME_MODEL)
-        wanted = pixels(opened[i])
-        same = (
-            row for row in candidates if np.array_equal(pixels(gallery.image(int(row))), wanted)
-        )
-        rows_Qx1[i] = next(same, -1)
-    return rows_Qx1
+    embedded = zip(opened, retriever.embed_images(opened), strict=True)
+    rows = [row_of_picture(gallery, image, emb_E) for image, emb_E in embedded]
+    return np.asarray(rows, np.int32).reshape(-1, 1)
+
+
+def row_of_picture(gallery: Gallery, image: Image.Image, emb_E: np.ndarray) -> int:
+    """`rows_of_pictures` for one picture and its embedding."""
+    pixels = lambda image: np.asarray(image.convert("RGB"))
+    candidates = map(int, np.flatnonzero(gallery.bank_NxE @ emb_E > SAME_MODEL))
+    wanted = pixels(image)
+    same = (row for row in candidates if np.array_equal(pixels(gallery.image(row)), wanted))
+    return next(same, -1)

@@ -118,8 +118,20 @@ def nearest(
         similarity_N = bank_NxE @ emb
         if excluded_Qx1 is not None and excluded_Qx1[query, 0] >= 0:
             similarity_N[excluded_Qx1[query, 0]] = -np.inf
-        rows.append(np.argsort(-similarity_N, kind="stable")[:top])
+        rows.append(_highest(similarity_N, top))
     return np.stack(rows) if rows else np.zeros((0, top), np.int64)
+
+
+def _highest(similarity_N: np.ndarray, top: int) -> np.ndarray:
+    """The rows of the highest similarities, best first, ties by row, without sorting the others."""
+    size = len(similarity_N)
+    if 0 < top < size:
+        least = np.partition(similarity_N, size - top)[size - top]
+        candidates = np.flatnonzero(similarity_N >= least)
+    else:
+        candidates = np.arange(size)
+    order = np.argsort(-similarity_N[candidates], kind="stable")
+    return candidates[order[:top]]
 
 
 def _tiles(emb_QxE, targets_QxP, excluded_Qx1=None, subset_QxX=None):

@@ -1,0 +1,86 @@
+"""The gallery that a server searches: the run's own, or another one on disk."""
+
+import warnings
+from pathlib import Path
+
+from grape_jax.data import embedded, local
+from grape_jax.retrieval import encoder, ranking
+from grape_jax.retrieval.bank import corpus_bank
+from grape_jax.run.context import Context
+from grape_jax.run.galleries import Gallery
+from grape_jax.run.rewriter import Rewriter
+from grape_jax.runtime.errors import UserError
+from grape_jax.serving.engine import Seen
+from grape_jax.serving.service import Picture, Query
+
+EXAMPLES = 6  # queries of each shift
+
+
+def open_gallery(rewriter: Rewriter, path: str | None, split: str) -> Gallery:
+    """The gallery of a run's split, or the one at `path` if that is given.
+
+    Raises:
+      UserError: as `read`, or the run has no such split.
+    """
+    return rewriter.gallery(split) if path is None else read(rewriter.context, path)
+
+
+def read(context: Context, path: str) -> Gallery:
+    """A gallery of the user's pictures or embeddings, for the retriever of a run.
+
+    Args:
+      path: a directory of pictures, which are embedded and cached in the run's `data_dir`, or
+        embeddings in a layout of `data.embedded`.
+
+    Raises:
+      UserError: there is nothing to read, a picture is damaged, or another model made the
+        embeddings.
+    """
+    retriever, data_dir = context.retriever, Path(context.config.data_dir)
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(
+            f"there is no gallery {path}: give a directory of pictures, or embeddings in "
+            f"{', '.join(embedded.SUFFIXES)}."
+        )
+    if place.is_dir() and not (place / "img_emb").is_dir():
+        if retriever.preprocess is None:
+            raise UserError(
+                f"the run's retriever reads text only: give embeddings in place of {path}."
+            )
+        corpus = local.pictures_in(place)
+        assert corpus.images is not None
+        bank_NxE = corpus_bank(retriever, corpus.images, data_dir / "banks")
+    else:
+        corpus, given = local.embeddings_in(place, data_dir)
+        encoder.check_embeddings(retriever, given.name, given.texts, given.texts_NxE)
+        bank_NxE = given.bank_NxE
+        if not given.texts:
+            warnings.warn(
+                f"{path} has no texts to check with: the run's retriever must have made it.",
+                stacklevel=2,
+            )
+    index = ranking.shard_corpus(context.mesh, bank_NxE, context.config.retriever.corpus_dtype)
+    return Gallery(corpus, bank_NxE, index, context.mesh)
+
+
+def examples(rewriter: Rewriter, gallery: Gallery, split: str) -> list[Query]:
+    """A few of the run's queries, with pictures of the gallery; none if they are not on this disk.
+
+    Args:
+      gallery: that of the split, or another one, in which composed queries have no picture.
+    """
+    if rewriter.composed and gallery is not rewriter.gallery(split):
+        return []
+    try:
+        return [
+            Query(query.text, shift, _picture(gallery, query.image))
+            for shift in rewriter.shifts
+            for query in rewriter.context.queries.split(shift, split, EXAMPLES)
+        ]
+    except (UserError, OSError):  # a run can be served without its queries
+        return []
+
+
+def _picture(gallery: Gallery, row: int) -> Picture | None:
+    return Picture(f"row {row}", Seen(gallery.bank_NxE[row], row)) if row >= 0 else None
