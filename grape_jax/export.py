@@ -4,14 +4,16 @@
     python -m grape_jax.export --workdir=runs/emoji --out=adapter --adapter
 
 The first is a Hugging Face directory, the adapter merged in; the second a PEFT adapter directory,
-with its base beside it where the run's base is no Hugging Face directory.
+with its base beside it where the run's base is no Hugging Face directory. Both come with a model
+card and with rewriter.json: prompts, output format and decoding.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from grape_jax.run.policy import RewritePolicy, merged_parameters
+from grape_jax.run import exported
+from grape_jax.run.policy import merged_parameters
 from grape_jax.run.rewriter import restore
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
@@ -43,19 +45,10 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
     elif policy.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:
-        huggingface.save_adapter(
-            out, trained, policy.lora, _base(run.config.policy.path, policy, out)
-        )
+        base = exported.base_of(run.config.policy.path, policy, out)
+        huggingface.save_adapter(out, trained, policy.lora, base)
+    exported.write_card(out, run.config, policy, workdir)
     print(f"written: {out}")
-
-
-def _base(path: str, policy: RewritePolicy, out: Path) -> str:
-    """The path or hub id of the base model; a GGUF file is converted to a directory."""
-    if path and not Path(path).is_file():
-        return str(Path(path).resolve()) if Path(path).exists() else path
-    base = out / "base"
-    huggingface.save(base, policy.model, policy.base, policy.tokenizer, policy.stop_ids)
-    return str(base.resolve())
 
 
 if __name__ == "__main__":

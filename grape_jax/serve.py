@@ -45,7 +45,8 @@ def main() -> None:
         gallery = galleries.open_gallery(rewriter, given.gallery, given.split)
         engine = Engine.of(rewriter, gallery, limits.batch)
         engine.warm()
-        examples = galleries.examples(rewriter, gallery, given.split)
+        own = given.gallery is None
+        examples = galleries.examples(rewriter, gallery, given.split) if own else []
         server.run(app.make(engine, limits, examples), port, limits)
 
 

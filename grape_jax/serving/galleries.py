@@ -65,13 +65,11 @@ def read(context: Context, path: str) -> Gallery:
 
 
 def examples(rewriter: Rewriter, gallery: Gallery, split: str) -> list[Query]:
-    """A few of the run's queries, with pictures of the gallery; none if they are not on this disk.
+    """A few of the run's queries; none if they are not on this disk.
 
     Args:
-      gallery: that of the split, or another one, in which composed queries have no picture.
+      gallery: that of the split.
     """
-    if rewriter.composed and gallery is not rewriter.gallery(split):
-        return []
     try:
         return [
             Query(query.text, shift, _picture(gallery, query.image))

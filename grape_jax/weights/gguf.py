@@ -134,6 +134,11 @@ def _open(path: Path) -> GGUFReader:
         ) from error
 
 
+def licence(path: Path) -> str:
+    """The licence that a file names; "" if it names none."""
+    return str(_field(_open(path), "general.license", ""))
+
+
 def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
     field = reader.get_field(name)
     return default if field is None else field.contents()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from huggingface_hub import ModelCard
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from transformers import PreTrainedTokenizerFast
@@ -127,6 +128,30 @@ def policy_path(path: str) -> str | Path:
             "--config.policy.path=PATH."
         )
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a policy is named by its id on the Hugging Face hub."""
+    return bool(hub.HUB_ID.fullmatch(path)) and not Path(path).expanduser().exists()
+
+
+def licence(path: str) -> str:
+    """The licence that a policy's own files name, such as "apache-2.0"; "" if they name none.
+
+    Args:
+      path: as of `policy_path`. Nothing is downloaded for a hub id.
+    """
+    found = Path(policy_path(path)).expanduser()
+    if found.is_file():
+        return gguf.licence(found)
+    card = found / "README.md"
+    if not card.is_file():
+        return ""
+    try:
+        named = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError):
+        return ""
+    return named if isinstance(named, str) else ""
 
 
 def files_digest(path_or_hub_id: str | Path) -> str:

@@ -200,3 +200,18 @@ def test_ids_are_words_and_stay_apart():
     assert len(set(words)) == len(ids) and all(word.split() == [word] for word in words)
     lines = list(trec.run_lines(["q"], ids, np.array([[2, 0, -1]]), "x y"))
     assert lines == ["q Q0 a%09b 1 3 x%20y\n", "q Q0 a%20b 2 2 x%20y\n"]
+
+
+@pytest.mark.parametrize("top", [0, 1, 7, ITEMS - 1, ITEMS, ITEMS + 5])
+def test_the_nearest_are_those_of_a_whole_sort(setting, top):
+    """Ties abound, and one item is excluded."""
+    bank_NxE = setting.gallery.bank_NxE
+    emb_QxE = setting.retriever.embed_texts(NAMES[:3])
+    excluded_Qx1 = np.array([[-1], [4], [ITEMS - 1]])
+    found = search.nearest(bank_NxE, emb_QxE, top, excluded_Qx1)
+    for query, emb_E in enumerate(emb_QxE):
+        similarity_N = bank_NxE @ emb_E
+        if excluded_Qx1[query, 0] >= 0:
+            similarity_N[excluded_Qx1[query, 0]] = -np.inf
+        wanted = np.argsort(-similarity_N, kind="stable")[:top]
+        np.testing.assert_array_equal(found[query], wanted)

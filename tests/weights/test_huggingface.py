@@ -16,6 +16,7 @@ pytest.importorskip("torch")
 import tiny_decoders
 import torch
 
+from configs import default
 from grape_jax import export, load_policy
 from grape_jax.models import lora, policy
 from grape_jax.rl.rollout import SamplingConfig, sample
@@ -282,8 +283,13 @@ def run(checkpoint):
         prompts={},
         buckets=(),
     )
-    config = SimpleNamespace(policy=SimpleNamespace(path=str(checkpoint)))
-    return SimpleNamespace(policy=trained, config=config), adapter
+    return SimpleNamespace(policy=trained, config=config_of(checkpoint)), adapter
+
+
+def config_of(path):
+    config = default.get_config()
+    config.policy.path = str(path)
+    return config
 
 
 def our_greedy(ours, trained, prompts):
@@ -343,7 +349,8 @@ def test_an_adapter_over_a_gguf_file_brings_its_base(run, tmp_path, monkeypatch)
 
     context, trained = run
     (tmp_path / "model.gguf").touch()
-    config = SimpleNamespace(policy=SimpleNamespace(path=str(tmp_path / "model.gguf")))
+    config = config_of(tmp_path / "model.gguf")
+    monkeypatch.setattr(pretrained, "licence", lambda path: "")  # the file is empty
     of_gguf = SimpleNamespace(policy=context.policy, config=config)
     monkeypatch.setattr(export, "restore", lambda workdir: (of_gguf, trained))
     export.export(tmp_path / "run", tmp_path / "adapter", adapter=True)
