@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 
 import tiny_decoders
 import torch
+from gguf import GGUFWriter
 
 from configs import default
 from grape_jax import export, load_policy
@@ -348,9 +349,11 @@ def test_an_adapter_over_a_gguf_file_brings_its_base(run, tmp_path, monkeypatch)
     from peft import AutoPeftModelForCausalLM
 
     context, trained = run
-    (tmp_path / "model.gguf").touch()
+    writer = GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     config = config_of(tmp_path / "model.gguf")
-    monkeypatch.setattr(pretrained, "licence", lambda path: "")  # the file is empty
     of_gguf = SimpleNamespace(policy=context.policy, config=config)
     monkeypatch.setattr(export, "restore", lambda workdir: (of_gguf, trained))
     export.export(tmp_path / "run", tmp_path / "adapter", adapter=True)
