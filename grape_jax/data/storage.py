@@ -58,7 +58,8 @@ def write_queries(
       splits: the queries of each split, none of them empty.
       about: description saved with the set.
     """
-    records = {split: map(dataclasses.asdict, queries) for split, queries in splits.items()}
+    record = lambda query: {field: getattr(query, field) for field in QUERY_FEATURES}
+    records = {split: map(record, queries) for split, queries in splits.items()}
     _write(data_dir, folder, QUERY_FEATURES, records, about)
 
 

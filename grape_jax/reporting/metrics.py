@@ -49,6 +49,23 @@ def among_all(rank_QxP: np.ndarray) -> np.ndarray:
     return np.where(rising < NO_RANK, rising + np.arange(rank_QxP.shape[1]), NO_RANK)
 
 
+def places(rank_QxP: np.ndarray, order_QxP: np.ndarray) -> np.ndarray:
+    """Ranks among all items, each in the place of its target.
+
+    Args:
+      rank_QxP: int, as in `types.Ranks`; `NO_RANK` is padding.
+      order_QxP: by which targets of equal rank are ordered, the lowest first; then by column.
+
+    Returns:
+      int `[Q, P]`, a permutation of each row of `among_all`.
+    """
+    column_QxP = np.broadcast_to(np.arange(rank_QxP.shape[1]), rank_QxP.shape)
+    order = np.lexsort((column_QxP, order_QxP, rank_QxP), axis=1)
+    placed_QxP = np.empty(rank_QxP.shape, np.int64)
+    np.put_along_axis(placed_QxP, order, among_all(rank_QxP), axis=1)
+    return placed_QxP
+
+
 def hits_at(ranks: np.ndarray, k: int) -> np.ndarray:
     """Hit rate: float64 `[n]`, 1.0 if any right item is among the best `k`."""
     return (best(ranks) <= _cutoff(k)).astype(np.float64)
@@ -60,18 +77,36 @@ def recalls_at(ranks: np.ndarray, k: int) -> np.ndarray:
     return (ranks <= _cutoff(k)).sum(axis=1) / (ranks < NO_RANK).sum(axis=1)
 
 
-def reciprocal_ranks(ranks: np.ndarray) -> np.ndarray:
-    """MRR: float64 `[n]`, 1 / rank of the best right item."""
-    return 1.0 / best(ranks)
+def reciprocal_ranks(ranks: np.ndarray, k: int = NO_RANK) -> np.ndarray:
+    """MRR: float64 `[n]`, 1 / rank of the best right item; 0 beyond rank `k`."""
+    return np.where(best(ranks) <= _cutoff(k), 1.0 / best(ranks), 0.0)
 
 
-def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """nDCG with binary relevance: float64 `[n]`.
+def average_precisions(ranks: np.ndarray) -> np.ndarray:
+    """MAP: float64 `[n]`, the mean over the right items of the precision at their ranks."""
+    ranks = np.sort(_checked(ranks), axis=1)
+    real = ranks < NO_RANK
+    precision = np.where(real, (1.0 + np.arange(ranks.shape[1])) / ranks, 0.0)
+    return precision.sum(axis=1) / real.sum(axis=1)
 
-    DCG is the sum of 1 / log2(1 + rank) over the right items among the best `k`. It is divided by
-    the DCG of a list with the right items at the top (Järvelin and Kekäläinen, 2002).
+
+def ndcg_at(ranks: np.ndarray, k: int, gains: np.ndarray | None = None) -> np.ndarray:
+    """nDCG: float64 `[n]`.
+
+    DCG is the sum of gain / log2(1 + rank) over the right items among the best `k`. It is divided
+    by the DCG of a list with the right items at the top, in the order of their gains (Järvelin and
+    Kekäläinen, 2002).
+
+    Args:
+      gains: numbers `[n, P]`, the relevance grade of the item of each rank, 0 is padding; None: all
+        are relevant alike.
     """
     ranks = _checked(ranks)
+    if gains is not None:
+        discount = 1.0 / np.log2(2.0 + np.arange(min(k, ranks.shape[1])))
+        falling = -np.sort(-np.asarray(gains, np.float64), axis=1)[:, : len(discount)]
+        found = np.where(ranks <= _cutoff(k), gains / np.log2(1.0 + ranks), 0.0).sum(axis=1)
+        return found / (falling * discount).sum(axis=1)
     found = np.where(ranks <= _cutoff(k), 1.0 / np.log2(1.0 + ranks), 0.0).sum(axis=1)
     ideal = np.cumsum(1.0 / np.log2(2.0 + np.arange(min(k, ranks.shape[1]))))
     return found / ideal[np.minimum((ranks < NO_RANK).sum(axis=1), k) - 1]

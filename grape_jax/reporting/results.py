@@ -14,6 +14,7 @@ from grape_jax.types import NO_RANK
 RAW, UNTRAINED, WARM_UP, GRPO = "raw query", "untrained", "warm-up", "GRPO"
 HYDE, MULTI_QUERY = "HyDE", "multi-query"
 PICTURE, PICTURE_EDIT, CAPTION_EDIT = "picture alone", "picture + edit", "caption + edit"
+BM25, HYBRID = "BM25", "BM25 + dense"
 CONSTANT, REFERENCE = "constant caption", "reference text"
 
 
@@ -25,6 +26,16 @@ def fused(policy: str) -> str:
 def samples(policy: str) -> str:
     """The method that fuses the ranked lists of several sampled rewrites."""
     return f"{policy}, samples fused"
+
+
+def by_words(policy: str) -> str:
+    """The method that searches by the words of the rewrite."""
+    return f"{policy}, {BM25}"
+
+
+def hybrid(policy: str) -> str:
+    """The method that fuses the searches by the rewrite's words and by its embedding."""
+    return f"{policy}, {HYBRID}"
 
 
 # Rows of a table in their order, with explanations for the legend.
@@ -46,14 +57,22 @@ METHODS = {
     HYDE: "captions that the untrained model imagines, their embeddings and the query's averaged",
     MULTI_QUERY: "the query and variants of it by the untrained model, their ranked lists fused by "
     "reciprocal rank",
+    BM25: "the query's words, without an encoder",
+    HYBRID: "the ranked lists of the query's words and of its embedding, fused by reciprocal rank",
+    **{by_words(p): "the rewrite's words, without an encoder" for p in (UNTRAINED, WARM_UP, GRPO)},
+    **{
+        hybrid(p): "the ranked lists of the rewrite's words and of its embedding, fused by "
+        "reciprocal rank"
+        for p in (UNTRAINED, WARM_UP, GRPO)
+    },
     CONSTANT: "the same text for every query, which still scores some hits",
     REFERENCE: "the right wording of the query, given by the data: an oracle that shows what the "
     "retriever can do",
 }
 COMPOSED = (PICTURE, PICTURE_EDIT, CAPTION_EDIT)  # baselines of composed queries
 # Methods without training, of which a trained policy has to beat the best.
-BASELINES = (RAW, *COMPOSED, UNTRAINED, fused(UNTRAINED), HYDE, MULTI_QUERY, CONSTANT)
-EXTRAS = ("fused", "samples", "hyde", "multi_query")  # choices of `evaluation.methods`
+BASELINES = (RAW, *COMPOSED, UNTRAINED, fused(UNTRAINED), HYDE, MULTI_QUERY, CONSTANT, BM25, HYBRID)
+EXTRAS = ("fused", "samples", "hyde", "multi_query", "bm25")  # choices of `evaluation.methods`
 DECODINGS = ("greedy", "sampled")
 CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
@@ -73,6 +92,7 @@ class Answers:
     nearest: np.ndarray  # int [n, 5], corpus rows of the five nearest, best first; -1 is padding
     subset_ranks: np.ndarray | None = None  # int [n, P], ranks in the query's subset
     note: str = ""  # a setting of the method, for the legend
+    gains: np.ndarray | None = None  # int [n, P], grade of the item of each rank; None: all equal
 
     @property
     def label(self) -> str:
@@ -196,7 +216,12 @@ def measures_of(answers: Answers, chosen: np.ndarray) -> dict[str, np.ndarray]:
     if ranks.shape[1] > 1:
         found |= {f"hit_at_{k}": metrics.hits_at(ranks, k) for k in CUTOFFS}
     found["mrr"] = metrics.reciprocal_ranks(ranks)
-    found["ndcg_at_10"] = metrics.ndcg_at(ranks, 10)
+    gains = None if answers.gains is None else answers.gains[chosen]
+    found["ndcg_at_10"] = metrics.ndcg_at(ranks, 10, gains)
+    if ranks.shape[1] > 1:
+        found["map"] = metrics.average_precisions(ranks)
+    found["mrr_at_10"] = metrics.reciprocal_ranks(ranks, 10)
+    found["recall_at_100"] = metrics.recalls_at(ranks, 100)
     if answers.subset_ranks is not None:
         subset = answers.subset_ranks[chosen]
         found |= {f"subset_recall_at_{k}": metrics.recalls_at(subset, k) for k in SUBSET_CUTOFFS}

@@ -1,6 +1,6 @@
 """Ranked lists and right answers in TREC's formats, for trec_eval and ir-measures.
 
-A run's line is `query Q0 item position score tag`, and one of the qrels `query 0 item 1`.
+A run's line is `query Q0 item position score tag`, and one of the qrels `query 0 item grade`.
 """
 
 import re
@@ -24,16 +24,19 @@ def run_lines(
       rows_QxD: int, corpus rows, best first, then -1 as padding.
       tag: the name of the run.
     """
-    items, tag = [word(item) for item in items], word(tag)
+    tag = word(tag)
     depth = rows_QxD.shape[1]
     for query, rows in zip(queries, rows_QxD, strict=True):
         name = word(query)
         for i, row in enumerate(rows[rows >= 0].tolist()):
-            yield f"{name} Q0 {items[row]} {i + 1} {depth - i} {tag}\n"
+            yield f"{name} Q0 {word(items[row])} {i + 1} {depth - i} {tag}\n"
 
 
 def qrel_lines(
-    queries: Sequence[str], items: Sequence[str], targets: Sequence[Sequence[int]]
+    queries: Sequence[str],
+    items: Sequence[str],
+    targets: Sequence[Sequence[int]],
+    gains: Sequence[Sequence[int]] = (),
 ) -> Iterator[str]:
     """Lines of a qrels file; none for queries whose right items are withheld.
 
@@ -41,10 +44,12 @@ def qrel_lines(
       queries: ids.
       items: ids of the whole corpus.
       targets: corpus rows of each query's right items.
+      gains: their relevance grades; those of a query without any are 1.
     """
-    for query, rows in zip(queries, targets, strict=True):
-        for row in rows:
-            yield f"{word(query)} 0 {word(items[row])} 1\n"
+    grades = gains or [()] * len(queries)
+    for query, rows, given in zip(queries, targets, grades, strict=True):
+        for row, grade in zip(rows, given or [1] * len(rows), strict=True):
+            yield f"{word(query)} 0 {word(items[row])} {grade}\n"
 
 
 def word(name: str) -> str:

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,9 @@ from grape_jax.retrieval.encoder import (
 from grape_jax.runtime import files, processes
 
 DIGEST_ROWS = 1 << 14  # rows hashed at a time
-PART = 8 * BATCH  # embeddings in one file: at most these are lost when a process is killed
+# Embeddings in one file: at most these are lost when a process is killed. Texts are embedded by
+# length, so that a larger part has fuller batches.
+PART, TEXT_PART = 8 * BATCH, 32 * BATCH
 
 
 def corpus_bank(
@@ -50,12 +52,16 @@ def corpus_bank(
     """
     if retriever.preprocess is None:
         return text_bank(retriever, cast(Sequence[str], items), cache_dir)
-    return _cached(retriever, items, pictures.content, image_batches, cache_dir)
+    return _cached(retriever, items, pictures.content, image_batches, cache_dir, PART)
 
 
 def text_bank(retriever: Retriever, texts: Sequence[str], cache_dir: str | Path) -> np.ndarray:
-    """Embeddings of texts, float32 `[N, E]` of unit length, cached as by `corpus_bank`."""
-    return _cached(retriever, texts, str.encode, text_batches, cache_dir)
+    """Embeddings of documents, float32 `[N, E]` of unit length, cached as by `corpus_bank`.
+
+    Texts are read with the retriever's whole context and its document prompt.
+    """
+    content = lambda text: (retriever.document_prompt + text).encode()
+    return _cached(retriever, texts, content, text_batches, cache_dir, TEXT_PART)
 
 
 def _cached(
@@ -64,69 +70,89 @@ def _cached(
     content: Callable[[Any], bytes],
     batches: Callable[[Retriever, Sequence, Sequence[int]], Iterator[np.ndarray]],
     cache_dir: str | Path,
+    part: int,
 ) -> np.ndarray:
     """`corpus_bank` for one kind of items.
 
     Args:
       content: maps an item to the bytes that identify it.
       batches: embeds the items in the given rows, a batch at a time.
+      part: embeddings in one file, rounded up to what all devices embed together.
     """
-    digests = processes.raise_together(lambda: _digests(items, content))
+    digests_Nx32 = processes.raise_together(lambda: _digests(items, content))
     if jax.process_count() > 1:
         # Each process embeds a part for all of them.
-        processes.refuse_differences({"items of the corpus": digest_of(digests)})
-    rows_of: dict[bytes, list[int]] = {}
-    for row, digest in enumerate(digests):
-        rows_of.setdefault(digest, []).append(row)
+        processes.refuse_differences({"items of the corpus": digest_of(map(bytes, digests_Nx32))})
+    unique_U, first_U, place_N = np.unique(
+        _keys(digests_Nx32), return_index=True, return_inverse=True
+    )
     bank_NxE = np.empty((len(items), retriever.config.projection), np.float32)
     folder = Path(cache_dir) / retriever.fingerprint
     missing_N = np.zeros(len(items), bool)
-    missing_N[[rows[0] for rows in rows_of.values()]] = True
-    for digest, emb_E in _read_parts(folder, rows_of, bank_NxE.shape[1]):
-        bank_NxE[rows_of[digest]] = emb_E
-        missing_N[rows_of[digest][0]] = False
+    missing_N[first_U] = True
+    for place, emb_RxE in _read_parts(folder, unique_U, bank_NxE.shape[1]):
+        bank_NxE[first_U[place]] = emb_RxE
+        missing_N[first_U[place]] = False
     # Embedding is collective: all processes compute what is missing on the disk of any.
     new = np.flatnonzero(processes.any_of_each(missing_N))
     together = rows_together(retriever)
-    part = -(-PART // together) * together
+    part = -(-part // together) * together
     silent = not len(new) or not processes.is_main()
     with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
         for start in range(0, len(new), part):
             processes.preparing(f"embedding the corpus, {start} of {len(new)} new items")
-            rows = new[start : start + part].tolist()
+            rows = new[start : start + part]
             parts = []
-            for emb_NxE in batches(retriever, items, rows):
-                parts.append(emb_NxE)
-                bar.update(len(emb_NxE))
-            emb_NxE = np.concatenate(parts)
-            keys = [digests[row] for row in rows]
-            processes.main_process_first(functools.partial(_write_part, folder, keys, emb_NxE))
-            for key, emb_E in zip(keys, emb_NxE, strict=True):
-                bank_NxE[rows_of[key]] = emb_E
+            for emb_RxE in batches(retriever, items, rows.tolist()):
+                parts.append(emb_RxE)
+                bar.update(len(emb_RxE))
+            bank_NxE[rows] = np.concatenate(parts)
+            keys = [bytes(digest) for digest in digests_Nx32[rows]]
+            processes.main_process_first(
+                functools.partial(_write_part, folder, keys, bank_NxE[rows])
+            )
+    repeated = np.flatnonzero(first_U[place_N] != np.arange(len(items)))
+    bank_NxE[repeated] = bank_NxE[first_U[place_N[repeated]]]
     return bank_NxE
 
 
-def _digests(items: Sequence, content: Callable[[Any], bytes]) -> list[bytes]:
-    """The SHA-256 of each item's content."""
+def _digests(items: Sequence, content: Callable[[Any], bytes]) -> np.ndarray:
+    """The SHA-256 of each item's content: uint8 `[N, 32]`."""
     digest = lambda row: hashlib.sha256(content(items[row])).digest()
+    digests_Nx32 = np.empty((len(items), 32), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(digest, range(len(items))))
+        # Block by block: a pool holds an object for each call that waits.
+        for start in range(0, len(items), DIGEST_ROWS):
+            rows = range(start, min(start + DIGEST_ROWS, len(items)))
+            joined = b"".join(threads.map(digest, rows))
+            digests_Nx32[rows.start : rows.stop] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
+    return digests_Nx32
+
+
+def _keys(digests_Nx32: np.ndarray) -> np.ndarray:
+    """Digests as sortable values `[N]`."""
+    return np.ascontiguousarray(digests_Nx32).view("S32").reshape(-1)
 
 
 def _read_parts(
-    folder: Path, wanted: Container[bytes], width: int
-) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yields digest and embedding of each wanted item on disk; deletes damaged files."""
+    folder: Path, wanted_U: np.ndarray, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the places in `wanted_U` and the embeddings of each file; deletes damaged files.
+
+    Args:
+      wanted_U: the keys of the wanted items, ascending.
+    """
     for path in sorted(folder.glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as part:
-                digests = [bytes(digest) for digest in part["digests"]]
-                found = [i for i, digest in enumerate(digests) if digest in wanted]
-                if not found:
+                keys = _keys(part["digests"])
+                place = np.minimum(np.searchsorted(wanted_U, keys), len(wanted_U) - 1)
+                found = np.flatnonzero(wanted_U[place] == keys)
+                if not len(found):
                     continue
                 emb_NxE = part["embeddings"]
-            if emb_NxE.shape != (len(digests), width):
-                raise ValueError(f"shape {emb_NxE.shape} instead of {(len(digests), width)}")
+            if emb_NxE.shape != (len(keys), width):
+                raise ValueError(f"shape {emb_NxE.shape} instead of {(len(keys), width)}")
             if not np.allclose(np.linalg.norm(emb_NxE, axis=1), 1, atol=1e-3):
                 raise ValueError("its rows are not of unit length")
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -135,7 +161,7 @@ def _read_parts(
             )
             path.unlink(missing_ok=True)  # another process may have deleted it
             continue
-        yield from ((digests[i], emb_NxE[i]) for i in found)
+        yield place[found], emb_NxE[found]
 
 
 def _write_part(folder: Path, digests: list[bytes], emb_NxE: np.ndarray) -> None:

@@ -32,7 +32,7 @@ from grape_jax.weights import retriever as checkpoints
 
 SHIPPED = Path(__file__).parent / "assets" / "retriever"
 # Files downloaded from the hub: no pickled weights.
-HUB_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors", "open_clip_model.safetensors"]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*model*.safetensors"]
 # Few shapes keep compilation short. The padded length of a text depends on that text only, so that
 # its embedding does not depend on the batch.
 BATCH = 128  # rows embedded at a time on a device
@@ -66,8 +66,12 @@ class Retriever:
     mesh: Mesh | None = None  # over which the weights are sharded; None: a single device
     text_length: int | None = None  # tokens read of a query or rewrite; None: the context
     batch: int = BATCH  # rows embedded at a time on a device
+    query_prompt: str = ""  # beginning of every query and rewrite
+    document_prompt: str = ""  # beginning of every document of a corpus of texts
 
-    def embed_texts(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
+    def embed_texts(
+        self, texts: Sequence[str], length: int | None = None, prompt: str | None = None
+    ) -> np.ndarray:
         """Embeds texts.
 
         A longer text is truncated before its end token, and counted in `cut_texts`.
@@ -76,12 +80,13 @@ class Retriever:
           texts: N texts.
           length: tokens read of a text; None: `text_length`, the same that training reads of a
             rewrite. Items of a corpus are read with the whole context.
+          prompt: put before each text; None: `query_prompt`.
 
         Returns:
           float32 `[N, E]` of unit length.
         """
         emb_NxE = np.zeros((len(texts), self.config.projection), np.float32)
-        tokens_NxL, mask_NxL = tokenize(self, texts, length)
+        tokens_NxL, mask_NxL = tokenize(self, texts, length, prompt)
         padded_N = _padded_lengths(self, mask_NxL.sum(axis=1))
         for length in np.unique(padded_N):
             rows = np.flatnonzero(padded_N == length)
@@ -119,19 +124,26 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
     config, params = checkpoints.load(directory, dtype)
     texts = (tokenizer.read_open_clip if as_open_clip else tokenizer.read)(directory)
     _check_vocabulary(config, texts, checkpoints.config_file(directory))
-    preprocess = None
-    if not isinstance(config, SentenceConfig):
+    preprocess, prepared = None, None
+    if isinstance(config, SentenceConfig):
+        prepared = sentence.read_texts(directory)
+    else:
         read = preprocessing.read_open_clip if as_open_clip else preprocessing.read
         preprocess = read(directory, config.image_size)
+    clean = tokenizer.clean_open_clip if as_open_clip else str
+    if prepared and prepared.lower_case:
+        clean = str.lower
     return Retriever(
         config=config,
         params=params,
         tokenizer=texts,
-        clean=tokenizer.clean_open_clip if as_open_clip else str,
+        clean=clean,
         context=config.context if as_open_clip else _context(config, texts, directory),
         preprocess=preprocess,
         fingerprint=_fingerprint(dtype, checkpoints.weights_file(directory)),
         cut_texts=CutTexts(),
+        query_prompt=prepared.query_prompt if prepared else "",
+        document_prompt=prepared.document_prompt if prepared else "",
     )
 
 
@@ -144,7 +156,7 @@ def read_config(path_or_hub_id: str | Path | None = None) -> RetrieverConfig:
     Raises:
       UserError: as in `load`.
     """
-    names = [tensors.CONFIG_FILE, open_clip.CONFIG_FILE]
+    names = [tensors.CONFIG_FILE, open_clip.CONFIG_FILE, *sentence.CONFIG_FILES]
     directory = SHIPPED if path_or_hub_id is None else hub.directory(path_or_hub_id, names)
     return checkpoints.read_config(directory)
 
@@ -156,12 +168,16 @@ def place(retriever: Retriever, mesh: Mesh) -> Retriever:
 
 
 def tokenize(
-    retriever: Retriever, texts: Sequence[str], length: int | None = None
+    retriever: Retriever,
+    texts: Sequence[str],
+    length: int | None = None,
+    prompt: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of texts; texts that are too long are truncated before their end token.
 
     Args:
       length: L, one of `text_lengths`; None: the retriever's `text_length`, or its context.
+      prompt: put before each text; None: the retriever's `query_prompt`.
 
     Returns:
       int32 tokens `[N, L]`, padded as the tokenizer pads, and bool mask `[N, L]`.
@@ -176,7 +192,8 @@ def tokenize(
             f"the retriever does not support a text length of {length}: use "
             f"{format_range(allowed)}."
         )
-    texts = [retriever.clean(text) for text in texts]
+    prompt = retriever.query_prompt if prompt is None else prompt
+    texts = [retriever.clean(prompt + text) for text in texts]
     tokens_NxL, mask_NxL, cut = encode(retriever.tokenizer, texts, length)
     counted = retriever.cut_texts
     if cut and not counted.cut:
@@ -273,7 +290,7 @@ def _context(config: RetrieverConfig, texts: PreTrainedTokenizerBase, directory:
         return config.context
     lengths = [config.context, texts.model_max_length]
     if isinstance(config, SentenceConfig):
-        lengths.append(sentence.longest_text(directory) or config.context)
+        lengths.append(sentence.read_texts(directory).longest or config.context)
     return min(lengths)
 
 
@@ -398,8 +415,9 @@ def image_batches(
 def text_batches(
     retriever: Retriever, texts: Sequence[str], rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """Embeds the texts in the given rows; yields one float32 `[N, E]`."""
-    yield retriever.embed_texts([texts[row] for row in rows], retriever.context)
+    """Embeds the documents in the given rows; yields one float32 `[N, E]`."""
+    documents = [texts[row] for row in rows]
+    yield retriever.embed_texts(documents, retriever.context, retriever.document_prompt)
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
@@ -413,7 +431,9 @@ def digest_of(parts: Iterable[bytes]) -> str:
 
 def _fingerprint(dtype: str, weights: Path) -> str:
     """Hash of the dtype, the weights and the small files beside them: configs and tokenizers."""
-    small = (p for kind in ("*.json", "*.txt", "*.model") for p in weights.parent.glob(kind))
+    # Those of a sentence encoder's modules are one folder below.
+    kinds = ("*.json", "*.txt", "*.model", "[0-9]*_*/*.json", "[0-9]*_*/*.safetensors")
+    small = (p for kind in kinds for p in weights.parent.glob(kind))
     sums = []
     for path in [*tensors.weight_files(weights), *sorted(small)]:
         with path.open("rb") as file:

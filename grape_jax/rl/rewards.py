@@ -63,8 +63,37 @@ def reciprocal_gain(rank: jax.Array, other: jax.Array) -> jax.Array:
     return gain / rank.astype(jnp.float32) / other.astype(jnp.float32)
 
 
+def graded_ndcg(rank_P: jax.Array, similarity_P: jax.Array, gain_P: jax.Array, k: int) -> jax.Array:
+    """nDCG@k with graded relevance, 0 to 1 (Järvelin and Kekäläinen 2002; gains as in trec_eval).
+
+    The DCG is the sum of gain / log2(1 + place) over the targets among the best `k` items, divided
+    by the DCG of the targets in the order of their gains.
+
+    Args:
+      rank_P: int32, which exclude the other targets.
+      similarity_P: float32, by which targets of equal rank are ordered; then by their place in the
+        array, which is the order of their rows.
+      gain_P: the relevance grade of each target; 0 is padding.
+      k: the cutoff.
+    """
+    ahead_PxP = (similarity_P[..., None, :] > similarity_P[..., None]) | (
+        (similarity_P[..., None, :] == similarity_P[..., None])
+        & jnp.tril(jnp.ones((rank_P.shape[-1],) * 2, bool), -1)
+    )
+    real_P = rank_P < NO_RANK
+    ahead_P = (ahead_PxP & real_P[..., None, :]).sum(-1)
+    place_P = jnp.where(real_P, rank_P + ahead_P, NO_RANK)
+    gain_P = jnp.where(real_P, gain_P, 0).astype(jnp.float32)
+    gained_P = jnp.where(place_P <= k, gain_P / jnp.log2(1.0 + place_P), 0)
+    falling_P = -jnp.sort(-gain_P, axis=-1)
+    P = rank_P.shape[-1]
+    discount_P = jnp.where(jnp.arange(P) < k, 1 / jnp.log2(2.0 + jnp.arange(P)), 0)
+    possible = (falling_P * discount_P).sum(-1)
+    return gained_P.sum(-1) / jnp.where(possible > 0, possible, 1)
+
+
 def ndcg(rank_P: jax.Array, k: int) -> jax.Array:
-    """nDCG@k of all targets, 0 to 1 (Järvelin and Kekäläinen 2002)."""
+    """nDCG@k of all targets with equal gains, 0 to 1 (Järvelin and Kekäläinen 2002)."""
     place_P = _places(rank_P)
     gained = jnp.where(place_P <= k, 1 / jnp.log2(1.0 + place_P), 0).sum(-1)
     P = rank_P.shape[-1]

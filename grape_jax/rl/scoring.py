@@ -64,6 +64,7 @@ def score_rewrites(
     rewrites: Rewrites,
     excluded_BxX: jax.Array | None = None,
     raw_rank_B: jax.Array | None = None,
+    gains_BxP: jax.Array | None = None,
 ) -> Scores:
     """Ranks and rewards of the rewrites, computed once per rollout.
 
@@ -74,13 +75,14 @@ def score_rewrites(
       rewrites: the rewrites read from them.
       excluded_BxX: int32 corpus rows to leave out of the corpus for each query, -1 is padding.
       raw_rank_B: int32, ranks of the unchanged queries; required by the shape "improvement".
+      gains_BxP: int32 relevance grades of the targets, 0 is padding; None: all are relevant alike.
 
     Returns:
       Scores `[B, K]`, sharded by prompts.
     """
     config = scorer.reward
     ranks = rank_rewrites(scorer, retriever_params, index, rewrites, targets_BxP, excluded_BxX)
-    shaped_BxK = reward_score(scorer, ranks, raw_rank_B)
+    shaped_BxK = reward_score(scorer, ranks, raw_rank_B, gains_BxP)
     parts = rewards.parts(
         shaped_BxK,
         rewrites.well_formed_BxK,
@@ -148,12 +150,18 @@ def rank_rewrites(
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), ranks)
 
 
-def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> jax.Array:
+def reward_score(
+    scorer: Scorer,
+    ranks: Ranks,
+    raw_rank_B: jax.Array | None,
+    gains_BxP: jax.Array | None = None,
+) -> jax.Array:
     """The configured shape's value for each rewrite, unweighted: float32 `[B, K]`.
 
     Args:
       ranks: from `rank_rewrites`.
       raw_rank_B: int32, ranks of the unchanged queries; required by the shape "improvement".
+      gains_BxP: int32 relevance grades of the targets, read by the shape "ndcg"; None: all equal.
 
     Raises:
       ValueError: the shape is unknown, or "improvement" lacks `raw_rank_B`.
@@ -167,6 +175,11 @@ def reward_score(scorer: Scorer, ranks: Ranks, raw_rank_B: jax.Array | None) -> 
             return rewards.log(rank_BxK, size)
         case "reciprocal":
             return rewards.reciprocal(rank_BxK)
+        case "ndcg" if gains_BxP is not None:
+            gain_BxKxP = jnp.broadcast_to(gains_BxP[:, None], rank_BxKxP.shape)
+            return rewards.graded_ndcg(
+                rank_BxKxP, ranks.similarity_QxP, gain_BxKxP, config.reward_k
+            )
         case "ndcg":
             return rewards.ndcg(rank_BxKxP, config.reward_k)
         case "recall":

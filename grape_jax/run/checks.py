@@ -11,7 +11,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grape_jax.data import catalogue, local, xm3600
+from grape_jax.data import catalogue, local, text, xm3600
 from grape_jax.reporting import results
 from grape_jax.retrieval import ranking
 from grape_jax.rl import learner
@@ -72,6 +72,8 @@ def _check_data(config: ConfigDict) -> None:
     check_choice("xm3600.captions", config.xm3600.captions, xm3600.CAPTIONS)
     if config.benchmark == "local":
         local.check(config.local)
+    if config.benchmark == "text":
+        text.check(config.text)
     check_least("retriever.text_length", config.retriever.text_length, 0)
     check_choice("retriever.corpus_dtype", config.retriever.corpus_dtype, ranking.CORPUS_DTYPES)
 
@@ -81,6 +83,9 @@ def _check_prompt(prompt: ConfigDict) -> None:
     for name in ("{captions}", "{query}"):
         if name not in prompt.with_captions:
             raise UserError(f"prompt.with_captions must contain {name}.")
+    for name in ("{history}", "{query}"):
+        if name not in prompt.with_history:
+            raise UserError(f"prompt.with_history must contain {name}.")
     if prompt.captions < 1:
         raise UserError("prompt.captions must be 1 or more: a picture is told in captions.")
     if prompt.caption_bank and not Path(prompt.caption_bank).is_file():

@@ -123,7 +123,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Context:
     run = build(config)
     processes.main_process_first(lambda: checkpoint.write_config(workdir, config))
     processes.announce(
-        f"{len(run.galleries.open('train'))} pictures, policy of {run.policy.model.layers} layers, "
+        f"{len(run.galleries.open('train'))} items, policy of {run.policy.model.layers} layers, "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
         f"process(es), ready in {time.perf_counter() - started:.0f} s"
         f"{data_checks.long_references(config, run.policy, run.queries)}"
@@ -147,10 +147,16 @@ def _load(
     config: ConfigDict, opened: OpenedPolicy, lengths: Sequence[int], queries: Queries, mesh: Mesh
 ) -> Context:
     model = policy.load(config, opened, lengths, mesh)
-    found = encoder.load(config.retriever.path or None)
+    found = encoder.load(settings.retriever_path(config))
     # Training, evaluation and the raw query's rank read the same number of tokens.
     length = config.retriever.text_length or found.context
-    retriever = encoder.place(dataclasses.replace(found, text_length=length), mesh)
+    found = dataclasses.replace(
+        found,
+        text_length=length,
+        query_prompt=config.retriever.query_prompt or found.query_prompt,
+        document_prompt=config.retriever.document_prompt or found.document_prompt,
+    )
+    retriever = encoder.place(found, mesh)
     galleries = Galleries(config, retriever, mesh)
     captions = PictureCaptions(config, retriever, galleries, queries)
     return Context(config, mesh, model, retriever, galleries, queries, captions)
@@ -168,13 +174,17 @@ def with_absolute_paths(config: ConfigDict) -> None:
     for name in ("images", "embeddings", "queries"):
         path = config.local[name]
         config.local[name] = path and str(Path(path).expanduser().resolve())
+    for name in ("corpus", "queries", "qrels"):
+        path = config.text[name]
+        config.text[name] = path and str(Path(path).expanduser().resolve())
     if config.prompt.caption_bank:
         config.prompt.caption_bank = str(Path(config.prompt.caption_bank).resolve())
 
 
 def _check_retriever(config: ConfigDict, retriever: Retriever) -> None:
     """Refuses a retriever that cannot read the corpus or texts of the configured length."""
-    if retriever.preprocess is None and catalogue.load_precomputed(config) is None:
+    pictures = config.benchmark != "text" and catalogue.load_precomputed(config) is None
+    if retriever.preprocess is None and pictures:
         raise UserError(
             f"retriever.path={config.retriever.path!r} is a sentence encoder, and this corpus is "
             "pictures: name a CLIP or SigLIP."

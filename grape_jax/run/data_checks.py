@@ -129,7 +129,8 @@ def _texts_before_loading(config: ConfigDict, tokenizer, shift: str, queries: Qu
     ]
     if config.warm_up.words:
         found += catalogue.load_words(config, shift)
-    texts = [query.text for query in found if query.image < 0]
+    turn = lambda query: settings.with_history(config, query.history, query.text)
+    texts = [turn(query) for query in found if query.image < 0]
     if len(texts) == len(found) or config.prompt.max_tokens:
         return texts
     size = lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])

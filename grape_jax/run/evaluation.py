@@ -42,6 +42,7 @@ from grape_jax.run.galleries import Gallery
 from grape_jax.run.queries import Queries
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import Found, best_ranks, search, search_fused
+from grape_jax.run.word_baselines import word_baselines
 from grape_jax.runtime import files, processes
 
 CONSTANT_CAPTION = "a picture"  # a caption without content: what it finds, any query would find
@@ -142,8 +143,9 @@ def _search_methods(
         subset = None if found.subset_QxP is None else among_all(found.subset_QxP)
         nearest = found.rows_QxD[:, :TOP]
         result = Answers(
-            method, decoding, tuple(texts), among_all(found.ranks_QxP), nearest, subset, note
-        )
+            method, decoding, tuple(texts), among_all(found.ranks_QxP), nearest, subset, note,
+            found.gains_QxP,
+        )  # fmt: skip
         _write_run(workdir, one, gallery, result.label, found.rows_QxD, config.evaluation.run_depth)
         answers.append(result)
 
@@ -174,6 +176,11 @@ def _search_methods(
                     mean_QxE = fusion.mean_embedding(np.stack([raw_QxE, emb_QxE]))
                     found = search(gallery, mean_QxE, queries, depth)
                     add(fused(method), decoding, _joined([raw, texts]), found)
+    if "bm25" in methods and gallery.corpus.texts is not None:
+        greedy = {policy: written(policy, "greedy") for policy in (UNTRAINED, trained)}
+        rewrites = {policy: texts for policy, lists in greedy.items() for texts in lists}
+        for method, texts, found in word_baselines(gallery, retriever, one, rewrites, depth):
+            add(method, "", texts, found)
     if "samples" in methods and (lists := several(trained, "sampled")):
         add_fused_lists(samples(trained), lists)
     if "hyde" in methods and (captions := several(UNTRAINED, "caption")):
@@ -202,8 +209,9 @@ def _write_qrels(workdir, one: QuerySet, gallery: Gallery, depth: int) -> None:
     wanted = depth and processes.is_main()
     if not wanted or not any(query.targets for query in one.queries):
         return
-    ids, targets = zip(*((query.id, query.targets) for query in one.queries), strict=True)
-    lines = trec.qrel_lines(ids, gallery.corpus.ids, targets)
+    facts = ((query.id, query.targets, query.gains) for query in one.queries)
+    ids, targets, gains = zip(*facts, strict=True)
+    lines = trec.qrel_lines(ids, gallery.corpus.ids, targets, gains)
     files.replace_lines(workdir / "trec" / f"{one.shift}-{one.split}.qrels", lines)
 
 

@@ -248,7 +248,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
     """The shapes of the run that `context.build` would load."""
     model = pretrained.read_config(pretrained.policy_path(config.policy.path))
     model = settings.with_compute_settings(config, model, mesh)
-    tower = retriever.read_config(config.retriever.path or None)
+    tower = retriever.read_config(settings.retriever_path(config))
     made = settings.make_learner(config, "grpo", model, mesh)
     # Which tokens end a completion does not change the programs.
     reward = settings.reward_config(config)

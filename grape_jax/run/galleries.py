@@ -14,7 +14,7 @@ from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Corpus
 from grape_jax.data.local import Precomputed
 from grape_jax.retrieval import encoder, ranking
-from grape_jax.retrieval.bank import bank_digest, corpus_bank
+from grape_jax.retrieval.bank import bank_digest, corpus_bank, text_bank
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.runtime import processes
 from grape_jax.types import Index
@@ -72,9 +72,11 @@ class Galleries:
     def _embed(self, name: str) -> Gallery:
         corpus = self.corpus(name)
         given = catalogue.load_precomputed(self.config)
-        if given is None:
+        cache = Path(self.config.data_dir) / "banks"
+        if corpus.texts is not None:
+            bank_NxE = text_bank(self.retriever, corpus.texts, cache)
+        elif given is None:
             assert corpus.images is not None  # a corpus has pictures, embeddings or both
-            cache = Path(self.config.data_dir) / "banks"
             bank_NxE = corpus_bank(self.retriever, corpus.images, cache)
         else:
             _check_precomputed(self.retriever, given)

@@ -28,6 +28,7 @@ def show(
     # One call: the pictures are embedded together.
     twice = None if pictures is None else [*pictures, *pictures]
     matches = rewriter.find([*queries, *rewrites], top, images=twice)
+    drawn = gallery.corpus.texts is None
     rows = []
     for i, (query, rewrite) in enumerate(zip(queries, rewrites, strict=True)):
         picture = None if pictures is None else pictures[i]
@@ -35,11 +36,14 @@ def show(
             ("as asked", query, matches[i]),
             ("rewritten", rewrite, matches[len(queries) + i]),
         ):
+            if not drawn:
+                break
             shown = [gallery.image(int(row)) for row in found]
             rows.append(Row(query, words, shown, None, caption, picture))
         print(f"{query!r} -> {rewrite!r}")
         for place, row in enumerate(matches[len(queries) + i], start=1):
             named = dict.fromkeys((gallery.corpus.names[row], gallery.corpus.ids[row]))
             print(f"  {place}. {'  '.join(named)}")
-    contact_sheet(rows, out)
-    print(f"pictures: {out}")
+    if drawn:
+        contact_sheet(rows, out)
+        print(f"pictures: {out}")

@@ -26,10 +26,13 @@ class PictureCaptions:
         self.galleries, self.queries = galleries, queries
 
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
-        """The user turns of queries; a picture of the query's own is replaced by its captions."""
+        """The user turns of queries, after the earlier turns of their conversations.
+
+        A picture of the query's own is replaced by its captions.
+        """
         rows = [query.image for query in queries if query.image >= 0]
         if not rows:
-            return [query.text for query in queries]
+            return [settings.with_history(self.config, q.history, q.text) for q in queries]
         emb_QxE = self.galleries.open(split).bank_NxE[np.asarray(rows)]
         caption = dict(zip(rows, self.closest(emb_QxE), strict=True))
         return [

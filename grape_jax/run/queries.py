@@ -1,5 +1,6 @@
 """The queries of a run, read from disk when they are first asked for."""
 
+import functools
 from collections.abc import Sequence
 
 import grain
@@ -45,6 +46,23 @@ class Queries:
         compile once.
         """
         return benchmark.targets_of(queries, self.most_targets)
+
+    def gains(self, queries: Sequence[Query]) -> np.ndarray | None:
+        """Relevance grades of the targets, int32 `[Q, P]`, 0 is padding; None: no grades.
+
+        All batches of a run have grades or none, so that programs over them compile once.
+        """
+        if not self.graded:
+            return None
+        found = benchmark.gains_of(queries, self.most_targets)
+        if found is None:
+            return (self.targets(queries) >= 0).astype(np.int32)
+        return found
+
+    @functools.cached_property
+    def graded(self) -> bool:
+        """Whether any training query has relevance grades."""
+        return any(query.gains for query in self.training())
 
     @property
     def most_targets(self) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from grape_jax.data.benchmark import Query, excluded_of, targets_of
-from grape_jax.retrieval import fusion, ranking
+from grape_jax.data.benchmark import Query, excluded_of, gains_of, targets_of
+from grape_jax.reporting import metrics
+from grape_jax.retrieval import bm25, fusion, ranking
+from grape_jax.retrieval.bm25 import WordIndex
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.galleries import Gallery
+from grape_jax.types import NO_RANK
 
 FUSED_DEPTH = 1000  # length of the lists that are fused
 FUSED_CHUNK = 512  # queries whose lists are fused at one time
@@ -22,6 +25,8 @@ class Found:
     ranks_QxP: np.ndarray  # int, as in `types.Ranks`: other targets left out
     subset_QxP: np.ndarray | None  # the same among each query's subset
     rows_QxD: np.ndarray  # int, the beginning of each ranked list, -1 is padding
+    # int, relevance grades in the order of the targets' ranks, 0 is padding; None: all are equal
+    gains_QxP: np.ndarray | None = None
 
 
 def search(gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], depth: int) -> Found:
@@ -38,14 +43,60 @@ def search(gallery: Gallery, emb_QxE: np.ndarray, queries: Sequence[Query], dept
     ):
         where = {"mesh": gallery.mesh, "size": len(gallery)}
         depth = min(depth, len(gallery))
-        ranks = ranking.target_ranks(emb, gallery.index, targets, excluded, **where).rank_QxP
+        found = ranking.target_ranks(emb, gallery.index, targets, excluded, **where)
         rows = ranking.nearest_rows(emb, gallery.index, excluded, depth=depth, **where)
         subset = None
         if members is not None:
             subset = ranking.subset_ranks(emb, gallery.index, targets, members, mesh=gallery.mesh)
-        parts.append((ranks, subset, rows))
+        parts.append((found.rank_QxP, subset, rows, found.similarity_QxP))
     joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(emb_QxE)], *jax.device_get(parts))
-    return Found(*joined)
+    ranks_QxP, subset_QxP, rows_QxD, similarity_QxP = joined
+    gains_QxP = _gains_by_rank(queries, ranks_QxP, -similarity_QxP)
+    return Found(ranks_QxP, subset_QxP, rows_QxD, gains_QxP)
+
+
+def search_words(
+    index: WordIndex, texts: Sequence[str], queries: Sequence[Query], depth: int
+) -> Found:
+    """`search` by words. Documents that share no word with the text come last, in their order."""
+    most, depth = _most_targets(queries), min(depth, index.size)
+    ranks_QxP = np.full((len(queries), most), NO_RANK, np.int64)
+    score_QxP = np.zeros((len(queries), most))
+    rows_QxD = np.full((len(queries), depth), -1, np.int32)
+    for i, (text, query) in enumerate(zip(texts, queries, strict=True)):
+        scores_N, targets_P = index.scores(text), np.asarray(query.targets, np.int64)
+        ranks_QxP[i, : len(targets_P)] = bm25.ranks(scores_N, targets_P)
+        score_QxP[i, : len(targets_P)] = scores_N[targets_P]
+        rows_QxD[i] = bm25.best_rows(scores_N, depth)
+    return Found(ranks_QxP, None, rows_QxD, _gains_by_rank(queries, ranks_QxP, -score_QxP))
+
+
+def search_hybrid(
+    gallery: Gallery,
+    retriever: Retriever,
+    index: WordIndex,
+    texts: Sequence[str],
+    queries: Sequence[Query],
+    depth: int,
+) -> Found:
+    """`search` by words and by embeddings, the two ranked lists fused by reciprocal rank.
+
+    The list of the words ends with the last document that shares one.
+    """
+    parts = []
+    for start in range(0, len(queries), FUSED_CHUNK):
+        chunk = slice(start, start + FUSED_CHUNK)
+        asked = queries[chunk]
+        dense = search(gallery, retriever.embed_texts(list(texts[chunk])), asked, FUSED_DEPTH)
+        by_words = np.full(dense.rows_QxD.shape, -1, np.int32)
+        for i, text in enumerate(texts[chunk]):
+            scores_N = index.scores(text)
+            rows = bm25.best_rows(scores_N, by_words.shape[1])
+            rows = rows[scores_N[rows] > 0]
+            by_words[i, : len(rows)] = rows
+        rows_2xQxD = np.stack([dense.rows_QxD, by_words])
+        parts.append(_fuse(rows_2xQxD, asked, _most_targets(queries), depth))
+    return _join(parts)
 
 
 def search_fused(
@@ -65,19 +116,54 @@ def search_fused(
             search(gallery, retriever.embed_texts(list(texts[chunk])), asked, FUSED_DEPTH)
             for texts in texts_MxQ
         ]
-        rows_MxQxD = np.stack([found.rows_QxD for found in lists])
-        targets_QxP = targets_of(asked, most)
-        subset_QxX = _subsets_of(asked)
-        for i, query in enumerate(asked):
-            fused_D = fusion.reciprocal_rank_fusion(rows_MxQxD[:, i])
-            ranks_P = fusion.ranks_in(fused_D, targets_QxP[i], excluded=query.image)
-            subset_P = None
-            if subset_QxX is not None:
-                subset_P = fusion.ranks_in(fused_D, targets_QxP[i], subset_QxX[i], query.image)
-            rows_D = np.full(depth, -1)
-            rows_D[: len(fused_D)] = fused_D[:depth]
-            parts.append((ranks_P, subset_P, rows_D))
-    return Found(*jax.tree.map(lambda *x: np.stack(x), *parts))
+        parts.append(_fuse(np.stack([found.rows_QxD for found in lists]), asked, most, depth))
+    return _join(parts)
+
+
+def _fuse(rows_MxQxD: np.ndarray, queries: Sequence[Query], most: int, depth: int) -> Found:
+    """Fuses the M ranked lists of each query by reciprocal rank.
+
+    Args:
+      most: P, the largest number of targets of a query.
+    """
+    parts = []
+    targets_QxP, subset_QxX = targets_of(queries, most), _subsets_of(queries)
+    for i, query in enumerate(queries):
+        fused_D = fusion.reciprocal_rank_fusion(rows_MxQxD[:, i])
+        ranks_P = fusion.ranks_in(fused_D, targets_QxP[i], excluded=query.image)
+        subset_P = None
+        if subset_QxX is not None:
+            subset_P = fusion.ranks_in(fused_D, targets_QxP[i], subset_QxX[i], query.image)
+        rows_D = np.full(depth, -1)
+        rows_D[: len(fused_D)] = fused_D[:depth]
+        # Targets of equal rank stand beside each other in the list, or follow it in their order.
+        listed = fused_D[:, None] == targets_QxP[i]
+        place_P = np.where(listed.any(0), listed.argmax(0), len(fused_D))
+        parts.append((ranks_P, subset_P, rows_D, place_P))
+    stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
+    ranks_QxP, subset_QxP, rows_QxD, place_QxP = stacked
+    return Found(ranks_QxP, subset_QxP, rows_QxD, _gains_by_rank(queries, ranks_QxP, place_QxP))
+
+
+def _join(parts: Sequence[Found]) -> Found:
+    """The results of consecutive queries."""
+    fields = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(Found)]
+    return Found(*(None if values[0] is None else np.concatenate(values) for values in fields))
+
+
+def _gains_by_rank(
+    queries: Sequence[Query], ranks_QxP: np.ndarray, order_QxP: np.ndarray
+) -> np.ndarray | None:
+    """Relevance grades in the order of `metrics.among_all`; None if no query has grades.
+
+    Args:
+      order_QxP: orders targets of equal rank, the lowest first.
+    """
+    gains_QxP = gains_of(queries, ranks_QxP.shape[1])
+    if gains_QxP is None:
+        return None
+    by_rank = np.argsort(metrics.places(ranks_QxP, order_QxP), axis=1)
+    return np.take_along_axis(gains_QxP, by_rank, axis=1)
 
 
 def target_ranks(

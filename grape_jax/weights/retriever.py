@@ -27,8 +27,11 @@ def load(directory: Path, dtype: str = "float32") -> tuple[RetrieverConfig, Para
       UserError: a file is missing or damaged, or the model is not supported.
     """
     config = read_config(directory)
-    table = _table(directory, config)
-    return config, tensors.load(weights_file(directory), table, towers.shapes(config), dtype)
+    table, shapes = _table(directory, config), towers.shapes(config)
+    params = tensors.load(weights_file(directory), table, shapes, dtype)
+    if isinstance(config, SentenceConfig):
+        params["text"] |= sentence.load_heads(directory, config, shapes["text"], dtype)
+    return config, params
 
 
 def read_config(directory: Path) -> RetrieverConfig:
@@ -46,13 +49,13 @@ def read_config(directory: Path) -> RetrieverConfig:
             return clip.read_config(path, data)
         case "siglip":
             return siglip.read_config(path, data)
-        case "bert":
+        case "bert" | "roberta" | "xlm-roberta":
             return sentence.read_config(path, data)
         case kind:
             raise UserError(
                 f"{path}: model_type={kind!r} is not supported: use a CLIPModel (clip), a "
-                "SiglipModel (siglip, also SigLIP 2 at a fixed resolution), a BERT sentence "
-                "encoder (bert), or an open_clip directory."
+                "SiglipModel (siglip, also SigLIP 2 at a fixed resolution), a sentence encoder "
+                f"({', '.join(sentence.MODEL_TYPES)}), or an open_clip directory."
             )
 
 

@@ -91,7 +91,7 @@ def test_damaged_cache_is_computed_anew_with_a_warning(shipped, tmp_path, damage
 
 def test_texts_of_a_picture_retriever_share_the_cache(shipped, tmp_path, monkeypatch):
     """Captions: several files, texts of different lengths, the bits of `embed_texts`."""
-    monkeypatch.setattr(bank, "PART", encoder.BATCH)
+    monkeypatch.setattr(bank, "TEXT_PART", encoder.BATCH)
     texts = [f"caption {i}" + " of a red rocket" * (i % 5) for i in range(2 * encoder.BATCH + 3)]
     want = shipped.embed_texts(texts)
     bank.corpus_bank(shipped, some_pictures(), tmp_path)
