@@ -109,8 +109,8 @@ def scan(path: Path, wanted: set[str], add: AddMistake) -> Scan:
             hashes.append(hash(document))
             ids += encoded
             lines.extend((start, start + len(line), len(ids)))
-    found = Scan(np.frombuffer(lines, np.int64).reshape(-1, 3), bytes(ids), rows, empty)
-    for document in _repeated(Ids(found.lines_Nx3, found.ids), np.frombuffer(hashes, np.int64)):
+    found = Scan(np.array(lines, np.int64).reshape(-1, 3), bytes(ids), rows, empty)
+    for document in _repeated(Ids(found.lines_Nx3, found.ids), np.array(hashes, np.int64)):
         add("ids that occur more than once in the corpus", repr(document))
     return found
 
