@@ -1,4 +1,4 @@
-"""Sentence encoders against sentence-transformers, from raw texts: tiny random ones, and a real one.
+"""Sentence encoders against sentence-transformers, from raw texts: tiny ones, and a real one.
 
 The tiny checkpoints are written by sentence-transformers itself.
 """
