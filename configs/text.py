@@ -28,4 +28,5 @@ def get_config():
     config.grpo.learning_rate = 1.5e-4
     config.grpo.reward_shape = "log"
     config.evaluation.methods = ("fused", "bm25")
+    config.evaluation.caption_prompt = "Write a short passage that answers the query."  # of HyDE
     return config

@@ -25,6 +25,7 @@ MEASURES = {
     "subset_recall_at_3": "subset R@3",
     "mrr": "MRR",
     "ndcg_at_10": "nDCG@10",
+    "map": "MAP",
 }
 LONG_MEASURES = {"recall_at_1": "Recall@1", "recall_at_10": "Recall@10"}  # of headlines
 TITLE = "Query rewriting for a frozen retriever: what was learned"

