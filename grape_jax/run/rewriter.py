@@ -82,7 +82,6 @@ class Rewriter:
           shift: the prompt to use; None: the run's first.
           images: the picture of each query, as PIL images or paths, for a run of composed queries
             (CIRR). Other runs take none.
-
           history: the earlier turns of each query's conversation, oldest first.
 
         Raises:
