@@ -35,7 +35,7 @@ CORPUS_FEATURES = {
 }
 
 
-class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder of one set from records in memory, without TensorFlow."""
 
     # Otherwise TFDS searches for checksums beside this file, with a package it does not install.
