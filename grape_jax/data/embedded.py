@@ -109,11 +109,7 @@ def check(given: Given, report: Callable[[str, str], None]) -> Checked:
 
 
 def _blocks(given: Given) -> Iterator[np.ndarray]:
-    """The blocks of rows.
-
-    Raises:
-      UserError: a file is damaged.
-    """
+    """The blocks of rows; refuses damaged files."""
     blocks = given.blocks()
     while True:
         try:

@@ -501,11 +501,7 @@ def _files_of(ids: list[str], pictures: dict[str, Path]) -> list[str]:
 
 
 def _split_counts(records: list[dict]) -> str:
-    """The number of queries in each split, e.g. "70 train, 10 validation, 20 test".
-
-    Raises:
-      UserError: a split is empty.
-    """
+    """The number of queries in each split, "70 train, 10 validation, ..."; refuses empty splits."""
     counts = collections.Counter(record["split"] for record in records)
     for name in SPLITS:
         if not counts[name]:

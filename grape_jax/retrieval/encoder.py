@@ -295,11 +295,7 @@ def _context(config: RetrieverConfig, texts: PreTrainedTokenizerBase, directory:
 
 
 def _check_vocabulary(config: RetrieverConfig, texts: PreTrainedTokenizerBase, path: Path) -> None:
-    """Checks that the tokenizer belongs to the model.
-
-    Raises:
-      UserError: it has more tokens, pads on the other side, or has another end token.
-    """
+    """Refuses a tokenizer that has more tokens, pads on the left, or has another end token."""
     if len(texts) > config.vocab:
         raise UserError(
             f"{path}: vocab_size={config.vocab} is below the {len(texts)} tokens of the tokenizer "

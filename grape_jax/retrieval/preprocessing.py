@@ -160,11 +160,7 @@ def _crop(size: int | dict) -> tuple[int, int]:
 
 
 def _check(settings: Preprocess, image_size: int, path: Path) -> None:
-    """Checks that the settings give pictures of the model's size.
-
-    Raises:
-      UserError: they do not, or have unknown values.
-    """
+    """Refuses unknown values, and settings that do not give pictures of the model's size."""
     if settings.resample not in {int(one) for one in Image.Resampling}:
         raise UserError(f"{path}: resample={settings.resample} is unknown to PIL.")
     if len(settings.mean) != 3 or len(settings.std) != 3:

@@ -141,11 +141,7 @@ def _holder(content: str) -> str:
 
 
 def _refuse_if_alive(path: Path, found: str) -> None:
-    """Returns if the lock is stale or gone.
-
-    Raises:
-      UserError: the holder is alive.
-    """
+    """Refuses a lock whose holder is alive; returns if it is stale or gone."""
     alive = _is_alive_here(_parse(found))
     if alive is None:
         processes.announce(f"waiting up to {LIMIT:g} s for a heartbeat of {_holder(found)} ...")
