@@ -24,6 +24,8 @@ def command(folder, *overrides):
         "evaluation.seen_limit": 8,
         "evaluation.validation_limit": 8,
         "evaluation.every": 2,
+        "evaluation.methods": "()",
+        "evaluation.run_depth": 0,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     argv = (f"--workdir={folder / 'both'}", "--config=configs/score_inflation.py")
