@@ -8,9 +8,12 @@ import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import bm25s
 import numpy as np
+
+if TYPE_CHECKING:
+    from bm25s import BM25
 
 WORD = re.compile(r"\w+")
 
@@ -19,7 +22,7 @@ WORD = re.compile(r"\w+")
 class WordIndex:
     """The words of a corpus, indexed."""
 
-    scorer: bm25s.BM25 | None  # None: the corpus has no words
+    scorer: "BM25 | None"  # None: the corpus has no words
     vocabulary: dict[str, int]
     size: int  # documents
 
@@ -43,8 +46,11 @@ def build(texts: Sequence[str]) -> WordIndex:
     ids = [np.fromiter(map(number, words(text)), np.int32) for text in texts]
     if not vocabulary:
         return WordIndex(None, {}, len(texts))
+    # Its import runs a computation of JAX, which must not precede `jax.distributed.initialize`.
+    from bm25s import BM25
+
     logging.getLogger("bm25s").setLevel(logging.WARNING)
-    scorer = bm25s.BM25()
+    scorer = BM25()
     scorer.index((ids, dict(vocabulary)), create_empty_token=False, show_progress=False)
     return WordIndex(scorer, vocabulary, len(texts))
 

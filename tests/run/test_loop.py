@@ -243,7 +243,7 @@ def stop_on_a_mesh(folder, workdir, moment, processes, devices):
         )
         for i in range(processes)
     ]  # fmt: skip
-    wait_for(folder / workdir, moment)
+    wait_for(folder / workdir, moment, started)
     started[-1].terminate()
     said = [process.communicate(timeout=300) for process in started]
     assert [p.returncode for p in started] == [0] * processes, said[0][1][-2000:]
@@ -338,7 +338,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, undisturbed):
             python(*command(folder, "stopped")), env=environment(),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        wait_for(folder / "stopped", moment)
+        wait_for(folder / "stopped", moment, [process])
         process.send_signal(stop)
         if stop == signal.SIGINT:
             process.send_signal(signal.SIGTERM)  # as a launcher does after a Ctrl-C
@@ -375,10 +375,10 @@ def test_a_second_launch_is_refused_while_the_first_lives(folder):
     assert not (folder / "shared" / "run.lock").exists()
 
 
-def wait_for(workdir, moment):
-    """Until the run has reached a moment, seen from the files that it writes."""
+def wait_for(workdir, moment, started):
+    """Until the run has reached a moment, seen from the files that its processes write."""
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and all(process.poll() is None for process in started):
         metrics = workdir / "metrics.jsonl"
         if moment == "test-warm-up" and list(workdir.glob("answers/*test-warm-up-greedy.json")):
             return

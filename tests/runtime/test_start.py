@@ -129,3 +129,16 @@ def test_other_accelerators_and_the_users_choice_are_left_alone(tmp_path):
     (tmp_path / "jax_plugins" / "of_a_gpu").mkdir(parents=True)
     (tmp_path / "jax_plugins" / "of_a_gpu" / "__init__.py").write_text("initialize = lambda: None")
     assert platforms(tmp_path).stdout.strip() == "None"
+
+
+def test_an_import_leaves_the_devices_alone():
+    """Processes of one run connect before any of them touches a device."""
+    program = (
+        "import grape_jax.train, grape_jax.evaluate, grape_jax.compile, grape_jax.serve\n"
+        "from jax._src import xla_bridge\n"
+        "print(xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
