@@ -10,8 +10,11 @@ from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
 from grape_jax.reporting.results import CAPTION_EDIT, PICTURE, PICTURE_EDIT
 from grape_jax.retrieval import fusion
+from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.answers import QuerySet
 from grape_jax.run.context import Context
+from grape_jax.run.galleries import Gallery
+from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.search import best_ranks
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the picture in the sum of embeddings
@@ -75,7 +78,7 @@ def tune(context: Context, shift: str) -> Settings:
     limit = context.config.evaluation.validation_limit
     queries = context.queries.split(shift, split, limit)
     gallery, targets_QxP = context.galleries.open(split), context.queries.targets(queries)
-    parts = _parts_of(context, queries, split)
+    parts = _parts_of(gallery, context.retriever, context.captions, queries)
     ranks = lambda emb_QxE: best_ranks(gallery, emb_QxE, queries, targets_QxP)
     embed = context.retriever.embed_texts
     return Settings(
@@ -88,10 +91,20 @@ def tune(context: Context, shift: str) -> Settings:
     )
 
 
-def searches(context: Context, one: QuerySet, settings: Settings) -> list[Search]:
-    """The searches of every baseline for a set of composed queries."""
-    parts = _parts_of(context, one.queries, one.split)
-    names = context.galleries.open(one.split).corpus.names
+def searches(
+    gallery: Gallery,
+    retriever: Retriever,
+    picture_captions: PictureCaptions,
+    one: QuerySet,
+    settings: Settings,
+) -> list[Search]:
+    """The searches of every baseline for a set of composed queries.
+
+    Args:
+      gallery: that of the set's split.
+    """
+    parts = _parts_of(gallery, retriever, picture_captions, one.queries)
+    names = gallery.corpus.names
     shown = [f"[{names[query.image]}]" for query in one.queries]
     both = [f"{picture} + {edit}" for picture, edit in zip(shown, parts.edits, strict=True)]
     words = parts.as_text(settings.captions)
@@ -107,21 +120,22 @@ def searches(context: Context, one: QuerySet, settings: Settings) -> list[Search
         Search(
             CAPTION_EDIT,
             words,
-            context.retriever.embed_texts(words),
+            retriever.embed_texts(words),
             f"captions of each picture: {settings.captions}, {chosen}",
         ),
     ]
 
 
-def _parts_of(context: Context, queries: Sequence[Query], split: str) -> _Parts:
-    picture_QxE = context.galleries.open(split).bank_NxE[[query.image for query in queries]]
+def _parts_of(
+    gallery: Gallery,
+    retriever: Retriever,
+    picture_captions: PictureCaptions,
+    queries: Sequence[Query],
+) -> _Parts:
+    picture_QxE = gallery.bank_NxE[[query.image for query in queries]]
     edits = [query.text for query in queries]
-    return _Parts(
-        picture_QxE,
-        context.retriever.embed_texts(edits),
-        context.captions.lists(picture_QxE),
-        edits,
-    )
+    captions = picture_captions.lists(picture_QxE)
+    return _Parts(picture_QxE, retriever.embed_texts(edits), captions, edits)
 
 
 def _best(choices: Sequence[Choice], ranks_of: Callable[[Choice], np.ndarray]) -> Choice:

@@ -103,7 +103,9 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
             processes.set_stage(f"the baselines of {one.shift} {one.split}")
             if one.shift not in settings:
                 settings[one.shift] = composed.tune(context, one.shift)
-            baselines = composed.searches(context, one, settings[one.shift])
+            baselines = composed.searches(
+                gallery, context.retriever, context.captions, one, settings[one.shift]
+            )
         answers = _search_methods(
             context.config, context.retriever, workdir, one, gallery, baselines
         )

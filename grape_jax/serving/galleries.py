@@ -3,10 +3,13 @@
 import warnings
 from pathlib import Path
 
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
 from grape_jax.data import embedded, local
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.retrieval.bank import corpus_bank
-from grape_jax.run.context import Context
+from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.galleries import Gallery
 from grape_jax.run.rewriter import Rewriter
 from grape_jax.runtime.errors import UserError
@@ -22,13 +25,19 @@ def open_gallery(rewriter: Rewriter, path: str | None, split: str) -> Gallery:
     Raises:
       UserError: as `read`, or the run has no such split.
     """
-    return rewriter.gallery(split) if path is None else read(rewriter.context, path)
+    if path is None:
+        return rewriter.gallery(split)
+    run = rewriter.context
+    return read(run.config, run.retriever, run.mesh, path)
 
 
-def read(context: Context, path: str) -> Gallery:
+def read(config: ConfigDict, retriever: Retriever, mesh: Mesh, path: str) -> Gallery:
     """A gallery of the user's pictures or embeddings, for the retriever of a run.
 
     Args:
+      config: of the run.
+      retriever: of the run.
+      mesh: over which the gallery is sharded.
       path: a directory of pictures, which are embedded and cached in the run's `data_dir`, or
         embeddings in a layout of `data.embedded`.
 
@@ -36,7 +45,7 @@ def read(context: Context, path: str) -> Gallery:
       UserError: there is nothing to read, a picture is damaged, or another model made the
         embeddings.
     """
-    retriever, data_dir = context.retriever, Path(context.config.data_dir)
+    data_dir = Path(config.data_dir)
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(
@@ -60,8 +69,8 @@ def read(context: Context, path: str) -> Gallery:
                 f"{path} has no texts to check with: the run's retriever must have made it.",
                 stacklevel=2,
             )
-    index = ranking.shard_corpus(context.mesh, bank_NxE, context.config.retriever.corpus_dtype)
-    return Gallery(corpus, bank_NxE, index, context.mesh)
+    index = ranking.shard_corpus(mesh, bank_NxE, config.retriever.corpus_dtype)
+    return Gallery(corpus, bank_NxE, index, mesh)
 
 
 def examples(rewriter: Rewriter, gallery: Gallery, split: str) -> list[Query]:

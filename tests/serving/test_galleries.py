@@ -45,7 +45,7 @@ def test_embeddings_are_searched_with_their_ids(rewriter, tmp_path):
     ids = np.array([f"item {row}" for row in range(ROWS)])
     np.savez(tmp_path / "bank.npz", embeddings=3 * bank_NxE, ids=ids)
     with pytest.warns(UserWarning, match="unit"):
-        gallery = galleries.read(rewriter.context, str(tmp_path / "bank.npz"))
+        gallery = galleries.open_gallery(rewriter, str(tmp_path / "bank.npz"), "train")
     np.testing.assert_allclose(gallery.bank_NxE, bank_NxE, atol=1e-6)
     assert gallery.corpus.ids == ids.tolist() and gallery.image(0).size == (128, 128)
 
@@ -60,4 +60,4 @@ def test_what_cannot_be_searched_is_refused_by_name(rewriter, tmp_path):
     for name in ("none", "narrow.npz", "twice.npz", "empty", "broken"):
         key = "'a'" if name == "twice.npz" else name
         with pytest.raises(UserError, match=key):
-            galleries.read(rewriter.context, str(tmp_path / name))
+            galleries.open_gallery(rewriter, str(tmp_path / name), "train")
