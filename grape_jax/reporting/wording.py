@@ -31,7 +31,7 @@ LONG_MEASURES = {"recall_at_1": "Recall@1", "recall_at_10": "Recall@10"}  # of h
 TITLE = "Query rewriting for a frozen retriever: what was learned"
 ABOUT = (
     "A small language model rewrites search queries; the retriever that searches with the rewrites "
-    "and its index of pictures stay as they are."
+    "and its index stay as they are."
 )
 CAVEAT = (
     "Intervals from the same resamples of groups on both sides; p from flipping the signs of "

@@ -34,12 +34,15 @@ def quiet() -> None:
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
 
 
-def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list[str]:
+def parse(
+    argv: Sequence[str] | None = None, config_needed: bool = True, with_arguments: bool = False
+) -> list[str]:
     """Parses the flags that the command has defined; --help prints them and exits.
 
     Args:
       argv: None: `sys.argv`.
       config_needed: whether --config is required, if the command has it.
+      with_arguments: whether a command with --config takes arguments that are not flags.
 
     Returns:
       The arguments that are not flags.
@@ -57,7 +60,7 @@ def parse(argv: Sequence[str] | None = None, config_needed: bool = True) -> list
         _, *arguments = FLAGS(argv)
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{str(error).splitlines()[0]} (see --help).") from error
-    if arguments and "config" in FLAGS:
+    if arguments and "config" in FLAGS and not with_arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}: options start with --.")
     return arguments
 

@@ -18,7 +18,7 @@ from grape_jax.data import catalogue, flickr30k_cn, storage, submission, tagged,
 from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import captions
 from grape_jax.rl.prompts import PROMPT_UNIT, prompt_lengths
-from grape_jax.run import checks, context, loop
+from grape_jax.run import checks, context, evaluation, loop
 from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import best_ranks
@@ -503,6 +503,62 @@ def test_prompts_hold_the_captions_closest_to_a_picture(composed, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="is empty"):
         captions.read_bank(tmp_path / "empty.txt")
+
+
+def test_baselines_of_composed_queries_are_those_of_numpy(composed, tmp_path):
+    """Ranks in float64, and the settings that are best on the training queries, one by one."""
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    embed = lambda words: composed.retriever.embed_texts(words).astype(np.float64)
+
+    def parts(split):
+        queries = composed.queries.split("edits", split)
+        bank_NxE = composed.galleries.open(split).bank_NxE
+        images = [query.image for query in queries]
+        return queries, bank_NxE, bank_NxE[images], composed.captions.lists(bank_NxE[images])
+
+    def ranks(emb_QxE, queries, bank_NxE, among=None):
+        found = []
+        for emb, query in zip(emb_QxE, queries, strict=True):
+            similarity = bank_NxE.astype(np.float64) @ emb
+            rows = range(len(bank_NxE)) if among is None else query.subset
+            others = [row for row in rows if row not in (query.image, *query.targets)]
+            found.append(1 + sum(similarity[others] > similarity[query.targets[0]]))
+        return np.array(found)
+
+    def searches(split, share, count):
+        queries, _, pictures, described = parts(split)
+        edits = [query.text for query in queries]
+        joined = [
+            ", ".join([*some[:count], edit]) for some, edit in zip(described, edits, strict=True)
+        ]
+        return {
+            "picture alone": pictures,
+            "picture + edit": unit(
+                share * pictures.astype(np.float64) + (1 - share) * embed(edits)
+            ),
+            "caption + edit": embed(joined),
+        }
+
+    def best(method, choices):
+        queries, bank_NxE, *_ = parts("train")
+
+        def score(choice):
+            found = ranks(searches("train", *choice)[method], queries, bank_NxE)
+            return np.mean(found == 1), np.mean(1 / found)
+
+        return max(choices, key=score)
+
+    share, _ = best("picture + edit", [(tenths / 10, 1) for tenths in range(1, 10)])
+    _, count = best("caption + edit", [(0.5, n) for n in (1, 2, 3)])
+    (test_set,) = evaluation.search_test_sets(composed, tmp_path)
+    queries, bank_NxE, *_ = parts("validation")
+    for method, emb_QxE in searches("validation", share, count).items():
+        answers = test_set.find(method)
+        assert answers.ranks[:, 0].tolist() == ranks(emb_QxE, queries, bank_NxE).tolist(), method
+        subset = ranks(emb_QxE, queries, bank_NxE, among="subset")
+        assert answers.subset_ranks[:, 0].tolist() == subset.tolist(), method
+    assert f"{share:g} of the picture" in test_set.find("picture + edit").note
+    assert f": {count}, chosen on 18 training queries" in test_set.find("caption + edit").note
 
 
 def check_composed_run(config, workdir):

@@ -414,6 +414,80 @@ def _composed(named):
     return dataclasses.replace(test_set, queries=queries, named=named)
 
 
+def _edits(trained_at_1):
+    """Composed queries of two kinds with every baseline, of which caption + edit is the best."""
+    first = lambda share: np.where(np.arange(QUERIES) < share * QUERIES, 1, 7)
+    answers = [
+        _answers("raw query", "", first(0.1)),
+        _answers("picture alone", "", first(0.2)),
+        dataclasses.replace(_answers("picture + edit", "", first(0.3)), note="0.4 of the picture"),
+        _answers("caption + edit", "", first(0.5)),
+        _answers("untrained", "greedy", first(0.05)),
+        _answers("untrained", "sampled", first(0.05)),
+        _answers("GRPO", "greedy", first(trained_at_1)),
+        _answers("GRPO", "sampled", first(trained_at_1)),
+        _answers("reference text", "", first(1)),
+    ]
+    subset = np.tile([[1], [2]], (QUERIES // 2, 1))
+    answers = [dataclasses.replace(one, subset_ranks=subset) for one in answers]
+    queries = _queries()
+    for i, query in enumerate(queries):
+        query.image, query.kind = 49, ("colour", "gender")[i % 2]
+    return results.TestSet("unseen", "edits", queries, tuple(answers), NAMES, _picture)
+
+
+@pytest.mark.parametrize(
+    "share, said", [(0.9, "more than"), (0.525, "about as many as"), (0.15, "fewer than")]
+)
+def test_composed_queries_are_compared_with_the_best_baseline_at_rank_one(tmp_path, share, said):
+    test_set = _edits(share)
+    numbers = _write(tmp_path, [test_set])
+    (found,) = numbers["test_sets"]
+    assert (found["measure"], found["best_baseline"]) == ("recall_at_1", "caption + edit")
+    differences = {(d["a"], d["b"], d["decoding"]): d for d in found["differences"]}
+    trained, best = test_set.find("GRPO", "greedy"), test_set.find("caption + edit")
+    gained = 1.0 * (trained.ranks == 1) - 1.0 * (best.ranks == 1)
+    (wanted,) = metrics.clustered_bootstrap(gained, test_set.groups)
+    interval = differences["GRPO", "caption + edit", "greedy"]["recall_at_1"]
+    assert (interval["mean"], interval["low"]) == pytest.approx((wanted.mean, wanted.low))
+    baselines = {"untrained", "raw query", "picture alone", "picture + edit", "caption + edit"}
+    assert {b for a, b, decoding in differences if (a, decoding) == ("GRPO", "greedy")} == baselines
+    text = (tmp_path / "report.md").read_text()
+    opening, table = text.split("## ")[0], text.split("### Differences")[1].split("###")[0]
+    assert f"{said} the best baseline, caption + edit, with 50.0 %" in opening
+    shown = [f"{100 * x:.1f}".replace("-", "−") for x in (wanted.low, wanted.high)]
+    assert "[{}, {}] points of Recall@1".format(*shown) in opening
+    assert "R@10" not in opening + table and "subset R@1, points" in table
+    assert "0.4 of the picture" in text and "without the picture" in text  # the legend
+
+
+def test_the_summary_of_composed_queries_is_of_rank_one(tmp_path):
+    edits, plain = _edits(0.9), dataclasses.replace(_test_set(), name="unseen")
+    lines = report.summary(_write(tmp_path, [edits]))
+    assert len(lines) == 6 and lines[0].startswith("Recall@1 ")
+    assert "90.0 [" in lines[4] and "50.0 [" in lines[5] and "caption + edit" in lines[5]
+    lines = report.summary(_write(tmp_path, [edits, plain]))
+    assert len(lines) == 6 and "R@1" in lines[1] and "R@10" in lines[1]
+
+
+def test_kinds_of_changes_have_their_recall(tmp_path):
+    test_set = _edits(0.45)
+    (numbers,) = _write(tmp_path, [test_set])["test_sets"]
+    assert [part["kind"] for part in numbers["kinds"]] == ["colour", "gender"]
+    colour = np.array([query.kind == "colour" for query in test_set.queries])
+    for part, inside in zip(numbers["kinds"], (colour, ~colour), strict=True):
+        scores = next(
+            m for m in part["methods"] if (m["method"], m["decoding"]) == ("GRPO", "greedy")
+        )
+        ranks = test_set.find("GRPO", "greedy").ranks[inside]
+        assert scores["recall_at_1"]["mean"] == pytest.approx(np.mean(ranks == 1))
+        assert part["queries"] == inside.sum()
+    assert "### By kind" in (tmp_path / "report.md").read_text()
+    for query in test_set.queries:
+        query.kind = ""
+    assert results.numbers_of(test_set)["kinds"] == []
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_ids_are_no_titles_and_the_query_picture_is_shown(tmp_path, monkeypatch, named):
     drawn = {}
