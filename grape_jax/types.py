@@ -1,7 +1,8 @@
 """Groups of arrays that modules exchange. Each field: dtype, meaning; the shape is in its name.
 
 B prompts, K rewrites per prompt, S prompt length, T completion length, L retriever text length,
-P targets per query, Q rewrites in a row (B x K), N corpus items, E embedding width.
+P targets per query, Q rewrites in a row (B x K), N corpus items, E embedding width, I image
+features per prompt, D width of the policy.
 
 A field holds a JAX array inside a jitted function; on the host it may hold a NumPy array or, where
 shapes are planned, a `jax.ShapeDtypeStruct`.
@@ -21,6 +22,9 @@ class Prompts(flax.struct.PyTreeNode):
 
     tokens_BxS: jax.Array  # int32, policy token ids
     mask_BxS: jax.Array  # bool, False on padding
+    # Of a policy that sees; both are None where it reads text alone.
+    image_BxS: jax.Array | None = None  # int32, 1 + the feature in place of a token; 0: the token
+    features_BxIxD: jax.Array | None = None  # float, of the prompt's pictures, in their order
 
 
 class Rollout(flax.struct.PyTreeNode):

@@ -31,6 +31,21 @@ def open_picture(picture: Picture) -> Image.Image:
         raise UserError(f"{name} cannot be read as a picture: {error}.") from error
 
 
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """Returns width and height of a picture, of a file from its header alone.
+
+    Raises:
+      UserError: the file is missing, or its content is not a picture.
+    """
+    if isinstance(picture, Image.Image):
+        return picture.size
+    try:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            return opened.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return open_picture(picture).size  # with its message
+
+
 def content(picture: Picture) -> bytes:
     """Returns bytes that identify a picture: the encoded file, or mode, size and pixels.
 

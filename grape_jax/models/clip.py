@@ -119,24 +119,37 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, pixels_NxHxWx3: jax.Array) -> jax.Array:
         config, tower = self.config, self.config.vision
-        count = (config.image_size // config.patch) ** 2
-        class_D = vector(self, "class_embedding", tower.width)
-        position_LxD = table(self, "position_embedding", (count + 1, tower.width), "position")
-
-        patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), config.patch)
-        embed = dense(tower.width, ("pixels", "embed"), "patch_embedding", use_bias=False)
-        x_NxLxD = embed(patches_NxLxF) + position_LxD[1:]
-
-        class_Nx1xD = jnp.broadcast_to(
-            class_D + position_LxD[0], (x_NxLxD.shape[0], 1, tower.width)
-        )
-        x_NxLxD = jnp.concatenate([class_Nx1xD, x_NxLxD], axis=1)
-        x_NxLxD = norm(tower, "pre_norm")(x_NxLxD)
-        x_NxLxD, _ = layers(tower)(x_NxLxD, None)
+        x_NxLxD = image_states(self, tower, config.image_size, config.patch, pixels_NxHxWx3)
         x_NxD = norm(tower, "post_norm")(x_NxLxD[:, 0])
         return dense(config.projection, ("embed", "projection"), "projection", use_bias=False)(
             x_NxD
         )
+
+
+def image_states(
+    module: nn.Module,
+    tower: Tower,
+    image_size: int,
+    patch: int,
+    pixels_NxHxWx3: jax.Array,
+) -> jax.Array:
+    """States after the last layer, the class token first: `[N, 1 + patches, D]`.
+
+    Called inside a compact method of `module`, which owns the parameters.
+    """
+    count = (image_size // patch) ** 2
+    class_D = vector(module, "class_embedding", tower.width)
+    position_LxD = table(module, "position_embedding", (count + 1, tower.width), "position")
+
+    patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), patch)
+    embed = dense(tower.width, ("pixels", "embed"), "patch_embedding", use_bias=False)
+    x_NxLxD = embed(patches_NxLxF) + position_LxD[1:]
+
+    class_Nx1xD = jnp.broadcast_to(class_D + position_LxD[0], (x_NxLxD.shape[0], 1, tower.width))
+    x_NxLxD = jnp.concatenate([class_Nx1xD, x_NxLxD], axis=1)
+    x_NxLxD = norm(tower, "pre_norm")(x_NxLxD)
+    x_NxLxD, _ = layers(tower)(x_NxLxD, None)
+    return x_NxLxD
 
 
 def _end_position(config: ClipConfig, tokens_NxL: jax.Array) -> jax.Array:

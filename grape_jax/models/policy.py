@@ -295,7 +295,7 @@ def hidden_states(
         jnp.broadcast_to(jnp.tile(jnp.arange(U), K), (B, K * U)) + lengths_B[:, None]
     )
     positions_BxN = jnp.concatenate([prompt_positions(mask), completion_positions], axis=1)
-    x = embed(config, variables, tokens_BxN)
+    x = _with_pictures(embed(config, variables, tokens_BxN), prompts)
     x, _ = _through_layers(config, lora, variables, x, positions_BxN, attend_with)
     last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
     states = jnp.concatenate([last_prompt, group(x)], axis=2)
@@ -308,6 +308,19 @@ def embed(config: PolicyConfig, variables: Params, tokens: jax.Array) -> jax.Arr
     table_VxD = sharding.constrain(config.mesh, variables["params"]["embedding"], "vocab", None)
     x = sharding.constrain(config.mesh, table_VxD[tokens], "batch", *[None] * tokens.ndim)
     return x.astype(config.dtype or x.dtype)
+
+
+def _with_pictures(x_BxNxD: jax.Array, prompts: Prompts) -> jax.Array:
+    """Embeddings whose first S positions, those of the prompts, have the pictures' features."""
+    if prompts.image_BxS is None or prompts.features_BxIxD is None:
+        return x_BxNxD
+    S = prompts.tokens_BxS.shape[1]
+    feature_BxSx1 = prompts.image_BxS[..., None] - 1
+    seen_BxSxD = jnp.take_along_axis(
+        prompts.features_BxIxD, jnp.maximum(feature_BxSx1, 0), axis=1
+    ).astype(x_BxNxD.dtype)
+    seen_BxSxD = jnp.where(feature_BxSx1 >= 0, seen_BxSxD, x_BxNxD[:, :S])
+    return jnp.concatenate([seen_BxSxD, x_BxNxD[:, S:]], axis=1)
 
 
 def in_compute_dtype(
@@ -345,7 +358,7 @@ def _read_prompts(
     def attend_with(_, window):
         return lambda q, k, v: (attention.attend_prompt(q, k, v, mask, window), (k, v))
 
-    x = embed(config, variables, prompts.tokens_BxS)
+    x = _with_pictures(embed(config, variables, prompts.tokens_BxS), prompts)
     return _through_layers(config, lora, variables, x, prompt_positions(mask), attend_with)
 
 

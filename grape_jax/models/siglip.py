@@ -106,12 +106,23 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, pixels_NxHxWx3: jax.Array) -> jax.Array:
         config, tower = self.config, self.config.vision
-        count = (config.image_size // config.patch) ** 2
-        position_LxD = table(self, "position_embedding", (count, tower.width), "position")
-        patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), config.patch)
-        embed = dense(tower.width, ("pixels", "embed"), "patch_embedding")
-        x_NxLxD, _ = layers(tower)(embed(patches_NxLxF) + position_LxD, None)
-        return PoolingHead(tower, name="head")(norm(tower, "post_norm")(x_NxLxD))
+        x_NxLxD = image_states(self, tower, config.image_size, config.patch, pixels_NxHxWx3)
+        return PoolingHead(tower, name="head")(x_NxLxD)
+
+
+def image_states(
+    module: nn.Module, tower: Tower, image_size: int, patch: int, pixels_NxHxWx3: jax.Array
+) -> jax.Array:
+    """Normed states of all patches, `[N, L, D]`.
+
+    Called inside a compact method of `module`, which owns the parameters.
+    """
+    count = (image_size // patch) ** 2
+    position_LxD = table(module, "position_embedding", (count, tower.width), "position")
+    patches_NxLxF = patchify(pixels_NxHxWx3.astype(position_LxD.dtype), patch)
+    embed = dense(tower.width, ("pixels", "embed"), "patch_embedding")
+    x_NxLxD, _ = layers(tower)(embed(patches_NxLxF) + position_LxD, None)
+    return norm(tower, "post_norm")(x_NxLxD)
 
 
 class PoolingHead(nn.Module):

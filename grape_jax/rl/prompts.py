@@ -5,12 +5,15 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Prompts
+from grape_jax.weights.processor import PictureProcessor, Size
 
 FORMATS = ("line", "answer")
 PROMPT_UNIT = 16  # padded prompt lengths are multiples of it
@@ -41,12 +44,19 @@ class PromptConfig:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, config: PromptConfig, queries: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    queries: Sequence[str],
+    eyes: PictureProcessor | None = None,
+    sizes: Sequence[Size | None] | None = None,
 ) -> Prompts:
-    """Chat prompts of queries, right-aligned (NumPy).
+    """Chat prompts of queries, right-aligned (NumPy), without the features of pictures.
 
     Args:
       tokenizer: the policy's, with a chat template.
+      eyes: of a vision-language model.
+      sizes: of each query's picture, None for a query without one; None: the policy is given no
+        pictures.
 
     Raises:
       UserError: a query is empty, or its prompt is longer than `max_tokens`.
@@ -55,10 +65,11 @@ def encode_prompts(
     tokens = np.full((len(queries), config.max_tokens), pad, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, query in enumerate(queries):
-        ids = _prompt_ids(tokenizer, config, query)
+        ids = _prompt_ids(tokenizer, config, query, eyes, sizes[row] if sizes else None)
         tokens[row, config.max_tokens - len(ids) :] = ids
         mask[row, config.max_tokens - len(ids) :] = True
-    return Prompts(tokens, mask)  # type: ignore[arg-type]
+    image: Any = None if eyes is None or sizes is None else eyes.image_index(tokens)
+    return Prompts(tokens, mask, image)  # type: ignore[arg-type]
 
 
 def to_bucket(prompts: Prompts, buckets: Sequence[int]) -> Prompts:
@@ -68,11 +79,16 @@ def to_bucket(prompts: Prompts, buckets: Sequence[int]) -> Prompts:
       prompts: a whole batch.
       buckets: lengths in ascending order; if none is long enough, the prompts are returned
         unchanged.
+
+    Raises:
+      ValueError: the prompts have the features of pictures already.
     """
+    if prompts.features_BxIxD is not None:
+        raise ValueError("prompts are trimmed before their pictures are seen")
     longest = int(prompts.mask_BxS.sum(axis=1).max())
     width = prompts.tokens_BxS.shape[1]
     length = next((bucket for bucket in buckets if longest <= bucket < width), width)
-    return Prompts(prompts.tokens_BxS[:, width - length :], prompts.mask_BxS[:, width - length :])
+    return jax.tree.map(lambda x: x[:, width - length :], prompts)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
@@ -92,18 +108,31 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tup
 
 
 def prompt_lengths(
-    tokenizer: PreTrainedTokenizerBase, config: PromptConfig, queries: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    queries: Sequence[str],
+    eyes: PictureProcessor | None = None,
+    size: Size | None = None,
 ) -> list[int]:
-    """Tokens of each query's prompt, not limited by `max_tokens`."""
+    """Tokens of each query's prompt, not limited by `max_tokens`.
+
+    Args:
+      eyes: as in `encode_prompts`.
+      size: of a picture that every prompt has.
+    """
     unbounded = dataclasses.replace(config, max_tokens=2**31)
-    return [len(_prompt_ids(tokenizer, unbounded, query)) for query in queries]
+    return [len(_prompt_ids(tokenizer, unbounded, query, eyes, size)) for query in queries]
 
 
 def longest_prompt(
-    tokenizer: PreTrainedTokenizerBase, config: PromptConfig, queries: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    queries: Sequence[str],
+    eyes: PictureProcessor | None = None,
+    size: Size | None = None,
 ) -> int:
-    """Tokens of the longest prompt of these queries."""
-    return max(prompt_lengths(tokenizer, config, queries))
+    """Tokens of the longest prompt of these queries; arguments as of `prompt_lengths`."""
+    return max(prompt_lengths(tokenizer, config, queries, eyes, size))
 
 
 def choose_lengths(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
@@ -121,14 +150,30 @@ def choose_lengths(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
     return tuple(sorted({min(length, longest) for length in rounded}))
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, config: PromptConfig, query: str) -> list[int]:
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    query: str,
+    eyes: PictureProcessor | None,
+    size: Size | None,
+) -> list[int]:
     if not query.strip():
         raise UserError("a query is empty: remove it, or give it a text.")
-    turns = [{"role": "user", "content": config.user.replace("{query}", query)}]
-    if config.system:
-        turns.insert(0, {"role": "system", "content": config.system})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(str(text) + config.answer_start, add_special_tokens=False)["input_ids"]
+    user = config.user.replace("{query}", query)
+    if eyes is None:
+        turns: list[dict] = [{"role": "user", "content": user}]
+        if config.system:
+            turns.insert(0, {"role": "system", "content": config.system})
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(str(text) + config.answer_start, add_special_tokens=False)["input_ids"]
+    else:
+        pictures: list[dict] = [] if size is None else [{"type": "image"}]
+        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": user}]}]
+        if config.system:
+            said = [{"type": "text", "text": config.system}]
+            turns.insert(0, {"role": "system", "content": said})
+        sizes = [] if size is None else [size]
+        ids = eyes.prompt_ids(tokenizer, turns, sizes, config.answer_start)
     if len(ids) > config.max_tokens:
         raise UserError(
             f"the prompt of query {query[:40]!r} has {len(ids)} tokens, more than "

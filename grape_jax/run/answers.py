@@ -120,7 +120,7 @@ def evaluate_policy(
             shifts = [one.shift] * len(texts)
             rewrites = rewrite(
                 policy, variables, texts, shifts, sampling, evaluation.batch_size, task.seed,
-                after_batch,
+                after_batch, context.pictures(one.queries, one.split),
             )  # fmt: skip
             if processes.is_main():
                 _write(task, rewrites)

@@ -32,6 +32,7 @@ def check(config: ConfigDict) -> None:
     _check_data(config)
     _check_prompt(config.prompt)
     _check_settings(config)
+    _check_pictures(config)
     for phase in PHASES:
         _check_microbatches(phase, config[phase])
     _check_warm_up(config)
@@ -86,8 +87,7 @@ def _check_prompt(prompt: ConfigDict) -> None:
     for name in ("{history}", "{query}"):
         if name not in prompt.with_history:
             raise UserError(f"prompt.with_history must contain {name}.")
-    if prompt.captions < 1:
-        raise UserError("prompt.captions must be 1 or more: a picture is told in captions.")
+    check_least("prompt.captions", prompt.captions, 0)
     if prompt.caption_bank and not Path(prompt.caption_bank).is_file():
         raise UserError(f"there is no caption bank {prompt.caption_bank}: give a text file.")
     check_least("prompt.max_tokens", prompt.max_tokens, 0)
@@ -115,6 +115,21 @@ def _check_settings(config: ConfigDict) -> None:
     for phase in PHASES:
         settings.optimizer_config(config, phase)
     settings.sampling_config(config, stop_ids=(), pad_id=0)
+
+
+def _check_pictures(config: ConfigDict) -> None:
+    """How the policy reads the pictures of composed queries."""
+    composed = catalogue.find(config.benchmark).composed
+    if config.policy.sees and not composed:
+        raise UserError(
+            f"policy.sees must be False for benchmark={config.benchmark!r}, whose queries are "
+            "words alone."
+        )
+    if composed and not (config.policy.sees or config.prompt.captions):
+        raise UserError(
+            "prompt.captions must be 1 or more, or policy.sees True: the policy would know "
+            "nothing of a query's picture."
+        )
 
 
 def _check_microbatches(phase: str, config: ConfigDict) -> None:

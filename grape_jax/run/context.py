@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grape_jax.data import catalogue
+from grape_jax.data.benchmark import Query
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.rl.learner import Learner, TrainState, init_state, state_shapes
@@ -21,7 +22,7 @@ from grape_jax.rl.rollout import SamplingConfig
 from grape_jax.rl.scoring import Scorer
 from grape_jax.run import checks, data_checks, policy, settings
 from grape_jax.run.digests import data_digests, run_digests
-from grape_jax.run.galleries import Galleries, Gallery
+from grape_jax.run.galleries import Galleries, Gallery, QueryPictures
 from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.policy import RewritePolicy
 from grape_jax.run.queries import Queries
@@ -45,6 +46,12 @@ class Context:
     def learner(self, phase: str) -> Learner:
         """The static part of the step functions of a phase, "warm_up" or "grpo"."""
         return settings.make_learner(self.config, phase, self.policy.model, self.mesh)
+
+    def pictures(self, queries: Sequence[Query], split: str) -> QueryPictures | None:
+        """The queries' own pictures, for a policy that sees; None if it reads text alone."""
+        if self.policy.vision is None:
+            return None
+        return self.galleries.query_pictures(queries, split)
 
     def scorer(self) -> Scorer:
         """The static part of `score_rewrites` in the training gallery."""
@@ -84,6 +91,8 @@ class Context:
             "policy": checkpoint.fingerprint(self.policy.base),
             "retriever": self.retriever.fingerprint,
         }
+        if self.policy.vision is not None:
+            weights["vision"] = checkpoint.fingerprint(self.policy.vision.params)
         data = data_digests(self.config, self.queries, self.galleries, splits)
         return checkpoint.resolved(self.config) | {"weights": weights, "data": data}
 

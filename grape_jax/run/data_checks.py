@@ -50,7 +50,9 @@ def check_before_loading(
             _check_references(config, tokenizer, shift, queries.train(shift))
         prompt = settings.prompt_config(config, shift, max_tokens or room)
         texts = _texts_before_loading(config, tokenizer, shift, queries)
-        found = prompts.prompt_lengths(tokenizer, prompt, texts)
+        eyes = None if opened.vision is None else opened.vision.processor
+        largest = eyes.largest if eyes is not None and config.policy.sees else None
+        found = prompts.prompt_lengths(tokenizer, prompt, texts, eyes, largest)
         _check_longest(config, shift, max(found, default=0), prompt.max_tokens)
         lengths += found
     if max_tokens:
@@ -73,9 +75,11 @@ def check_after_loading(
     for shift, prompt in policy.prompts.items():
         for split in catalogue.find(config.benchmark).splits:
             found = queries.split(shift, split)
-            if any(query.image >= 0 for query in found):
+            if config.prompt.captions and any(query.image >= 0 for query in found):
                 texts = picture_captions.prompt_texts(found, split)
-                longest = prompts.longest_prompt(policy.tokenizer, prompt, texts)
+                longest = prompts.longest_prompt(
+                    policy.tokenizer, prompt, texts, policy.eyes, policy.largest_picture
+                )
                 _check_longest(config, shift, longest, prompt.max_tokens)
             # If targets are withheld, they are withheld for the whole split.
             most = max(len(query.targets) for query in found)
@@ -130,6 +134,8 @@ def _texts_before_loading(config: ConfigDict, tokenizer, shift: str, queries: Qu
     if config.warm_up.words:
         found += catalogue.load_words(config, shift)
     turn = lambda query: settings.with_history(config, query.history, query.text)
+    if not config.prompt.captions:
+        return [turn(query) for query in found]
     texts = [turn(query) for query in found if query.image < 0]
     if len(texts) == len(found) or config.prompt.max_tokens:
         return texts

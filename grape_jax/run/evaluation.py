@@ -71,6 +71,7 @@ def validate(context: Context, variables: dict[str, Any]) -> dict[str, float]:
         context.sampling(1, 0.0, config.evaluation.max_tokens),
         config.evaluation.batch_size,
         seed=0,
+        pictures=context.pictures(queries, "validation"),
     )
     gallery = context.galleries.open("validation")
     emb_QxE = context.retriever.embed_texts(texts)

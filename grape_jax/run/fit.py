@@ -15,7 +15,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grape_jax.models import policy, towers
+from grape_jax.models import policy, towers, vision
+from grape_jax.models.vision import VisionConfig
 from grape_jax.retrieval import encoder as retriever
 from grape_jax.retrieval import ranking
 from grape_jax.rl import learner
@@ -52,6 +53,15 @@ CHIPS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Vision:
+    """The eyes of a policy, as shapes."""
+
+    config: VisionConfig
+    params: dict
+    tiles: int  # of a picture, at most
+
+
+@dataclasses.dataclass(frozen=True)
 class Shapes:
     """The arrays of a run, as shapes with shardings."""
 
@@ -61,6 +71,7 @@ class Shapes:
     state: TrainState
     retriever: dict
     index: Index
+    vision: Vision | None  # None: the policy reads text alone
 
     def at_rest(self) -> dict[str, float]:
         """Bytes a chip of the arrays that live between two steps."""
@@ -70,6 +81,8 @@ class Shapes:
             "retriever": self.retriever,
             "corpus": self.index,
         }
+        if self.vision is not None:
+            parts["vision tower"] = self.vision.params
         return {name: bytes_a_chip(part) for name, part in parts.items()}
 
 
@@ -265,7 +278,15 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
         index=ranking.index_shapes(
             mesh, corpus_size, tower.projection, config.retriever.corpus_dtype
         ),
+        vision=_vision_shapes(config, mesh) if config.policy.sees else None,
     )
+
+
+def _vision_shapes(config: ConfigDict, mesh: Mesh) -> Vision:
+    found, tiles = pretrained.read_vision(pretrained.policy_path(config.policy.path))
+    where = vision.shardings(found, mesh)
+    dtype = jnp.dtype(config.policy.dtype)
+    return Vision(found, placed(vision.shapes(found), where, dtype), tiles)
 
 
 def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
@@ -278,7 +299,17 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
 
     B, K, S = config.grpo.batch_size, config.grpo.group_size, config.prompt.max_tokens
     L = config.retriever.text_length or shapes.scorer.retriever.context
-    prompts = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool))
+    prompts, programs = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool)), []
+    if (eyes := shapes.vision) is not None:
+        side = eyes.config.image_size
+        pixels = in_batch(B, eyes.tiles, side, side, 3, dtype=jnp.float32)
+        see = lambda: vision.features.lower(eyes.config, eyes.params, pixels, mesh=mesh)
+        programs.append(Program("picture_features", see, (eyes.params,)))
+        features = in_batch(
+            B, eyes.tiles * eyes.config.features, model.width,
+            dtype=jax.tree.leaves(eyes.params)[0].dtype,
+        )  # fmt: skip
+        prompts = prompts.replace(image_BxS=in_batch(B, S), features_BxIxD=features)
     rewrites = Rewrites(
         tokens_BxKxL=in_batch(B, K, L),
         mask_BxKxL=in_batch(B, K, L, dtype=bool),
@@ -305,7 +336,6 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     )
     scores = result(lambda: score_rewrites(shapes.scorer, *ranked))
 
-    programs = []
     if moved:
         lower = lambda: gather.lower(model, made.lora, moved)
         programs.append(Program("gather", lower, (moved,)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from grape_jax.data import catalogue
-from grape_jax.data.benchmark import Corpus
+from grape_jax.data.benchmark import Corpus, Query
 from grape_jax.data.local import Precomputed
 from grape_jax.retrieval import encoder, ranking
 from grape_jax.retrieval.bank import bank_digest, corpus_bank, text_bank
@@ -41,6 +42,20 @@ class Gallery:
         return Image.open(io.BytesIO(self.corpus.images[row])).convert("RGB")
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryPictures(Sequence):
+    """The encoded pictures of queries, each read when it is asked for; None where there is none."""
+
+    images: Sequence[bytes]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, query):
+        return None if self.rows[query] < 0 else self.images[self.rows[query]]
+
+
 class Galleries:
     """The galleries of a benchmark, each embedded when it is first opened.
 
@@ -61,6 +76,12 @@ class Galleries:
         if name not in self._corpora:
             self._corpora[name] = catalogue.load_corpus(self.config, name)
         return self._corpora[name]
+
+    def query_pictures(self, queries: Sequence[Query], split: str) -> QueryPictures:
+        """The queries' own pictures."""
+        images = self.corpus(self.name(split)).images
+        assert images is not None  # composed queries are of a corpus with pictures
+        return QueryPictures(images, [query.image for query in queries])
 
     def open(self, split: str) -> Gallery:
         """The gallery that a split's queries are ranked in."""

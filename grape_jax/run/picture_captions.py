@@ -1,4 +1,4 @@
-"""Captions of query pictures, for a policy that reads text only."""
+"""Captions of query pictures, in place of them or beside them."""
 
 import functools
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ class PictureCaptions:
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
         """The user turns of queries, after the earlier turns of their conversations.
 
-        A picture of the query's own is replaced by its captions.
+        A query's own picture is told by its captions, if `prompt.captions` asks for any.
         """
         rows = [query.image for query in queries if query.image >= 0]
-        if not rows:
+        if not rows or not self.config.prompt.captions:
             return [settings.with_history(self.config, q.history, q.text) for q in queries]
         emb_QxE = self.galleries.open(split).bank_NxE[np.asarray(rows)]
         caption = dict(zip(rows, self.closest(emb_QxE), strict=True))

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from grape_jax.models import lora
+from grape_jax.data.pictures import Picture, open_picture, picture_size
+from grape_jax.models import lora, vision
 from grape_jax.models import policy as decoder
 from grape_jax.models.lora import LoraConfig
 from grape_jax.models.policy import PolicyConfig
@@ -25,6 +26,8 @@ from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
 from grape_jax.weights import pretrained, tensors
 from grape_jax.weights.placing import OpenedPolicy
+from grape_jax.weights.processor import PictureProcessor, Size
+from grape_jax.weights.vision import Vision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,13 @@ class RewritePolicy:
     stop_ids: tuple[int, ...]  # tokens that end a completion
     prompts: dict[str, PromptConfig]  # by shift
     buckets: tuple[int, ...]  # lengths that a batch of prompts is padded to, ascending
+    eyes: PictureProcessor | None = None  # of a vision-language model
+    vision: Vision | None = None  # None: is given no pictures
+
+    @property
+    def largest_picture(self) -> Size | None:
+        """A size whose picture has the largest number of tokens; None: is given no pictures."""
+        return None if self.vision is None else self.vision.processor.largest
 
     @property
     def mesh(self) -> Mesh:
@@ -62,6 +72,11 @@ def open_model(config: ConfigDict) -> OpenedPolicy:
     """
     opened = pretrained.open_policy(pretrained.policy_path(config.policy.path))
     _check_chat(config, opened.tokenizer)
+    if config.policy.sees and opened.vision is None:
+        raise UserError(
+            f"policy.sees=True needs a vision-language model, and policy.path="
+            f"{config.policy.path!r} reads text alone: choose another, or set policy.sees=False."
+        )
     return opened
 
 
@@ -79,6 +94,7 @@ def load(
     tokenizer = _check_chat(config, opened.tokenizer)
     stops = prompts.stop_tokens(tokenizer, config.rollout.stop)
     *buckets, longest = lengths
+    seen = opened.vision
     return RewritePolicy(
         model=settings.with_compute_settings(config, opened.config, mesh),
         base=opened.place(mesh, tensors.DTYPES[settings.base_dtype(config)]),
@@ -87,6 +103,8 @@ def load(
         stop_ids=opened.end_tokens + stops,
         prompts={shift: settings.prompt_config(config, shift, longest) for shift in config.shifts},
         buckets=tuple(buckets),
+        eyes=None if seen is None else seen.processor,
+        vision=seen.load(config.policy.dtype, mesh) if seen and config.policy.sees else None,
     )
 
 
@@ -108,7 +126,9 @@ def with_room(
       UserError: a prompt does not fit into the policy's context.
     """
     prompt = policy.prompts[shift]
-    longest = prompts.longest_prompt(policy.tokenizer, prompt, texts)
+    longest = prompts.longest_prompt(
+        policy.tokenizer, prompt, texts, policy.eyes, policy.largest_picture
+    )
     room = policy.model.max_length - max_tokens
     if longest > room:
         raise UserError(
@@ -121,17 +141,72 @@ def with_room(
     return dataclasses.replace(policy, prompts=policy.prompts | {shift: prompt})
 
 
-def encode(policy: RewritePolicy, texts: Sequence[str], shifts: Sequence[str]) -> Prompts:
+def encode(
+    policy: RewritePolicy,
+    texts: Sequence[str],
+    shifts: Sequence[str],
+    pictures: Sequence[Picture | None] | None = None,
+) -> Prompts:
     """Prompts `[B, S]` of user turns, padded to the full prompt length (numpy).
 
+    The features of pictures are added by `place`.
+
+    Args:
+      pictures: of each turn, for a policy that sees; None: of no turn.
+
     Raises:
-      UserError: a text is empty or too long.
+      UserError: a text is empty or too long, or a picture is unreadable.
     """
+    none = [None] * len(texts)
+    size_of = lambda picture: None if picture is None else picture_size(picture)
     rows = [
-        prompts.encode_prompts(policy.tokenizer, policy.prompts[shift], [text])
-        for text, shift in zip(texts, shifts, strict=True)
+        prompts.encode_prompts(
+            policy.tokenizer,
+            policy.prompts[shift],
+            [text],
+            policy.eyes,
+            None if policy.vision is None else [size_of(picture)],
+        )
+        for text, shift, picture in zip(texts, shifts, pictures or none, strict=True)
     ]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+
+
+def place(
+    policy: RewritePolicy,
+    encoded: Prompts,
+    rows: np.ndarray,
+    pictures: Sequence[Picture | None] | None = None,
+) -> Prompts:
+    """Places prompts on the mesh, with the features of their pictures.
+
+    The tower runs once here, for rollout, reference and gradient.
+
+    Args:
+      encoded: from `encode`, at this process or at all.
+      rows: the prompts that this process's devices hold.
+      pictures: as in `encode`.
+
+    Raises:
+      UserError: a picture is unreadable.
+      ValueError: a prompt has more or fewer image tokens than its picture has features.
+    """
+    local = jax.tree.map(lambda x: x[rows], encoded)
+    placed = sharding.batch(policy.mesh, local)
+    if policy.vision is None:
+        return placed
+    eyes, none = policy.vision.processor, [None] * len(encoded.tokens_BxS)
+    given = [(pictures or none)[row] for row in rows]
+    opened = [[] if picture is None else [open_picture(picture)] for picture in given]
+    pixels = eyes.pixels(opened, local.image_BxS, eyes.most_tiles)
+    return placed.replace(
+        features_BxIxD=vision.features(
+            policy.vision.config,
+            policy.vision.params,
+            sharding.batch(policy.mesh, pixels),
+            mesh=policy.mesh,
+        )
+    )
 
 
 def read_answers(policy: RewritePolicy, tokens_BxKxT, mask_BxKxT) -> list[list[Answer]]:

@@ -95,12 +95,12 @@ class Rewriter:
         self._check_images(queries, images)
         with self._lock:
             texts = self._after(history, queries)
-            if images:
+            if images and self.context.config.prompt.captions:
                 texts = self.user_turns(queries, self.context.retriever.embed_images(images))
-            return self._rewrite(texts, shift or self.shifts[0])
+            return self._rewrite(texts, shift or self.shifts[0], images)
 
     def user_turns(self, queries: Sequence[str], emb_QxE: np.ndarray) -> list[str]:
-        """What the policy reads of composed queries.
+        """What the policy reads of composed queries, where it reads captions.
 
         Args:
           emb_QxE: the embedding of each query's picture, by the run's retriever.
@@ -127,7 +127,7 @@ class Rewriter:
             settings.with_history(self.context.config, earlier, text) for earlier, text in turns
         ]
 
-    def _rewrite(self, texts: list[str], shift: str) -> list[str]:
+    def _rewrite(self, texts: list[str], shift: str, images: Sequence[Picture] | None) -> list[str]:
         config, policy = self.context.config, self.context.policy
         if texts and not config.prompt.max_tokens:
             policy = with_room(policy, shift, texts, config.evaluation.max_tokens)
@@ -139,6 +139,7 @@ class Rewriter:
             [shift] * len(texts),
             self.context.sampling(1, 0.0, config.evaluation.max_tokens),
             min(FEW, batch_size) if len(texts) <= FEW else batch_size,
+            pictures=None if policy.vision is None else images,
         )
 
     def find(

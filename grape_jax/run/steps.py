@@ -23,11 +23,10 @@ from grape_jax.rl.rollout import filtered_mass, sample
 from grape_jax.rl.scoring import score_rewrites
 from grape_jax.run.context import Context
 from grape_jax.run.data_checks import reference_texts
-from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.policy import (
     Answer,
-    RewritePolicy,
     encode,
+    place,
     read_answers,
     sampling_variables,
     untrained_variables,
@@ -56,7 +55,7 @@ def warm_up(
     """One supervised step towards reference texts or towards the policy's own best rewrites."""
     config, policy = context.config, context.policy
     shifts, queries = zip(*batch, strict=True)
-    prompts = place_rows(context.mesh, _encode(context.captions, policy, queries, shifts))
+    prompts = _prompts(context, queries, shifts)
     if config.warm_up.towards == "references":
         goals = reference_texts(config, queries)
     else:
@@ -160,10 +159,10 @@ def rollout_and_score(
     """Samples rewrites of a batch of queries, parses them, and ranks their targets."""
     config, policy, mesh = context.config, context.policy, context.mesh
     shifts, queries = zip(*batch, strict=True)
-    prompts, targets, excluded, gains = place_rows(
+    prompts = _prompts(context, queries, shifts)
+    targets, excluded, gains = place_rows(
         mesh,
         (
-            _encode(context.captions, policy, queries, shifts),
             context.queries.targets(queries),
             excluded_of(queries),
             context.queries.gains(queries),
@@ -243,21 +242,20 @@ def place_rows(mesh: Mesh, tree):
     return sharding.batch(mesh, jax.tree.map(lambda x: x[rows], tree))
 
 
-def _encode(
-    captions: PictureCaptions,
-    policy: RewritePolicy,
-    queries: Sequence[Query],
-    shifts: Sequence[str],
-) -> Prompts:
-    """Prompts of a whole batch, padded to its bucket (numpy)."""
-    texts = captions.prompt_texts(queries, "train")
-    return prompting.to_bucket(encode(policy, texts, shifts), policy.buckets)
+def _prompts(context: Context, queries: Sequence[Query], shifts: Sequence[str]) -> Prompts:
+    """Prompts of a whole batch with their pictures, padded to its bucket and placed."""
+    policy = context.policy
+    texts = context.captions.prompt_texts(queries, "train")
+    pictures = context.pictures(queries, "train")
+    encoded = prompting.to_bucket(encode(policy, texts, shifts, pictures), policy.buckets)
+    return place(policy, encoded, sharding.local_rows(context.mesh, len(queries)), pictures)
 
 
 def _widened(prompts: Prompts, length: int) -> Prompts:
     """Prompts of one bucket, padded on the left to the length of another."""
     more = ((0, 0), (length - prompts.tokens_BxS.shape[1], 0))
-    return jax.tree.map(lambda x: jnp.pad(x, more), prompts)
+    widened = jax.tree.map(lambda x: jnp.pad(x, more), prompts.replace(features_BxIxD=None))
+    return widened.replace(features_BxIxD=prompts.features_BxIxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -80,8 +80,16 @@ class Engine:
 
         Args:
           batch: queries rewritten together at most.
+
+        Raises:
+          UserError: the policy sees pictures.
         """
         config, context = rewriter.context.config, rewriter.context
+        if context.policy.vision is not None:
+            raise UserError(
+                "policy.sees=True is not served yet: use the run's Rewriter in Python, or serve a "
+                "run whose policy reads captions."
+            )
         several = rewriter.context.mesh.size > 1
         return cls(
             rewriter=rewriter,
@@ -195,7 +203,7 @@ def _with_fixed_lengths(rewriter: Rewriter) -> RewritePolicy:
     if rewriter.composed:
         text = settings.with_captions(config, "; ".join("a" * config.prompt.captions), text)
     shortest = max(
-        prompts.longest_prompt(policy.tokenizer, prompt, [text])
+        prompts.longest_prompt(policy.tokenizer, prompt, [text], policy.eyes)
         for prompt in policy.prompts.values()
     )
     room = policy.model.max_length - config.evaluation.max_tokens

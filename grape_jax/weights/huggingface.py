@@ -4,9 +4,11 @@ A directory has `config.json`, one or several `*.safetensors`, `tokenizer.json` 
 """
 
 import json
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from grape_jax.models.lora import LoraConfig
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
-from grape_jax.weights import policy_config
+from grape_jax.weights import policy_config, vision
 from grape_jax.weights.placing import Index, LeafPath, OpenedPolicy, leaf_shapes, place
 from grape_jax.weights.tensors import (
     WEIGHTS_FILE,
@@ -31,6 +33,7 @@ from grape_jax.weights.tokenizer import read as read_tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
+OLD_TEMPLATE_FILE = "chat_template.json"  # where processors stored it before transformers 5
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_FILE_BYTES = 4 * 2**30
 
@@ -55,6 +58,13 @@ OUTSIDE = {
 }
 
 
+class Stored(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    name: str  # in the file
+
+
 def open_model(directory: str | Path) -> OpenedPolicy:
     """Reads everything of a checkpoint except the weights.
 
@@ -72,13 +82,14 @@ def open_model(directory: str | Path) -> OpenedPolicy:
         # Kernels are stored transposed.
         name, transposed = _file_name(path, layer), path[-1] == "kernel"
         # Opened for each read: pages stay in memory as long as the file is mapped.
-        with open_weights(where[name]) as file:
-            block = file.get_slice(name)[index[::-1] if transposed else index]
+        with open_weights(where[name].file) as file:
+            block = file.get_slice(where[name].name)[index[::-1] if transposed else index]
         return block.T if transposed else block
 
     end_tokens = _end_tokens(directory, tokenizer)
     placed = lambda mesh, dtype: place(config, mesh, dtype, read)
-    return OpenedPolicy(config, tokenizer, end_tokens, placed)
+    eyes = vision.open_vision(directory, config.width, tokenizer)
+    return OpenedPolicy(config, tokenizer, end_tokens, placed, eyes)
 
 
 def _end_tokens(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> tuple[int, ...]:
@@ -114,6 +125,8 @@ def load_tokenizer(directory: Path, config: PolicyConfig) -> PreTrainedTokenizer
             f"{directory / policy_config.CONFIG_FILE}: the two belong to different models, "
             "download them again."
         )
+    if found.chat_template is None and (directory / OLD_TEMPLATE_FILE).exists():
+        found.chat_template = read_json(directory / OLD_TEMPLATE_FILE).get("chat_template")
     if found.pad_token is None:
         found.pad_token = found.eos_token
     return found
@@ -157,23 +170,67 @@ def save(
         _write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
 
 
+def save_vision_language(
+    directory: str | Path,
+    source: Path,
+    params: dict[str, Any],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes a directory for transformers with another decoder and everything else of `source`.
+
+    Args:
+      source: the directory of the vision-language model that was trained.
+      params: of the decoder, whose dtype becomes that of the checkpoint.
+
+    Raises:
+      UserError: the directory already has weights, or cannot be written.
+    """
+    directory, where = _without_weights(directory), _locate(source)
+
+    def everything() -> Iterator[tuple[str, Any, bool]]:
+        for name, array, transposed in _tensors(params):
+            yield where[name].name, array, transposed
+        for name, stored in where.items():
+            if vision.of_eyes(name):
+                with open_weights(stored.file) as file:
+                    yield stored.name, file.get_tensor(stored.name), False
+
+    weight_map = _save_tensors(directory, everything(), max_file_bytes)
+    for pattern in ("*.json", "*.jinja"):
+        for path in source.glob(pattern):
+            if path.name != INDEX_FILE:
+                shutil.copyfile(path, directory / path.name)
+    dtype = np.dtype(params["embedding"].dtype).name
+    config = read_json(source / policy_config.CONFIG_FILE)
+    config["text_config"] = config["text_config"] | {"dtype": dtype}
+    _write_json(directory / policy_config.CONFIG_FILE, config | {"dtype": dtype})
+    if weight_map is not None:
+        _write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+
+
 def save_adapter(
-    directory: str | Path, adapter: dict[str, Any], lora: LoraConfig, base: str
+    directory: str | Path, adapter: dict[str, Any], lora: LoraConfig, base: str, kind: str = ""
 ) -> None:
     """Writes a LoRA adapter for peft.
 
     Args:
       base: name or path of the base model, for `base_model_name_or_path`.
+      kind: its model_type, if it is a vision-language model.
 
     Raises:
       UserError: the directory already has weights, or cannot be written.
     """
     directory = _without_weights(directory)
     tensors = {}
+    decoder = vision.DECODERS.get(kind, "model")
+    targets: Any = [MODULES[target].split(".")[-1] for target in lora.targets]
+    if kind in vision.DECODERS:
+        # The tower has modules of the same names.
+        targets = rf".*{re.escape(decoder)}\.layers\..*\.({'|'.join(targets)})"
     for module, low_rank in adapter.items():
         for leaf in ("a", "b"):
             for layer, matrix in enumerate(np.asarray(low_rank[leaf], np.float32)):
-                name = f"base_model.model.model.layers.{layer}.{MODULES[module]}"
+                name = f"base_model.model.{decoder}.layers.{layer}.{MODULES[module]}"
                 tensors[f"{name}.lora_{leaf.upper()}.weight"] = np.ascontiguousarray(matrix.T)
     settings = {
         "peft_type": "LORA",
@@ -181,7 +238,7 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": [MODULES[target].split(".")[-1] for target in lora.targets],
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -213,8 +270,8 @@ def _file_name(path: LeafPath, layer: int) -> str:
     return f"model.layers.{layer}.{MODULES[path[1]]}.{leaf}"
 
 
-def _locate(directory: Path) -> dict[str, Path]:
-    """The file of each tensor, by the tensor's name."""
+def _locate(directory: Path) -> dict[str, Stored]:
+    """Where each tensor is, by its canonical name."""
     index = directory / INDEX_FILE
     paths = indexed_files(index) if index.exists() else sorted(directory.glob("*.safetensors"))
     if not paths:
@@ -224,15 +281,16 @@ def _locate(directory: Path) -> dict[str, Path]:
             f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(DIR).",
         )
         raise UserError(f"{directory / WEIGHTS_FILE} is missing: download or export it again.")
-    where: dict[str, Path] = {}
+    kind = read_json(directory / policy_config.CONFIG_FILE).get("model_type")
+    where: dict[str, Stored] = {}
     for path in paths:
         with open_weights(path) as file:
-            where |= dict.fromkeys(file.keys(), path)
+            where |= {vision.canonical(kind, name): Stored(path, name) for name in file.keys()}  # noqa: SIM118
     return where
 
 
 def _check(
-    directory: Path, config: PolicyConfig, where: dict[str, Path], shapes: dict[LeafPath, tuple]
+    directory: Path, config: PolicyConfig, where: dict[str, Stored], shapes: dict[LeafPath, tuple]
 ) -> None:
     """Refuses tensors that are missing, unexpected, or not of the shape given by config.json."""
     source = directory / policy_config.CONFIG_FILE
@@ -244,15 +302,20 @@ def _check(
         )
     # A tied head may be stored beside the embedding; old files have the rotary frequencies.
     for name in sorted(where.keys() - wanted.keys() - {"lm_head.weight"}):
-        if not name.endswith("rotary_emb.inv_freq"):
+        stored = where[name]
+        # Files of a vision-language model hold parts of its tower that are not read.
+        eyes = stored.name != name and vision.of_eyes(name)
+        if not eyes and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
-                f"{where[name]} has the tensor {name}, which is unknown to a model with this "
-                f"{source}: the two belong to different checkpoints, download them again."
+                f"{stored.file} has the tensor {stored.name}, which is unknown to a model with "
+                f"this {source}: the two belong to different checkpoints, download them again."
             )
-    for path in sorted(set(where.values())):
+    for path in sorted({stored.file for stored in where.values()}):
         with open_weights(path) as file:
-            for name in sorted(wanted.keys() & set(file.keys())):
-                _check_tensor(path, name, file.get_slice(name), wanted[name], source)
+            for name in sorted(wanted):
+                if where[name].file == path:
+                    tensor = file.get_slice(where[name].name)
+                    _check_tensor(path, name, tensor, wanted[name], source)
 
 
 def _check_tensor(

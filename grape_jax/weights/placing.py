@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from grape_jax.models import policy
 from grape_jax.models.policy import PolicyConfig
 from grape_jax.runtime import sharding
+from grape_jax.weights.vision import OpenedVision
 
 LeafPath = tuple[str, ...]  # path of a leaf in the parameters
 Index = tuple[slice, ...]
@@ -30,6 +31,7 @@ class OpenedPolicy:
     end_tokens: tuple[int, ...]  # each ends an answer
     # Reads the parameters onto a mesh in a dtype, sharded by their logical axes.
     place: Callable[[Mesh, Any], dict[str, Any]]
+    vision: OpenedVision | None = None  # None: reads text alone
 
 
 def place(config: PolicyConfig, mesh: Mesh, dtype: Any, read: ReadBlock) -> dict[str, Any]:

@@ -17,6 +17,15 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+VISION_LANGUAGE = ("llava", "idefics3", "smolvlm")  # with a decoder of ARCHITECTURES
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
 # Defaults of transformers.
 DEFAULT_THETA, DEFAULT_EPS, QWEN3_HEAD_DIM, QWEN_WINDOW_LAYERS = 10_000.0, 1e-6, 128, 28
 # Fields that could change the computation, with the values that do not; absent, null and false
@@ -45,14 +54,14 @@ NOT_IN_LLAMA = ("sliding_window", "layer_types", "use_qk_norm", "qk_norm")
 
 
 def read(directory: Path) -> PolicyConfig:
-    """Reads a Llama, Qwen2 or Qwen3 config.
+    """Reads the config of a Llama, Qwen2 or Qwen3, alone or in a vision-language model.
 
     Raises:
       UserError: the file is missing or damaged, or a field has an unsupported value; the message
         names file and field.
     """
     path = directory / CONFIG_FILE
-    data = read_json(path)
+    data = decoder_fields(read_json(path))
     try:
         return _read(path, data)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -61,12 +70,23 @@ def read(directory: Path) -> PolicyConfig:
         ) from error
 
 
+def decoder_fields(data: dict) -> dict:
+    """The fields of the decoder: of a vision-language model those of `text_config`."""
+    text = data.get("text_config")
+    if data.get("model_type") not in VISION_LANGUAGE or not isinstance(text, dict):
+        return data
+    # Files of transformers 4 leave out what has Llama's default.
+    text = LLAMA_DEFAULTS | text if text.get("model_type") == "llama" else text
+    tied = data.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    return text | {"tie_word_embeddings": tied}
+
+
 def _read(path: Path, data: dict) -> PolicyConfig:
     kind = data.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(
             f"{path}: model_type is {kind!r}, which is not supported: use a model of "
-            f"{', '.join(ARCHITECTURES)}."
+            f"{', '.join((*ARCHITECTURES, *VISION_LANGUAGE))}."
         )
     neutral = NEUTRAL | (dict.fromkeys(NOT_IN_LLAMA, ()) if kind == "llama" else {})
     for field, values in neutral.items():

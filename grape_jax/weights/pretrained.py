@@ -4,24 +4,29 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from huggingface_hub import ModelCard
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from grape_jax.models import policy
+from grape_jax.models import policy, vision
 from grape_jax.models.policy import PolicyConfig
+from grape_jax.models.vision import VisionConfig
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Prompts
-from grape_jax.weights import gguf, hub, huggingface, policy_config
+from grape_jax.weights import gguf, hub, huggingface, policy_config, processor
+from grape_jax.weights import vision as eyes
 from grape_jax.weights.placing import OpenedPolicy
-from grape_jax.weights.tensors import DTYPES
+from grape_jax.weights.tensors import DTYPES, read_json
+from grape_jax.weights.vision import Vision
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DIGEST_BLOCKS, DIGEST_BLOCK = 128, 1 << 20  # hashed blocks of a file, and bytes of each
@@ -35,19 +40,64 @@ class Policy:
     params: dict[str, Any]  # sharded over a mesh
     tokenizer: PreTrainedTokenizerFast | None  # None if the model's directory has none
     end_tokens: tuple[int, ...]  # each ends an answer
+    vision: Vision | None = None  # None: reads text alone
 
-    def logits(self, token_ids: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+    def encode(
+        self,
+        messages: Sequence[Sequence[dict]],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> "Encoded":
+        """Chats as arguments of `logits`, padded on the left.
+
+        Args:
+          messages: chats in transformers' format. The content of a message is a text; for a
+            vision-language model, a list of {"type": "image"} and {"type": "text", "text": ...}.
+          images: pictures of each chat, in the order of their places; None: no chat has any.
+
+        Raises:
+          UserError: the policy has no chat template, reads no pictures, or a chat has more or fewer
+            places for pictures than pictures.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise UserError("this policy has no tokenizer with a chat template: give token ids.")
+        if images is None and self.vision is None:
+            render = functools.partial(
+                tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False
+            )
+            rows: Any = [render(list(chat)) for chat in messages]
+        else:
+            processor = self._eyes().processor
+            rows = [
+                processor.prompt_ids(tokenizer, chat, [image.size for image in row])
+                for chat, row in zip(messages, images or [[]] * len(messages), strict=True)
+            ]
+        length = max(map(len, rows), default=0)
+        mask = np.arange(length) >= length - np.asarray([len(row) for row in rows])[:, None]
+        tokens = np.full(mask.shape, tokenizer.pad_token_id, np.int32)
+        tokens[mask] = np.concatenate(rows) if rows else []
+        return Encoded(tokens, mask, images)
+
+    def logits(
+        self,
+        token_ids: ArrayLike,
+        mask: ArrayLike | None = None,
+        images: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> jax.Array:
         """Next-token logits at each position.
 
         Args:
-          token_ids: int `[B, S]`.
+          token_ids: int `[B, S]`; with pictures, as `encode` or the model's processor makes them.
           mask: bool `[B, S]`, False on padding, on either side; None: no padding.
+          images: pictures of each row, in the order of their image tokens; None: no row has any.
 
         Returns:
           float32 `[B, S, V]`, undefined at padding.
 
         Raises:
-          UserError: the shapes differ, or an id is outside the vocabulary.
+          UserError: the shapes differ, an id is outside the vocabulary, or the policy reads no
+            pictures.
+          ValueError: a row has more or fewer image tokens than its pictures have features.
         """
         tokens = np.asarray(token_ids)
         mask = np.asarray(np.ones(tokens.shape) if mask is None else mask, bool)
@@ -62,7 +112,33 @@ class Policy:
                 f"{self.config.vocab_size - 1}: use the tokenizer of this policy."
             )
         prompts = Prompts(tokens.astype(np.int32), mask)  # type: ignore[arg-type]
+        if images is not None:
+            prompts = self._with_images(prompts, images)
         return _logits(self.config, self.params, prompts)
+
+    def _with_images(self, prompts: Prompts, images: Sequence[Sequence[Image.Image]]) -> Prompts:
+        found, mesh = self._eyes(), self.params["embedding"].sharding.mesh
+        index_BxS: Any = found.processor.image_index(np.asarray(prompts.tokens_BxS))
+        tiles = max(sum(found.processor.tiles(one.size) for one in row) for row in images)
+        pixels = found.processor.pixels(images, index_BxS, max(1, tiles))
+        features = vision.features(found.config, found.params, pixels, mesh=mesh)
+        return prompts.replace(image_BxS=index_BxS, features_BxIxD=features)
+
+    def _eyes(self) -> Vision:
+        if self.vision is None:
+            raise UserError(
+                "this policy reads text alone: leave the images out, or load a vision-language "
+                "model."
+            )
+        return self.vision
+
+
+class Encoded(NamedTuple):
+    """Chats as arguments of `Policy.logits`."""
+
+    token_ids: np.ndarray  # int32 [B, S]
+    mask: np.ndarray  # bool [B, S], False on padding
+    images: Sequence[Sequence[Image.Image]] | None
 
 
 def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
@@ -80,7 +156,7 @@ def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
 def load_policy(
     path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Policy:
-    """Loads a Llama, Qwen2 or Qwen3 model.
+    """Loads a Llama, Qwen2 or Qwen3, alone or in a LLaVA 1.5, Idefics3 or SmolVLM.
 
     Args:
       path_or_hub_id: a Hugging Face directory or a GGUF file, read without network access, or the
@@ -96,7 +172,8 @@ def load_policy(
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     opened = open_policy(path_or_hub_id)
     params = opened.place(mesh, DTYPES[dtype])
-    return Policy(opened.config, params, opened.tokenizer, opened.end_tokens)
+    loaded = None if opened.vision is None else opened.vision.load(dtype, mesh)
+    return Policy(opened.config, params, opened.tokenizer, opened.end_tokens, loaded)
 
 
 def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
@@ -109,6 +186,31 @@ def read_config(path_or_hub_id: str | Path) -> PolicyConfig:
     if path.is_file() or path.suffix == ".gguf":
         return gguf.read_config(path)
     return policy_config.read(hub.directory(path_or_hub_id, [policy_config.CONFIG_FILE]))
+
+
+def model_type(path_or_hub_id: str | Path) -> str:
+    """The `model_type` of a model's config.json."""
+    directory = hub.directory(path_or_hub_id, [policy_config.CONFIG_FILE])
+    return read_json(directory / policy_config.CONFIG_FILE)["model_type"]
+
+
+def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, int]:
+    """The shapes of a policy's eyes, and the largest number of tiles of a picture.
+
+    Raises:
+      UserError: the model reads text alone, or as `load_policy`.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if not (path.is_file() or path.suffix == ".gguf"):
+        files = [policy_config.CONFIG_FILE, *processor.PROCESSOR_FILES]
+        directory = hub.directory(path_or_hub_id, files)
+        found = eyes.read_config(directory, policy_config.read(directory).width)
+        if found is not None:
+            return found, processor.most_tiles(directory, found)
+    raise UserError(
+        f"policy.sees=True needs a vision-language model, and {path_or_hub_id} reads text alone: "
+        "choose another, or set policy.sees=False."
+    )
 
 
 def policy_path(path: str) -> str | Path:

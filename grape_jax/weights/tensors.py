@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,20 @@ def fused_qkv(
     ]
 
 
-def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "float32") -> Params:
+def load(
+    path: Path,
+    table: Sequence[Tensor],
+    shapes: Params,
+    dtype: str = "float32",
+    rename: Callable[[str], str] = str,
+) -> Params:
     """Reads the tensors of a table from memory-mapped files, one at a time.
 
     Args:
       path: the safetensors file; if it is split, its index is beside it.
       shapes: of the parameters, from `towers.shapes`.
       dtype: "float32" or "bfloat16", of the returned numpy arrays.
+      rename: maps names in the file to those in the table.
 
     Raises:
       UserError: a file is missing, damaged or a pickle; a tensor is missing or has another shape.
@@ -79,15 +86,19 @@ def load(path: Path, table: Sequence[Tensor], shapes: Params, dtype: str = "floa
     params = jax.tree.map(empty, nn.meta.unbox(shapes))
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(open_weights(file)) for file in weight_files(path)}
-        where = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118
+        where = {
+            rename(name): (file, name)
+            for file, opened in files.items()
+            for name in opened.keys()  # noqa: SIM118
+        }
         for tensor in table:
             if tensor.name not in where:
                 raise UserError(
                     f"{path} has no tensor {tensor.name}, which its config requires: download or "
                     "export the checkpoint again."
                 )
-            file = where[tensor.name]
-            value = _from_file(files[file].get_tensor(tensor.name), tensor)
+            file, name = where[tensor.name]
+            value = _from_file(files[file].get_tensor(name), tensor)
             _put(params, tensor, value, file)
     return params
 

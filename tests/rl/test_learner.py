@@ -284,6 +284,32 @@ def test_a_shared_prompt_is_as_good_as_separate_rows(world, lesson, plain):
     assert_same(gradients(make(), world[-1], None, apart), plain)
 
 
+def test_a_shared_picture_is_as_good_as_separate_rows(world, lesson, plain):
+    """Features in place of three tokens of each prompt but the last, on one device and on eight."""
+    image = np.zeros((B, S), np.int32)
+    image[:-1, -4:-1] = 1, 2, 3
+    features = np.random.default_rng(2).standard_normal((B, 4, POLICY.width)).astype(np.float32)
+    seen = lesson.replace(
+        prompts=lesson.prompts.replace(image_BxS=image, features_BxIxD=0.02 * features)
+    )
+    one = gradients(make(), world[-1], None, seen)[:2]
+    assert abs(float(one[0]) - float(plain[0])) > 1e-3
+    alone = lambda x: x.reshape(B * K, 1, *x.shape[2:])
+    apart = jax.tree.map(alone, seen.replace(prompts=None)).replace(
+        prompts=jax.tree.map(lambda x: np.repeat(x, K, axis=0), seen.prompts),
+    )
+    assert_same(gradients(make(), world[-1], None, apart), one)
+    made = make(devices=8)
+    assert_same(gradients(made, world[-1], None, sharding.batch(made.mesh, seen)), one)
+    # The embeddings of the replaced tokens, as features, are the tokens.
+    tokens = lesson.prompts.tokens_BxS[:, -4:-1]
+    as_tokens = np.pad(np.asarray(world[-1]["embedding"])[tokens], ((0, 0), (0, 1), (0, 0)))
+    prompts = seen.prompts.replace(features_BxIxD=as_tokens)
+    assert float(gradients(make(), world[-1], None, seen.replace(prompts=prompts))[0]) == near(
+        plain[0]
+    )
+
+
 def test_neither_padding_nor_order_changes_the_loss(world, lesson, plain):
     prompts = lesson.prompts
     wide = lambda x, fill: np.pad(x, ((0, 0), (3, 0)), constant_values=fill)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import emoji
+from configs import cirr, emoji
 from grape_jax.run import fit as aot
 from grape_jax.run import settings
 from grape_jax.runtime import sharding
@@ -127,6 +127,28 @@ def test_the_command_line_exits_with_the_verdict(config):
     unnamed = run()
     assert unnamed.returncode == 2
     assert unnamed.stderr.endswith("no topology is given: add --topology=v5e:16x16.\n")
+
+
+def test_pictures_are_counted(tmp_path, capsys):
+    """The tower at rest, its program, and longer prompts."""
+    tower = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    about = {"model_type": "llava", "text_config": TINY, "vision_config": tower}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    processor = {"image_processor_type": "CLIPImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    config = cirr.get_config()
+    config.policy.path, config.policy.sees, config.prompt.captions = str(tmp_path), True, 0
+    config.retriever.path, config.prompt.max_tokens = "", 64
+    config.grpo.batch_size, config.grpo.group_size, config.grpo.microbatches = 8, 2, 1
+    assert aot.report(config, "v5e:2x2", corpus_size=1000)
+    said = capsys.readouterr().out
+    assert "vision tower" in said and "| picture_features |" in said
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    with pytest.raises(UserError, match=r"policy\.sees"):
+        aot.report(config, "v5e:2x2", corpus_size=1000)
 
 
 def test_shapes_are_those_of_the_run_itself(config, mesh):

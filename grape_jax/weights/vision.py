@@ -1,0 +1,215 @@
+"""The eyes of vision-language checkpoints: LLaVA 1.5's layout, Idefics3 and SmolVLM."""
+
+import dataclasses
+from pathlib import Path
+from typing import cast
+
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from grape_jax.models import vision
+from grape_jax.models.encoder import ACTIVATIONS, Params, Tower
+from grape_jax.models.idefics3 import Idefics3Config
+from grape_jax.models.llava import LlavaConfig
+from grape_jax.models.vision import VisionConfig
+from grape_jax.runtime import sharding
+from grape_jax.runtime.errors import UserError
+from grape_jax.weights import processor, tensors
+from grape_jax.weights.clip import encoder_layer
+from grape_jax.weights.processor import PictureProcessor
+from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Tensor, dense, norm
+
+CLIP_DEFAULT = Tower(width=1024, layers=24, heads=16, mlp=4096)
+SIGLIP_DEFAULT = Tower(
+    width=1152, layers=12, heads=16, mlp=3072, activation="gelu_pytorch_tanh", norm_eps=1e-6
+)
+# Beginnings of tensor names, in files of transformers 4 and 5 -> here. Decoders are named as in
+# text models.
+LLAVA_NAMES = {
+    "model.language_model.": "model.",
+    "language_model.": "",
+    "model.vision_tower.vision_model.": "tower.",
+    "vision_tower.vision_model.": "tower.",
+    "model.vision_tower.": "tower.",
+    "vision_tower.": "tower.",
+    "model.multi_modal_projector.": "connector.",
+    "multi_modal_projector.": "connector.",
+}
+IDEFICS3_NAMES = {
+    "model.text_model.": "model.",
+    "model.vision_model.": "tower.",
+    "model.connector.": "connector.",
+}
+NAMES = {"llava": LLAVA_NAMES, "idefics3": IDEFICS3_NAMES, "smolvlm": IDEFICS3_NAMES}
+
+# Where the decoder is in a model of transformers 5, by model_type.
+DECODERS = {
+    "llava": "model.language_model",
+    "idefics3": "model.text_model",
+    "smolvlm": "model.text_model",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """The eyes of a policy."""
+
+    config: VisionConfig
+    params: Params  # placed on a mesh
+    processor: PictureProcessor
+    directory: Path  # of the checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedVision:
+    """The eyes of a policy whose weights have not been read yet."""
+
+    directory: Path
+    kind: str  # model_type
+    config: VisionConfig
+    processor: PictureProcessor
+
+    def load(self, dtype: str, mesh: Mesh) -> Vision:
+        """Reads the weights, sharded over a mesh.
+
+        Raises:
+          UserError: a file is missing or damaged, or the weights do not fit the config.
+        """
+        rename = lambda name: canonical(self.kind, name)
+        params = tensors.load(
+            self.directory / WEIGHTS_FILE,
+            _table(self.config),
+            vision.shapes(self.config),
+            dtype,
+            rename,
+        )
+        placed = sharding.place(params, vision.shardings(self.config, mesh))
+        return Vision(self.config, cast(Params, placed), self.processor, self.directory)
+
+
+def open_vision(
+    directory: Path, width: int, tokenizer: PreTrainedTokenizerBase | None
+) -> OpenedVision | None:
+    """Reads everything of a policy's eyes except the weights; None if it reads text alone.
+
+    Args:
+      width: of the decoder.
+
+    Raises:
+      UserError: a file is missing or damaged, or a field has an unsupported value.
+    """
+    path = directory / CONFIG_FILE
+    data = tensors.read_json(path)
+    config = read_config(directory, width)
+    if config is None or tokenizer is None:
+        return None
+    # The names of the field in transformers 5 and before.
+    key = "image_token_id" if "image_token_id" in data else "image_token_index"
+    token = tensors.whole_number(data, key, None, path)
+    made = processor.read(directory, config, token, tokenizer)
+    return OpenedVision(directory, data["model_type"], config, made)
+
+
+def read_config(directory: Path, width: int) -> VisionConfig | None:
+    """The shapes of a policy's eyes; None if it reads text alone.
+
+    Args:
+      width: of the decoder.
+
+    Raises:
+      UserError: config.json is missing or damaged, or a field has an unsupported value.
+    """
+    path = directory / CONFIG_FILE
+    data = tensors.read_json(path)
+    match data.get("model_type"):
+        case "llava":
+            return _llava(path, data, width)
+        case "idefics3" | "smolvlm":
+            return _idefics3(path, data, width)
+    return None
+
+
+def canonical(kind: str | None, name: str) -> str:
+    """A tensor's name: of the decoder as in a text model, of the eyes after `tower.` and
+    `connector.`; unchanged in other checkpoints."""
+    for theirs, ours in NAMES.get(kind or "", {}).items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def of_eyes(name: str) -> bool:
+    """Whether a canonical name is of the eyes."""
+    return name.startswith(("tower.", "connector."))
+
+
+def _llava(path: Path, data: dict, width: int) -> LlavaConfig:
+    vision, section = data.get("vision_config") or {}, "vision_config."
+    tensors.one_of(vision, "model_type", "clip_vision_model", ("clip_vision_model",), path, section)
+    tensors.one_of(vision, "num_channels", 3, (3,), path, section)
+    tower = tensors.read_tower(vision, CLIP_DEFAULT, path, section)
+    select = tensors.one_of(
+        data, "vision_feature_select_strategy", "default", ("default", "full"), path
+    )
+    # States are numbered from 0, those before the first layer; -1 are those after the last.
+    states = range(tower.layers + 1)
+    layer = data.get("vision_feature_layer", -2)
+    if layer not in (*states[1:], *range(-tower.layers, 0)):
+        raise UserError(
+            f"{path}: vision_feature_layer={layer!r} is not supported, only one layer of the "
+            f"{tower.layers}."
+        )
+    return LlavaConfig(
+        tower=dataclasses.replace(tower, layers=states[layer]),
+        image_size=tensors.square(vision, "image_size", 336, path, section),
+        patch=tensors.square(vision, "patch_size", 14, path, section),
+        class_token=select == "full",
+        activation=tensors.one_of(data, "projector_hidden_act", "gelu", tuple(ACTIVATIONS), path),
+        bias=tensors.one_of(data, "multimodal_projector_bias", True, (True, False), path),
+        width=width,
+    )
+
+
+def _idefics3(path: Path, data: dict, width: int) -> Idefics3Config:
+    vision, section = data.get("vision_config") or {}, "vision_config."
+    tensors.one_of(vision, "num_channels", 3, (3,), path, section)
+    config = Idefics3Config(
+        tower=tensors.read_tower(vision, SIGLIP_DEFAULT, path, section),
+        image_size=tensors.square(vision, "image_size", 224, path, section),
+        patch=tensors.square(vision, "patch_size", 32, path, section),
+        shuffle=tensors.whole_number(data, "scale_factor", 2, path),
+        width=width,
+    )
+    if config.image_size // config.patch % config.shuffle:
+        raise UserError(
+            f"{path}: scale_factor={config.shuffle} does not divide the "
+            f"{config.image_size // config.patch} patches a side: download the checkpoint again."
+        )
+    return config
+
+
+def _table(config: VisionConfig) -> list[Tensor]:
+    """All tensors that the features need, by canonical name."""
+    tower, embeddings = ("tower",), "tower.embeddings."
+    table = [
+        Tensor(embeddings + "position_embedding.weight", (*tower, "position_embedding")),
+        Tensor(
+            embeddings + "patch_embedding.weight",
+            (*tower, "patch_embedding", "kernel"),
+            kind="patches",
+        ),
+    ]
+    for layer in range(config.tower.layers):
+        table += encoder_layer(f"tower.encoder.layers.{layer}.", (*tower, "layers"), layer)
+    match config:
+        case LlavaConfig():
+            table.append(Tensor(embeddings + "class_embedding", (*tower, "class_embedding")))
+            table += norm("tower.pre_layrnorm", (*tower, "pre_norm"))
+            for theirs, ours in (("linear_1", "up"), ("linear_2", "down")):
+                table += dense(f"connector.{theirs}", (ours,))[: 1 + config.bias]
+        case Idefics3Config():
+            bias = (*tower, "patch_embedding", "bias")
+            table.append(Tensor(embeddings + "patch_embedding.bias", bias))
+            table += norm("tower.post_layernorm", (*tower, "post_norm"))
+            table += dense("connector.modality_projection.proj", ("connector",))[:1]
+    return table

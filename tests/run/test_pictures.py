@@ -1,0 +1,161 @@
+"""Runs whose policy sees: CIRR's official layout with pixels, from training to evaluation."""
+
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import official_files
+import peft
+import tiny_vision
+import torch
+from PIL import Image
+from transformers import SmolVLMForConditionalGeneration
+
+from grape_jax import Rewriter, load_policy, prepare
+from grape_jax.run import checks, context, loop, policy
+from grape_jax.run.rewriter import restore
+from grape_jax.runtime import checkpoint, command_line
+from grape_jax.runtime.errors import UserError
+from grape_jax.runtime.shutdown import StopSignal
+from grape_jax.weights import huggingface
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Two steps of a tiny SmolVLM, with pixels and one caption."""
+    folder = tmp_path_factory.mktemp("cirr")
+    prepare.prepare("cirr", str(official_files.cirr(folder / "manual")), folder / "data")
+    model = tiny_vision.make("smolvlm")
+    config = command_line.load("configs/cirr.py")
+    config.data_dir = str(folder / "data")
+    config.policy.path = str(tiny_vision.save(model, "smolvlm", folder / "policy"))
+    config.retriever.path, config.retriever.text_length = "", 16
+    config.update_from_flattened_dict({
+        "policy.sees": True, "prompt.captions": 1, "prompt.max_tokens": 0,
+        "warm_up.steps": 0, "grpo.steps": 2, "grpo.batch_size": 8, "grpo.group_size": 2,
+        "grpo.format_rule": "sum", "grpo.kl_weight": 0.1, "checkpoint.every": 1,
+        "rollout.max_tokens": 4, "evaluation.max_tokens": 4, "evaluation.batch_size": 8,
+        "evaluation.every": 2, "evaluation.validation_limit": 8, "evaluation.run_depth": 5,
+    })  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    loop.train(config, workdir)
+    return workdir
+
+
+def test_a_run_with_pixels_is_trained_evaluated_and_used(config, trained):
+    report = json.loads((trained / "report.json").read_text())
+    assert report["test_sets"][0]["judged"] > 0
+    assert (trained / "submission" / "test1-GRPO_recall.json").exists()
+    log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    # The learner sees what the sampler saw.
+    assert len(log) == 2 and all(line["sampler_gap"] < 1e-3 for line in log)
+
+    rewriter = Rewriter.load(trained)
+    run = rewriter.context
+    queries = run.queries.split("edits", "train")[:3]
+    images = rewriter.gallery("train").corpus.images
+    texts, own = [query.text for query in queries], [images[query.image] for query in queries]
+    assert [*run.pictures(queries, "train")] == own
+    fitted = policy.with_room(run.policy, "edits", texts, 4)
+    prompts = policy.encode(fitted, texts, ["edits"] * 3, own)
+    features = lambda pictures: policy.place(fitted, prompts, np.arange(3), pictures).features_BxIxD
+    seen, backwards = np.asarray(features(own)), np.asarray(features(own[::-1]))
+    np.testing.assert_allclose(seen, backwards[::-1], atol=1e-5)
+    assert np.abs(seen[0] - seen[1]).max() > 0.1
+    assert rewriter.rewrite(texts, images=own) == rewriter.rewrite(
+        texts, images=[Image.open(io.BytesIO(one)) for one in own]
+    )
+    with pytest.raises(UserError, match="--image"):
+        rewriter.rewrite(texts)
+
+
+def test_a_resumed_run_has_the_same_bits(config, trained, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    with checkpoint.open_manager(again, 2, 1) as manager:
+        manager.delete(2)
+    run = context.build(config)
+    with checkpoint.open_manager(again, 2, 1) as manager, StopSignal() as stop:
+        assert manager.latest_step() == 1
+        resumed = loop.train_policy(run, again, manager, stop)
+    _, whole = restore(trained)
+    jax.tree.map(np.testing.assert_array_equal, resumed.trained, whole)
+
+
+def test_an_exported_run_is_a_model_of_transformers(trained, tmp_path):
+    """Merged, and as an adapter of the base."""
+    run, adapter = restore(trained)
+    # As after a long training.
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    merged = policy.merged_parameters(run.policy, adapter)
+    huggingface.save_vision_language(tmp_path / "merged", run.policy.vision.directory, merged)
+    ours = load_policy(tmp_path / "merged")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    found = ours.encode([chat], [[tiny_vision.picture(0, (40, 30))]])
+    wanted = np.asarray(ours.logits(*found))
+    whole = SmolVLMForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    base = SmolVLMForConditionalGeneration.from_pretrained(run.config.policy.path)
+    huggingface.save_adapter(
+        tmp_path / "adapter", adapter, run.policy.lora, run.config.policy.path, "smolvlm"
+    )
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    index = ours.vision.processor.image_index(found.token_ids)
+    pixels = ours.vision.processor.pixels(found.images, index, 5)
+    inputs = {
+        "input_ids": torch.tensor(found.token_ids).long(),
+        "pixel_values": torch.tensor(np.moveaxis(pixels, -1, 2)),
+    }
+    for model in (whole, adapted):
+        with torch.no_grad():
+            got = model.eval()(**inputs).logits.numpy()
+        assert np.abs(got - wanted).max() <= 2e-4 * np.ptp(wanted)
+    assert np.abs(load_policy(run.config.policy.path).logits(*found) - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"policy.sees": True, "benchmark": "emoji", "shifts": ("noisy",)}, "policy.sees"),
+        ({"policy.sees": False, "prompt.captions": 0}, "prompt.captions"),
+        ({"prompt.captions": -1}, "prompt.captions"),
+    ],
+)
+def test_contradictions_are_refused_by_key(config, overrides, named):
+    wrong = config.copy_and_resolve_references()
+    wrong.update_from_flattened_dict(overrides)
+    with pytest.raises(UserError, match=named):
+        checks.check(wrong)
+
+
+def test_a_vision_language_model_reads_captions_alone(config):
+    blind = config.copy_and_resolve_references()
+    blind.policy.sees = False
+    run = context.build(blind)
+    (query,) = run.queries.split("edits", "validation")[:1]
+    assert run.pictures([query], "validation") is None
+    (text,) = run.captions.prompt_texts([query], "validation")
+    encoded = policy.encode(run.policy, [text], ["edits"])
+    assert text.startswith("Picture: ")
+    assert text in run.policy.tokenizer.decode(encoded.tokens_BxS[0])
+    placed = policy.place(run.policy, encoded, np.zeros(8, int))
+    assert placed.image_BxS is None and placed.features_BxIxD is None
+
+
+def test_a_policy_of_text_alone_cannot_see(config, shared):
+    blind = config.copy_and_resolve_references()
+    blind.policy.path = str(shared / "tiny.gguf")
+    with pytest.raises(UserError, match=r"policy\.sees"):
+        policy.open_model(blind)
