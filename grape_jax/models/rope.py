@@ -31,14 +31,17 @@ def rotate(
     theta: float,
     scaling: RopeScaling | None = None,
     max_length: int = 0,
+    axes: tuple[int, ...] | None = None,
 ) -> jax.Array:
     """Rotates queries or keys; pairs are i and i + d/2, as in transformers' Llama.
 
     Args:
       x_BxNxHxd: queries or keys.
-      positions_BxN: int32.
+      positions_BxN: int32; with `axes` also `[B, N, 3]`, the time, row and column of a token
+        (M-RoPE, Wang et al. 2024).
       max_length: length up to which "dynamic" scaling changes nothing; a longer row is rotated with
         frequencies for its own length.
+      axes: which of the three positions turns each pair; None: there is one position.
 
     Returns:
       `[B, N, H, d]`.
@@ -49,12 +52,25 @@ def rotate(
         frequencies = dynamic_frequencies(d, theta, scaling.factor, length_Bx1, max_length)
     else:
         frequencies = jnp.asarray(scaled_frequencies(d, theta, scaling), jnp.float32)
-    angles = positions_BxN[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    if scaling is not None and scaling.attention_factor != 1:
-        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
-    cos, sin = cos.astype(x_BxNxHxd.dtype), sin.astype(x_BxNxHxd.dtype)
-    a, b = x_BxNxHxd[..., : d // 2], x_BxNxHxd[..., d // 2 :]
+    if positions_BxN.ndim == 3:
+        positions = positions_BxN[..., jnp.asarray(axes)]
+    else:
+        positions = positions_BxN[..., None]
+    return turn(
+        x_BxNxHxd,
+        positions.astype(jnp.float32) * frequencies,
+        1.0 if scaling is None else scaling.attention_factor,
+    )
+
+
+def turn(x: jax.Array, angles: jax.Array, factor: float = 1.0) -> jax.Array:
+    """Turns the pairs i and i + d/2 of `[..., H, d]` by float32 angles `[..., d / 2]`."""
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 

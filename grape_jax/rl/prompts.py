@@ -68,8 +68,13 @@ def encode_prompts(
         ids = _prompt_ids(tokenizer, config, query, eyes, sizes[row] if sizes else None)
         tokens[row, config.max_tokens - len(ids) :] = ids
         mask[row, config.max_tokens - len(ids) :] = True
-    image: Any = None if eyes is None or sizes is None else eyes.image_index(tokens)
-    return Prompts(tokens, mask, image)  # type: ignore[arg-type]
+    image: Any = None
+    positions: Any = None
+    if eyes is not None and sizes is not None:
+        image = eyes.image_index(tokens)
+        given = [[] if size is None else [size] for size in sizes]
+        positions = eyes.positions(tokens, mask, given)
+    return Prompts(tokens, mask, image, None, positions)  # type: ignore[arg-type]
 
 
 def to_bucket(prompts: Prompts, buckets: Sequence[int]) -> Prompts:

@@ -110,7 +110,7 @@ def sample(
     def advance(carry):
         t, tokens_BxK, cache, rollout, ended_BxK = carry
         hidden_BxKxD, cache = policy.decode(
-            config, variables, cache, prompts.mask_BxS, tokens_BxK, t - 1, lora
+            config, variables, cache, prompts, tokens_BxK, t - 1, lora
         )
         logits_BxKxV = policy.logits(variables, hidden_BxKxD)
         tokens_BxK, rollout, ended_BxK = draw(t, logits_BxKxV, rollout, ended_BxK)

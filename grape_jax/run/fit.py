@@ -29,6 +29,7 @@ from grape_jax.runtime import hlo, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Index, Prompts, Rewrites
 from grape_jax.weights import pretrained
+from grape_jax.weights.processor import Room
 
 GIB = 2**30
 
@@ -58,7 +59,7 @@ class Vision:
 
     config: VisionConfig
     params: dict
-    tiles: int  # of a picture, at most
+    room: Room  # for the largest picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,10 +284,10 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
 
 
 def _vision_shapes(config: ConfigDict, mesh: Mesh) -> Vision:
-    found, tiles = pretrained.read_vision(pretrained.policy_path(config.policy.path))
+    found, room = pretrained.read_vision(pretrained.policy_path(config.policy.path))
     where = vision.shardings(found, mesh)
     dtype = jnp.dtype(config.policy.dtype)
-    return Vision(found, placed(vision.shapes(found), where, dtype), tiles)
+    return Vision(found, placed(vision.shapes(found), where, dtype), room)
 
 
 def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
@@ -301,15 +302,17 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     L = config.retriever.text_length or shapes.scorer.retriever.context
     prompts, programs = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool)), []
     if (eyes := shapes.vision) is not None:
-        side = eyes.config.image_size
-        pixels = in_batch(B, eyes.tiles, side, side, 3, dtype=jnp.float32)
+        blank = jax.eval_shape(lambda: vision.empty(eyes.config, B, *eyes.room))
+        pixels = jax.tree.map(lambda x: in_batch(*x.shape, dtype=x.dtype), blank)
         see = lambda: vision.features.lower(eyes.config, eyes.params, pixels, mesh=mesh)
         programs.append(Program("picture_features", see, (eyes.params,)))
         features = in_batch(
-            B, eyes.tiles * eyes.config.features, model.width,
+            B, eyes.room.features, model.width,
             dtype=jax.tree.leaves(eyes.params)[0].dtype,
         )  # fmt: skip
         prompts = prompts.replace(image_BxS=in_batch(B, S), features_BxIxD=features)
+        if model.rope_axes is not None:
+            prompts = prompts.replace(positions_BxSx3=in_batch(B, S, 3))
     rewrites = Rewrites(
         tokens_BxKxL=in_batch(B, K, L),
         mask_BxKxL=in_batch(B, K, L, dtype=bool),

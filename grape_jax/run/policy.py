@@ -195,10 +195,12 @@ def place(
     placed = sharding.batch(policy.mesh, local)
     if policy.vision is None:
         return placed
-    eyes, none = policy.vision.processor, [None] * len(encoded.tokens_BxS)
-    given = [(pictures or none)[row] for row in rows]
+    eyes, whole = policy.vision.processor, pictures or [None] * len(encoded.tokens_BxS)
+    # The room of the whole batch, which all processes must agree on.
+    sizes = [[] if picture is None else [picture_size(picture)] for picture in whole]
+    given = [whole[row] for row in rows]
     opened = [[] if picture is None else [open_picture(picture)] for picture in given]
-    pixels = eyes.pixels(opened, local.image_BxS, eyes.most_tiles)
+    pixels = eyes.pixels(opened, local.image_BxS, eyes.grid.room(sizes))
     return placed.replace(
         features_BxIxD=vision.features(
             policy.vision.config,

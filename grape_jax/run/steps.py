@@ -254,7 +254,8 @@ def _prompts(context: Context, queries: Sequence[Query], shifts: Sequence[str]) 
 def _widened(prompts: Prompts, length: int) -> Prompts:
     """Prompts of one bucket, padded on the left to the length of another."""
     more = ((0, 0), (length - prompts.tokens_BxS.shape[1], 0))
-    widened = jax.tree.map(lambda x: jnp.pad(x, more), prompts.replace(features_BxIxD=None))
+    widen = lambda x: jnp.pad(x, (*more, *[(0, 0)] * (x.ndim - 2)))
+    widened = jax.tree.map(widen, prompts.replace(features_BxIxD=None))
     return widened.replace(features_BxIxD=prompts.features_BxIxD)
 
 

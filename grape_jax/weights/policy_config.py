@@ -17,7 +17,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-VISION_LANGUAGE = ("llava", "idefics3", "smolvlm")  # with a decoder of ARCHITECTURES
+VISION_LANGUAGE = ("llava", "idefics3", "smolvlm", "qwen2_5_vl")  # decoders of ARCHITECTURES
+QWEN2_5_VL_THETA = 1e6
 LLAMA_DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -73,12 +74,24 @@ def read(directory: Path) -> PolicyConfig:
 def decoder_fields(data: dict) -> dict:
     """The fields of the decoder: of a vision-language model those of `text_config`."""
     text = data.get("text_config")
+    if data.get("model_type") == "qwen2_5_vl":
+        # Files of transformers 4 have the decoder's fields beside the tower's.
+        return _with_one_rope(data | (text or {}) | {"model_type": "qwen2"})
     if data.get("model_type") not in VISION_LANGUAGE or not isinstance(text, dict):
         return data
     # Files of transformers 4 leave out what has Llama's default.
     text = LLAMA_DEFAULTS | text if text.get("model_type") == "llama" else text
     tied = data.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     return text | {"tie_word_embeddings": tied}
+
+
+def _with_one_rope(data: dict) -> dict:
+    """The fields of a decoder with M-RoPE: its sections beside rotary fields of another kind."""
+    rotary = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+    if rotary.get("rope_type", rotary.pop("type", "default")) in ("mrope", "default"):
+        rotary["rope_type"] = "default"
+    theta = rotary.get("rope_theta") or data.get("rope_theta") or QWEN2_5_VL_THETA
+    return data | {"rope_scaling": None, "rope_parameters": rotary | {"rope_theta": theta}}
 
 
 def _read(path: Path, data: dict) -> PolicyConfig:
@@ -171,12 +184,26 @@ def _from_theirs(path: Path, kind: str, data: dict) -> PolicyConfig:
         tied_embeddings=bool(data.get("tie_word_embeddings")),
         max_length=max_length,
         rope_scaling=_rope_scaling(path, data, rotary, max_length),
+        rope_axes=_rope_axes(path, rotary, head_dim),
         qkv_bias=kind == "qwen2" or all_biases,
         output_bias=all_biases,
         mlp_bias=kind == "llama" and bool(data.get("mlp_bias")),
         qk_norm=kind == "qwen3",
         windows=None if kind == "llama" else _windows(path, data, size("num_hidden_layers")),
     )
+
+
+def _rope_axes(path: Path, rotary: dict, head_dim: int) -> tuple[int, ...] | None:
+    """The position that turns each pair of a head."""
+    sections = rotary.get("mrope_section")
+    if sections is None:
+        return None
+    if len(sections) != 3 or sum(sections) != head_dim // 2:
+        raise UserError(
+            f"{path}: mrope_section={sections!r} must be three numbers that add up to half of "
+            f"head_dim={head_dim}."
+        )
+    return tuple(axis for axis, size in enumerate(sections) for _ in range(size))
 
 
 def _windows(path: Path, data: dict, layers: int) -> tuple[int, ...] | None:

@@ -25,6 +25,7 @@ from grape_jax.types import Prompts
 from grape_jax.weights import gguf, hub, huggingface, policy_config, processor
 from grape_jax.weights import vision as eyes
 from grape_jax.weights.placing import OpenedPolicy
+from grape_jax.weights.processor import Room
 from grape_jax.weights.tensors import DTYPES, read_json
 from grape_jax.weights.vision import Vision
 
@@ -119,10 +120,15 @@ class Policy:
     def _with_images(self, prompts: Prompts, images: Sequence[Sequence[Image.Image]]) -> Prompts:
         found, mesh = self._eyes(), self.params["embedding"].sharding.mesh
         index_BxS: Any = found.processor.image_index(np.asarray(prompts.tokens_BxS))
-        tiles = max(sum(found.processor.tiles(one.size) for one in row) for row in images)
-        pixels = found.processor.pixels(images, index_BxS, max(1, tiles))
+        sizes = [[one.size for one in row] for row in images]
+        pixels = found.processor.pixels(images, index_BxS, found.processor.grid.room(sizes))
+        positions = found.processor.positions(
+            np.asarray(prompts.tokens_BxS), np.asarray(prompts.mask_BxS), sizes
+        )
         features = vision.features(found.config, found.params, pixels, mesh=mesh)
-        return prompts.replace(image_BxS=index_BxS, features_BxIxD=features)
+        return prompts.replace(
+            image_BxS=index_BxS, features_BxIxD=features, positions_BxSx3=positions
+        )
 
     def _eyes(self) -> Vision:
         if self.vision is None:
@@ -156,7 +162,7 @@ def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
 def load_policy(
     path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Policy:
-    """Loads a Llama, Qwen2 or Qwen3, alone or in a LLaVA 1.5, Idefics3 or SmolVLM.
+    """Loads a Llama, Qwen2 or Qwen3, alone or in a LLaVA 1.5, Idefics3, SmolVLM or Qwen2.5-VL.
 
     Args:
       path_or_hub_id: a Hugging Face directory or a GGUF file, read without network access, or the
@@ -194,8 +200,8 @@ def model_type(path_or_hub_id: str | Path) -> str:
     return read_json(directory / policy_config.CONFIG_FILE)["model_type"]
 
 
-def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, int]:
-    """The shapes of a policy's eyes, and the largest number of tiles of a picture.
+def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, Room]:
+    """The shapes of a policy's eyes, and room for the largest picture of one prompt.
 
     Raises:
       UserError: the model reads text alone, or as `load_policy`.
@@ -206,7 +212,7 @@ def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, int]:
         directory = hub.directory(path_or_hub_id, files)
         found = eyes.read_config(directory, policy_config.read(directory).width)
         if found is not None:
-            return found, processor.most_tiles(directory, found)
+            return found, processor.most_room(directory, found)
     raise UserError(
         f"policy.sees=True needs a vision-language model, and {path_or_hub_id} reads text alone: "
         "choose another, or set policy.sees=False."

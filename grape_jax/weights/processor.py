@@ -7,14 +7,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from grape_jax.models import qwen_vision, vision
 from grape_jax.models.idefics3 import Idefics3Config
 from grape_jax.models.llava import LlavaConfig
+from grape_jax.models.qwen_vision import QwenVisionConfig
 from grape_jax.models.vision import VisionConfig
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights.tensors import read_json
@@ -23,35 +25,212 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 Size = tuple[int, int]  # width and height in pixels
 
 
+class Room(NamedTuple):
+    """Static sizes of the pictures of a batch."""
+
+    parts: int  # tiles or windows of a prompt's pictures
+    features: int  # I, of a prompt's pictures
+
+
 @dataclasses.dataclass(frozen=True)
-class PictureProcessor:
-    """Writes pictures into prompts and prepares their pixels.
+class Tiles:
+    """Pictures of LLaVA 1.5, Idefics3 and SmolVLM: one or several square tiles."""
 
-    Tokens and pixels follow from the same grid of tiles, so that there are as many image tokens as
-    image features.
-    """
-
-    image_token: str  # stands for one feature
-    image_token_id: int
-    features: int  # of one tile
-    tile: int  # pixels, square
+    config: LlavaConfig | Idefics3Config
     longest_edge: int  # pixels that a picture is resized to before it is cut; 0: never cut
-    process: Any  # transformers' image processor
-
-    @property
-    def most_tiles(self) -> int:
-        """The largest number of tiles of a picture."""
-        return _most_tiles(self.longest_edge, self.tile)
 
     @property
     def largest(self) -> Size:
         """A size whose picture has the largest number of tokens."""
-        return (max(self.longest_edge, self.tile),) * 2
+        return (max(self.longest_edge, self.config.image_size),) * 2
 
-    def tiles(self, size: Size) -> int:
-        """The number of tiles of a picture."""
+    def tokens(self, size: Size) -> int:
+        """Image tokens of a picture."""
         rows, columns = self._grid(size)
-        return rows * columns + 1
+        return (rows * columns + 1) * self.config.features
+
+    def placeholder(self, size: Size, image_token: str) -> str:
+        """What stands for a picture in a prompt."""
+        if isinstance(self.config, LlavaConfig):
+            return image_token * self.config.features
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+        return get_image_prompt_string(
+            *self._grid(size),
+            self.config.features,
+            fake_token_around_image="<fake_token_around_image>",
+            image_token=image_token,
+            global_image_token="<global-img>",
+        )
+
+    def positions(self, tokens_S: np.ndarray, image_S: np.ndarray, sizes: Sequence[Size]) -> None:
+        """Positions are those of text."""
+
+    def room(self, prompts: Sequence[Sequence[Size]]) -> Room:
+        """The same for all batches with as many pictures a prompt."""
+        most = max(1, *map(len, prompts))
+        features = most * self.tokens(self.largest)
+        return Room(features // self.config.features, features)
+
+    def pixels(self, process: Any, rows: Sequence[Sequence[Image.Image]], room: Room) -> np.ndarray:
+        """Pixels of the pictures of B prompts, float32 `[B, P, H, W, 3]`, padded with zeros."""
+        out = vision.empty(self.config, len(rows), *room)
+        for row, images in enumerate(rows):
+            start = 0
+            for image in images:
+                found = np.asarray(process(image, return_tensors="np")["pixel_values"], np.float32)
+                found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
+                if len(found) * self.config.features != self.tokens(image.size):
+                    raise ValueError(f"a picture of {image.size} has {len(found)} tiles")
+                out[row, start : start + len(found)] = found
+                start += len(found)
+        return out
+
+    def _grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns that a picture is cut into; 0, 0 if it stays whole."""
+        if not self.longest_edge:
+            return 0, 0
+        from transformers.models.idefics3 import image_processing_pil_idefics3 as theirs
+
+        width, height = size
+        # The function reads the shape alone.
+        blank = np.broadcast_to(np.uint8(0), (3, height, width))
+        height, width = theirs.get_resize_output_image_size(blank, self.longest_edge)
+        tile = self.config.image_size
+        up = lambda pixels: math.ceil(pixels / tile)
+        # The longer side is rounded up to whole tiles, then the shorter one in proportion.
+        if width >= height:
+            rows, columns = up(int(up(width) * tile / (width / height))), up(width)
+        else:
+            rows, columns = up(height), up(int(up(height) * tile * (width / height)))
+        return (rows, columns) if max(rows, columns) > 1 else (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Pictures of Qwen2.5-VL: of any size, in windows of features."""
+
+    config: QwenVisionConfig
+    least: int  # pixels of a resized picture
+    most: int
+
+    @property
+    def largest(self) -> Size:
+        """A size whose picture has the largest number of tokens."""
+        unit = self.config.patch * self.config.merge
+        count = self.most // unit**2
+        across = range(math.ceil(math.sqrt(count / 100)), math.isqrt(count) + 1)
+        width = max(across, key=lambda columns: (columns * (count // columns), columns))
+        return width * unit, count // width * unit
+
+    def tokens(self, size: Size) -> int:
+        """Image tokens of a picture."""
+        return math.prod(self._grid(size))
+
+    def placeholder(self, size: Size, image_token: str) -> str:
+        """What stands for a picture in a prompt."""
+        return image_token * self.tokens(size)
+
+    def positions(
+        self, tokens_S: np.ndarray, image_S: np.ndarray, sizes: Sequence[Size]
+    ) -> np.ndarray:
+        """Time, row and column of each token of one prompt without padding: int32 `[S, 3]`.
+
+        Text counts on by 1 in all three; a picture's rows and columns count from where it begins,
+        and text goes on behind the larger of them.
+        """
+        out = np.zeros((len(tokens_S), 3), np.int32)
+        following, place, grids = 0, 0, iter(map(self._grid, sizes))
+        while place < len(tokens_S):
+            if not image_S[place]:
+                out[place] = following
+                following, place = following + 1, place + 1
+                continue
+            rows, columns = next(grids)
+            inside = slice(place, place + rows * columns)
+            row, column = np.divmod(np.arange(rows * columns), columns)
+            out[inside] = following + np.stack([np.zeros_like(row), row, column], axis=1)
+            following, place = following + max(rows, columns), inside.stop
+        return out
+
+    def room(self, prompts: Sequence[Sequence[Size]]) -> Room:
+        """Windows rounded up to a power of two, of which there are few."""
+        windows = lambda size: qwen_vision.layout(self.config, *self._grid(size))[1]
+        most = max(sum(map(windows, sizes)) for sizes in prompts)
+        pictures = max(1, *map(len, prompts))
+        return Room(1 << max(0, most - 1).bit_length(), pictures * self.tokens(self.largest))
+
+    def pixels(
+        self, process: Any, rows: Sequence[Sequence[Image.Image]], room: Room
+    ) -> qwen_vision.Patches:
+        """Patches of the pictures of B prompts (NumPy)."""
+        c, out = self.config, vision.empty(self.config, len(rows), *room)
+        for row, images in enumerate(rows):
+            window, token = 0, 0
+            for number, image in enumerate(images, start=1):
+                found = process(image, return_tensors="np")
+                grid = tuple(int(side) // c.merge for side in found["image_grid_thw"][0, 1:])
+                if grid != self._grid(image.size):
+                    raise ValueError(f"a picture of {image.size} has the grid {grid}")
+                place, count = qwen_vision.layout(c, *grid)
+                used = row, slice(window, window + count)
+                _scatter(out.pixels_BxWxLxF[used], place, found["pixel_values"])
+                _scatter(out.position_BxWxLx2[used], place, _patch_positions(c, *grid))
+                _scatter(out.mask_BxWxL[used], place, np.ones(len(place) * c.merge**2, bool))
+                out.picture_BxW[used] = number
+                out.order_BxI[row, token : token + len(place)] = place + window * c.window**2
+                window, token = window + count, token + len(place)
+        return out
+
+    def _grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of a picture's features."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        unit = self.config.patch * self.config.merge
+        try:
+            height, width = smart_resize(size[1], size[0], unit, self.least, self.most)
+        except ValueError as error:
+            raise UserError(
+                f"a picture of {size[0]} x {size[1]} pixels is too long for this policy ({error}): "
+                "crop it."
+            ) from error
+        return height // unit, width // unit
+
+
+def _scatter(windows_WxLxX: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
+    """Writes the patches of each feature where the feature lies."""
+    each = len(values) // len(place)
+    flat = windows_WxLxX.reshape(-1, each, *windows_WxLxX.shape[2:])
+    flat[place] = values.reshape(len(place), each, *values.shape[1:])
+
+
+def _patch_positions(config: QwenVisionConfig, rows: int, columns: int) -> np.ndarray:
+    """Row and column of each patch, feature by feature: int32 `[patches, 2]`."""
+    m = config.merge
+    row, column, inner_row, inner_column = np.meshgrid(
+        *map(np.arange, (rows, columns, m, m)), indexing="ij"
+    )
+    both = row * m + inner_row, column * m + inner_column
+    return np.stack([one.reshape(-1) for one in both], axis=1).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureProcessor:
+    """Writes pictures into prompts and prepares their pixels.
+
+    Tokens and pixels follow from the same grid, so that there are as many image tokens as image
+    features.
+    """
+
+    image_token: str  # stands for one feature
+    image_token_id: int
+    process: Any  # transformers' image processor
+    grid: Tiles | Windows
+
+    @property
+    def largest(self) -> Size:
+        """A size whose picture has the largest number of tokens."""
+        return self.grid.largest
 
     def prompt_ids(
         self,
@@ -60,7 +239,7 @@ class PictureProcessor:
         sizes: Sequence[Size],
         answer_start: str = "",
     ) -> list[int]:
-        """Token ids of a chat, with `features` image tokens for each tile of its pictures.
+        """Token ids of a chat, with an image token for each feature of its pictures.
 
         Args:
           turns: each content is a list of {"type": "image"} and {"type": "text", "text": ...}.
@@ -81,13 +260,14 @@ class PictureProcessor:
                 "whose chat template has a place for each picture."
             )
         whole = first + "".join(
-            self._placeholder(size) + part for size, part in zip(sizes, rest, strict=True)
+            self.grid.placeholder(size, self.image_token) + part
+            for size, part in zip(sizes, rest, strict=True)
         )
         # As transformers' processors: templates that write the first token themselves are exempt.
         bos = tokenizer.bos_token
         written = isinstance(bos, str) and whole.startswith(bos)
         ids = tokenizer(whole, add_special_tokens=not written)["input_ids"]
-        self._check(ids.count(self.image_token_id), sum(map(self.tiles, sizes)))
+        _check(ids.count(self.image_token_id), sum(map(self.grid.tokens, sizes)))
         return ids
 
     def image_index(self, tokens: np.ndarray) -> np.ndarray:
@@ -95,70 +275,43 @@ class PictureProcessor:
         image = tokens == self.image_token_id
         return np.where(image, np.cumsum(image, axis=-1), 0).astype(np.int32)
 
+    def positions(
+        self, tokens_BxS: np.ndarray, mask_BxS: np.ndarray, sizes: Sequence[Sequence[Size]]
+    ) -> np.ndarray | None:
+        """`Prompts.positions_BxSx3`; None if a policy of this family counts in order."""
+        if isinstance(self.grid, Tiles):
+            return None
+        out = np.zeros((*tokens_BxS.shape, 3), np.int32)
+        for row, mask_S in enumerate(mask_BxS):
+            tokens_S = tokens_BxS[row, mask_S]
+            out[row, mask_S] = self.grid.positions(
+                tokens_S, tokens_S == self.image_token_id, sizes[row]
+            )
+        return out
+
     def pixels(
-        self, pictures: Sequence[Sequence[Image.Image]], image_BxS: np.ndarray, tiles: int
-    ) -> np.ndarray:
-        """Pixels of the pictures of B prompts, float32 `[B, tiles, H, W, 3]`, padded with zeros.
+        self, pictures: Sequence[Sequence[Image.Image]], image_BxS: np.ndarray, room: Room
+    ) -> Any:
+        """Pixels of the pictures of B prompts, for `vision.features` (NumPy).
 
         Args:
           pictures: of each prompt, in their order.
           image_BxS: from `image_index`.
-          tiles: P, at least those of any prompt.
+          room: of the whole batch, from `grid.room`.
 
         Raises:
           ValueError: a prompt has more or fewer image tokens than its pictures have features.
         """
-        out = np.zeros((len(pictures), tiles, self.tile, self.tile, 3), np.float32)
-        for row, (images, image_S) in enumerate(zip(pictures, image_BxS, strict=True)):
-            seen = [self._process(image) for image in images]
-            count = sum(map(len, seen))
-            self._check(int(image_S.max(initial=0)), count)
-            if seen:
-                out[row, :count] = np.concatenate(seen)
-        return out
+        for images, image_S in zip(pictures, image_BxS, strict=True):
+            features = sum(self.grid.tokens(image.size) for image in images)
+            _check(int(image_S.max(initial=0)), features)
+        return self.grid.pixels(self.process, pictures, room)
 
-    def _process(self, image: Image.Image) -> np.ndarray:
-        """Tiles of one picture, float32 `[tiles, H, W, 3]`."""
-        found = np.asarray(self.process(image, return_tensors="np")["pixel_values"], np.float32)
-        return np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
 
-    def _check(self, tokens: int, tiles: int) -> None:
-        if tokens != tiles * self.features:
-            raise ValueError(
-                f"a prompt has {tokens} image tokens, its pictures have {tiles * self.features} "
-                "features"
-            )
-
-    def _grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns that a picture is cut into; 0, 0 if it stays whole."""
-        if not self.longest_edge:
-            return 0, 0
-        from transformers.models.idefics3 import image_processing_pil_idefics3 as theirs
-
-        width, height = size
-        # The function reads the shape alone.
-        blank = np.broadcast_to(np.uint8(0), (3, height, width))
-        height, width = theirs.get_resize_output_image_size(blank, self.longest_edge)
-        up = lambda pixels: math.ceil(pixels / self.tile)
-        # The longer side is rounded up to whole tiles, then the shorter one in proportion.
-        if width >= height:
-            rows, columns = up(int(up(width) * self.tile / (width / height))), up(width)
-        else:
-            rows, columns = up(height), up(int(up(height) * self.tile * (width / height)))
-        return (rows, columns) if max(rows, columns) > 1 else (0, 0)
-
-    def _placeholder(self, size: Size) -> str:
-        """What stands for a picture in a prompt."""
-        if not isinstance(self.process, _idefics3_classes()):
-            return self.image_token * self.features
-        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-
-        return get_image_prompt_string(
-            *self._grid(size),
-            self.features,
-            fake_token_around_image="<fake_token_around_image>",
-            image_token=self.image_token,
-            global_image_token="<global-img>",
+def _check(tokens: int, features: int) -> None:
+    if tokens != features:
+        raise ValueError(
+            f"a prompt has {tokens} image tokens, its pictures have {features} features"
         )
 
 
@@ -174,7 +327,6 @@ def read(
       UserError: it is missing, of an unsupported type, or does not fit model or tokenizer.
     """
     path, process = _image_processor(directory, config)
-    longest_edge = _longest_edge(process, config)
     image_token: Any = tokenizer.convert_ids_to_tokens(image_token_id)
     if not image_token or tokenizer(image_token, add_special_tokens=False)["input_ids"] != [
         image_token_id
@@ -183,42 +335,52 @@ def read(
             f"{directory}: the tokenizer has no token with the image_token_id={image_token_id} of "
             "config.json: the two belong to different models, download them again."
         )
-    made = PictureProcessor(
-        image_token=image_token,
-        image_token_id=image_token_id,
-        features=config.features,
-        tile=config.image_size,
-        longest_edge=longest_edge,
-        process=process,
-    )
-    sides = made._process(Image.new("RGB", (64, 2))).shape[1:3]
-    if sides != (config.image_size, config.image_size):
+    made = PictureProcessor(image_token, image_token_id, process, _grid(path, process, config))
+    blank = Image.new("RGB", (64, 8))
+    try:
+        made.grid.pixels(process, [[blank]], made.grid.room([[blank.size]]))
+    except ValueError as error:
+        shape = _sides(config)
         raise UserError(
-            f"{path} makes pictures of the shape {sides}, but vision_config.image_size is "
-            f"{config.image_size}: the two belong to different models, download them again."
-        )
+            f"{path} makes pictures that do not fit {shape} of config.json: the two belong to "
+            "different models, download them again."
+        ) from error
     return made
 
 
-def most_tiles(directory: Path, config: VisionConfig) -> int:
-    """`PictureProcessor.most_tiles` of a checkpoint, without its tokenizer.
+def most_room(directory: Path, config: VisionConfig) -> Room:
+    """Room for the largest square picture of a checkpoint, without its tokenizer.
 
     Raises:
       UserError: the image processor is missing or of an unsupported type.
     """
-    _, process = _image_processor(directory, config)
-    return _most_tiles(_longest_edge(process, config), config.image_size)
+    path, process = _image_processor(directory, config)
+    return _grid(path, process, config).room([[_grid(path, process, config).largest]])
 
 
-def _most_tiles(longest_edge: int, tile: int) -> int:
-    side = math.ceil(longest_edge / tile)
-    return side**2 + 1 if side > 1 else 1
+def _sides(config: VisionConfig) -> str:
+    if isinstance(config, QwenVisionConfig):
+        return "vision_config.patch_size"
+    return f"vision_config.image_size={config.image_size}"
 
 
-def _longest_edge(process: Any, config: VisionConfig) -> int:
-    """Pixels that a picture is resized to before it is cut; 0: never cut."""
-    cuts = isinstance(config, Idefics3Config) and process.do_image_splitting
-    return int(process.size["longest_edge"] or 0) if cuts else 0
+def _grid(path: Path, process: Any, config: VisionConfig) -> Tiles | Windows:
+    match config:
+        case LlavaConfig():
+            return Tiles(config, 0)
+        case Idefics3Config():
+            edge = process.size["longest_edge"] if process.do_image_splitting else 0
+            return Tiles(config, int(edge or 0))
+        case QwenVisionConfig():
+            sides = (process.patch_size, process.merge_size, process.temporal_patch_size)
+            if sides != (config.patch, config.merge, config.frames):
+                raise UserError(
+                    f"{path}: patch_size, merge_size and temporal_patch_size are {sides}, those of "
+                    f"config.json {(config.patch, config.merge, config.frames)}: the two belong to "
+                    "different models, download them again."
+                )
+            size = process.size
+            return Windows(config, int(size["shortest_edge"]), int(size["longest_edge"]))
 
 
 def _read_fields(directory: Path) -> tuple[Path, dict]:
@@ -239,9 +401,8 @@ def _read_fields(directory: Path) -> tuple[Path, dict]:
 def _image_processor(directory: Path, config: VisionConfig) -> tuple[Path, Any]:
     """The file that describes transformers' image processor, and the processor, on Pillow."""
     path, data = _read_fields(directory)
-    classes = _llava_classes() if isinstance(config, LlavaConfig) else _idefics3_classes()
     kind = str(data.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
-    by_name = {made.__name__.removesuffix("Pil"): made for made in classes}
+    by_name = {made.__name__.removesuffix("Pil"): made for made in _classes(config)}
     if kind not in by_name:
         raise UserError(
             f"{path}: image_processor_type={kind!r} is not supported here, only "
@@ -252,15 +413,20 @@ def _image_processor(directory: Path, config: VisionConfig) -> tuple[Path, Any]:
     return path, by_name[kind].from_dict(data)  # type: ignore[attr-defined]
 
 
-def _llava_classes() -> tuple[type, ...]:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+def _classes(config: VisionConfig) -> tuple[type, ...]:
+    """transformers' image processors of a family. They are imported late, which takes a second."""
+    match config:
+        case LlavaConfig():
+            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+            from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    return CLIPImageProcessorPil, LlavaImageProcessorPil
+            return CLIPImageProcessorPil, LlavaImageProcessorPil
+        case Idefics3Config():
+            from transformers.models.idefics3 import image_processing_pil_idefics3 as idefics3
+            from transformers.models.smolvlm import image_processing_pil_smolvlm as smolvlm
 
+            return idefics3.Idefics3ImageProcessorPil, smolvlm.SmolVLMImageProcessorPil
+        case QwenVisionConfig():
+            from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
-def _idefics3_classes() -> tuple[type, ...]:
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-
-    return Idefics3ImageProcessorPil, SmolVLMImageProcessorPil
+            return (qwen.Qwen2VLImageProcessorPil,)

@@ -29,7 +29,9 @@ class Tensor:
     name: str  # in the file
     path: tuple[str, ...]  # in the parameters
     layer: int | None = None  # row of a parameter that is stacked over layers
-    kind: str = "same"  # "matrix": transposed; "patches": a convolution, flattened
+    # "matrix": transposed; "patches": a convolution, flattened with the colours innermost; "flat":
+    # one flattened as it is
+    kind: str = "same"
     third: int | None = None  # 0, 1, 2: q, k or v of a fused tensor
 
 
@@ -279,6 +281,8 @@ def _from_file(value: np.ndarray, tensor: Tensor) -> np.ndarray:
         value = np.split(value, 3)[tensor.third] if len(value) % 3 == 0 else value
     if tensor.kind == "matrix":
         return value.T
+    if tensor.kind == "flat":
+        return value.reshape(value.shape[0], -1).T
     if tensor.kind == "patches":
         # [D, 3, p, p] to [p * p * 3, D]: the colours of a patch are innermost.
         return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])

@@ -1,4 +1,4 @@
-"""The eyes of vision-language checkpoints: LLaVA 1.5's layout, Idefics3 and SmolVLM."""
+"""The eyes of vision-language checkpoints: LLaVA 1.5's layout, Idefics3, SmolVLM, Qwen2.5-VL."""
 
 import dataclasses
 from pathlib import Path
@@ -11,6 +11,7 @@ from grape_jax.models import vision
 from grape_jax.models.encoder import ACTIVATIONS, Params, Tower
 from grape_jax.models.idefics3 import Idefics3Config
 from grape_jax.models.llava import LlavaConfig
+from grape_jax.models.qwen_vision import QwenVisionConfig
 from grape_jax.models.vision import VisionConfig
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
@@ -40,13 +41,24 @@ IDEFICS3_NAMES = {
     "model.vision_model.": "tower.",
     "model.connector.": "connector.",
 }
-NAMES = {"llava": LLAVA_NAMES, "idefics3": IDEFICS3_NAMES, "smolvlm": IDEFICS3_NAMES}
+QWEN_NAMES = {
+    "model.visual.": "tower.",
+    "visual.": "tower.",
+    "model.language_model.": "model.",
+}
+NAMES = {
+    "llava": LLAVA_NAMES,
+    "idefics3": IDEFICS3_NAMES,
+    "smolvlm": IDEFICS3_NAMES,
+    "qwen2_5_vl": QWEN_NAMES,
+}
 
 # Where the decoder is in a model of transformers 5, by model_type.
 DECODERS = {
     "llava": "model.language_model",
     "idefics3": "model.text_model",
     "smolvlm": "model.text_model",
+    "qwen2_5_vl": "model.language_model",
 }
 
 
@@ -126,6 +138,8 @@ def read_config(directory: Path, width: int) -> VisionConfig | None:
             return _llava(path, data, width)
         case "idefics3" | "smolvlm":
             return _idefics3(path, data, width)
+        case "qwen2_5_vl":
+            return _qwen(path, data, width)
     return None
 
 
@@ -188,8 +202,43 @@ def _idefics3(path: Path, data: dict, width: int) -> Idefics3Config:
     return config
 
 
+def _qwen(path: Path, data: dict, width: int) -> QwenVisionConfig:
+    fields, section = data.get("vision_config") or {}, "vision_config."
+    whole = lambda key, default: tensors.whole_number(fields, key, default, path, section)
+    tensors.one_of(fields, "in_channels", 3, (3,), path, section)
+    tensors.one_of(fields, "hidden_act", "silu", ("silu",), path, section)
+    patch = tensors.square(fields, "patch_size", 14, path, section)
+    merge = whole("spatial_merge_size", 2)
+    config = QwenVisionConfig(
+        width=whole("hidden_size", 3584),
+        layers=whole("depth", 32),
+        heads=whole("num_heads", 16),
+        mlp=whole("intermediate_size", 3420),
+        patch=patch,
+        frames=whole("temporal_patch_size", 2),
+        merge=merge,
+        window=whole("window_size", 112) // patch // merge,
+        full=tuple(fields.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        out_width=whole("out_hidden_size", 3584),
+    )
+    if config.width % config.heads or config.width // config.heads % 4:
+        raise UserError(
+            f"{path}: vision_config.num_heads={config.heads} does not divide the width of "
+            f"{config.width} into heads of a multiple of 4: download the checkpoint again."
+        )
+    if config.out_width != width or config.window < 1:
+        raise UserError(
+            f"{path}: vision_config.out_hidden_size={config.out_width} must be hidden_size={width} "
+            "of the decoder, and vision_config.window_size at least one feature: download the "
+            "checkpoint again."
+        )
+    return config
+
+
 def _table(config: VisionConfig) -> list[Tensor]:
     """All tensors that the features need, by canonical name."""
+    if isinstance(config, QwenVisionConfig):
+        return _qwen_table(config)
     tower, embeddings = ("tower",), "tower.embeddings."
     table = [
         Tensor(embeddings + "position_embedding.weight", (*tower, "position_embedding")),
@@ -212,4 +261,27 @@ def _table(config: VisionConfig) -> list[Tensor]:
             table.append(Tensor(embeddings + "patch_embedding.bias", bias))
             table += norm("tower.post_layernorm", (*tower, "post_norm"))
             table += dense("connector.modality_projection.proj", ("connector",))[:1]
+    return table
+
+
+def _qwen_table(config: QwenVisionConfig) -> list[Tensor]:
+    scale = lambda name, path: Tensor(f"tower.{name}.weight", (*path, "scale"))
+    table = [
+        Tensor("tower.patch_embed.proj.weight", ("patch_embedding",), kind="flat"),
+        scale("merger.ln_q", ("merge_norm",)),
+    ]
+    table += dense("tower.merger.mlp.0", ("merge_up",))
+    table += dense("tower.merger.mlp.2", ("merge_down",))
+    names = {
+        "attn.proj": "out",
+        "mlp.gate_proj": "gate",
+        "mlp.up_proj": "up",
+        "mlp.down_proj": "down",
+    }
+    for layer in range(config.layers):
+        prefix, path = f"tower.blocks.{layer}.", (f"layer_{layer}",)
+        table += tensors.fused_qkv(prefix + "attn.qkv.weight", prefix + "attn.qkv.bias", path)
+        for theirs, ours in names.items():
+            table += dense(prefix + theirs, (*path, ours))
+        table += [scale(f"blocks.{layer}.{name}", (*path, name)) for name in ("norm1", "norm2")]
     return table

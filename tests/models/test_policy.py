@@ -151,9 +151,7 @@ def test_cached_decoding_equals_the_full_pass(tiny):
     cache = policy.Cache(k, v, own, own)
     np.testing.assert_allclose(last, expected[:, 0, 0], atol=1e-5)
     for t in range(3):
-        hidden, cache = policy.decode(
-            TINY, base, cache, prompts.mask_BxS, jnp.asarray(tokens[:, :, t]), t
-        )
+        hidden, cache = policy.decode(TINY, base, cache, prompts, jnp.asarray(tokens[:, :, t]), t)
         np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=2e-5)
 
 

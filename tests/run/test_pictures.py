@@ -112,8 +112,9 @@ def test_an_exported_run_is_a_model_of_transformers(trained, tmp_path):
         tmp_path / "adapter", adapter, run.policy.lora, run.config.policy.path, "smolvlm"
     )
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    index = ours.vision.processor.image_index(found.token_ids)
-    pixels = ours.vision.processor.pixels(found.images, index, 5)
+    processor = ours.vision.processor
+    room = processor.grid.room([[found.images[0][0].size]])
+    pixels = processor.pixels(found.images, processor.image_index(found.token_ids), room)
     inputs = {
         "input_ids": torch.tensor(found.token_ids).long(),
         "pixel_values": torch.tensor(np.moveaxis(pixels, -1, 2)),

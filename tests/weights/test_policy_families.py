@@ -159,9 +159,7 @@ def test_cached_decoding_equals_the_full_pass(tmp_path, variant):
     own = jnp.zeros((config.layers, B, K, T, config.kv_heads, config.head_dim))
     cache, states = policy.Cache(k, v, own, own), [jnp.repeat(last[:, None], K, axis=1)]
     for t in range(T - 1):
-        state, cache = call(
-            policy.decode, variables, cache, prompts.mask_BxS, completions[:, :, t], t
-        )
+        state, cache = call(policy.decode, variables, cache, prompts, completions[:, :, t], t)
         states.append(state)
     for hidden in (trained, jnp.stack(states, axis=2)):
         got = np.asarray(policy.logits(variables, hidden))

@@ -23,6 +23,7 @@ from grape_jax.rl.rollout import SamplingConfig, sample
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
+from grape_jax.weights.pretrained import Encoded
 
 pytestmark = pytest.mark.parity
 
@@ -37,17 +38,41 @@ def chat(text, pictures=1):
     ]
 
 
-def theirs(processor, chats, pictures, padding="left"):
+def theirs(processor, chats, pictures):
     """What the family's processor makes of chats."""
     texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in chats]
-    return processor(
+    batch = processor(
         images=pictures,
         text=texts,
         padding=True,
-        padding_side=padding,
+        padding_side="left",
         add_special_tokens=False,
         return_tensors="pt",
     )
+    if "image_grid_thw" in batch:
+        batch["mm_token_type_ids"] = (batch["input_ids"] == tiny_vision.IMAGE).long()
+    return batch
+
+
+def pixels_of(ours, found):
+    """Index and pixels of encoded chats."""
+    processor = ours.vision.processor
+    index = processor.image_index(found.token_ids)
+    room = processor.grid.room([[one.size for one in row] for row in found.images])
+    return index, processor.pixels(found.images, index, room)
+
+
+def in_their_order(pixels, batch, features):
+    """Our pixels in the shape of the processor's."""
+    if "image_grid_thw" not in batch:
+        theirs = batch["pixel_values"].shape
+        tiles = theirs[1] if len(theirs) == 5 else 1
+        return np.moveaxis(pixels[:, :tiles], -1, 2).reshape(theirs)
+    rows = []
+    for row, order_I in enumerate(pixels.order_BxI):
+        by_feature = pixels.pixels_BxWxLxF[row].reshape(-1, 4, pixels.pixels_BxWxLxF.shape[-1])
+        rows += [*by_feature[order_I[: features[row]]].reshape(-1, by_feature.shape[-1])]
+    return np.stack(rows)
 
 
 def png(tmp_path, seed, size):
@@ -79,13 +104,9 @@ def test_pixels_and_logits_equal_transformers(tmp_path, family):
         np.testing.assert_array_equal(found.mask, mask)
         np.testing.assert_array_equal(found.token_ids[mask], batch["input_ids"].numpy()[mask])
 
-        eyes = ours.vision
-        index = eyes.processor.image_index(found.token_ids)
-        pixels = eyes.processor.pixels(rows, index, eyes.processor.most_tiles)
-        reference = batch["pixel_values"].numpy()
-        reference = reference if reference.ndim == 5 else reference[:, None]
-        reference = np.moveaxis(reference, 2, -1)
-        assert np.abs(pixels[:, : reference.shape[1]] - reference).max() <= 1e-5
+        index, pixels = pixels_of(ours, found)
+        got = in_their_order(pixels, batch, index.max(axis=1))
+        assert np.abs(got - batch["pixel_values"].numpy()).max() <= 1e-5
         with torch.no_grad():
             logits = model(**batch).logits.float().numpy()
         assert_same(ours.logits(*found), logits, mask)
@@ -102,14 +123,15 @@ def test_pixels_and_logits_equal_transformers(tmp_path, family):
 
 def placed_prompts(ours, found):
     """Prompts with their features, as a step makes them."""
-    eyes = ours.vision
-    index = eyes.processor.image_index(found.token_ids)
-    pixels = eyes.processor.pixels(found.images, index, eyes.processor.most_tiles)
-    features = vision.features(eyes.config, eyes.params, pixels)
-    return Prompts(jnp.asarray(found.token_ids), jnp.asarray(found.mask), index, features)
+    index, pixels = pixels_of(ours, found)
+    features = vision.features(ours.vision.config, ours.vision.params, pixels)
+    sizes = [[one.size for one in row] for row in found.images]
+    positions = ours.vision.processor.positions(found.token_ids, found.mask, sizes)
+    tokens, mask = jnp.asarray(found.token_ids), jnp.asarray(found.mask)
+    return Prompts(tokens, mask, index, features, positions)
 
 
-@pytest.mark.parametrize("family", ["llava qwen2", "smolvlm"])
+@pytest.mark.parametrize("family", ["llava qwen2", "smolvlm", "qwen2_5_vl"])
 def test_greedy_generation_equals_transformers(tmp_path, family):
     """20 prompts of different pictures and lengths, 24 tokens each."""
     model, processor = tiny_vision.make(family), tiny_vision.processor(family)
@@ -133,7 +155,7 @@ def test_greedy_generation_equals_transformers(tmp_path, family):
     assert jnp.abs(last(blind) - last(prompts)).max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
 def test_eight_devices_equal_one(tmp_path, family):
     path = tiny_vision.save(tiny_vision.make(family), family, tmp_path)
     one = load_policy(path)
@@ -146,9 +168,9 @@ def test_eight_devices_equal_one(tmp_path, family):
     assert np.abs(got - alone).max() <= 1e-5 * np.ptp(alone)
 
 
-def test_several_pictures_and_none_in_one_batch(tmp_path):
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+def test_several_pictures_and_none_in_one_batch(tmp_path, family):
     """A row's logits do not depend on the pictures of other rows."""
-    family = "smolvlm"
     model, processor = tiny_vision.make(family), tiny_vision.processor(family)
     ours = load_policy(tiny_vision.save(model, family, tmp_path))
     # The second picture is one tile, so that the pictures of a row differ in their tiles.
@@ -177,11 +199,11 @@ def test_grids_are_those_of_the_processor(tmp_path, edge):
     seen = set()
     for width, height in [(1, 1), (1, 70), (300, 2), *rng.integers(1, 200, (60, 2)).tolist()]:
         picture = tiny_vision.picture(0, (width, height))
-        tokens = np.full((1, processor.tiles(picture.size) * processor.features), 258)
-        index = processor.image_index(tokens)
-        processor.pixels([[picture]], index, processor.most_tiles)
-        seen.add(processor.tiles(picture.size))
-    assert len(seen) > 2 and max(seen) <= processor.most_tiles
+        count = processor.grid.tokens(picture.size)
+        index = processor.image_index(np.full((1, count), tiny_vision.IMAGE))
+        processor.pixels([[picture]], index, processor.grid.room([[picture.size]]))
+        seen.add(count)
+    assert len(seen) > 2 and max(seen) <= processor.grid.tokens(processor.largest)
 
 
 def change(name, edit):
@@ -218,6 +240,14 @@ MISTAKES = {
                 "model_type"),
     "patch": ("smolvlm", change(CONFIG, lambda x: x["vision_config"].update(num_channels=1)),
               "vision_config.num_channels"),
+    "sections": ("qwen2_5_vl", change(CONFIG, lambda x: x["text_config"]["rope_parameters"].update(
+        mrope_section=[1, 1, 1])), "mrope_section"),
+    "patches": ("qwen2_5_vl", change(PROCESSOR, lambda x: x["image_processor"].update(
+        patch_size=8)), "patch_size"),
+    "out": ("qwen2_5_vl", change(CONFIG, lambda x: x["vision_config"].update(
+        out_hidden_size=64)), "vision_config.out_hidden_size"),
+    "gate": ("qwen2_5_vl", change(CONFIG, lambda x: x["vision_config"].update(
+        hidden_act="gelu")), "vision_config.hidden_act"),
     "width": ("smolvlm", change(CONFIG, lambda x: x["vision_config"].update(
         intermediate_size=40)), "has shape"),
 }  # fmt: skip
@@ -226,7 +256,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    for family in ("llava", "idefics3", "smolvlm"):
+    for family in ("llava", "idefics3", "smolvlm", "qwen2_5_vl"):
         tiny_vision.save(tiny_vision.make(family), family, folder / family)
     return folder
 
@@ -270,8 +300,8 @@ def test_options_of_llava_equal_transformers(tmp_path, options):
     features = ours.vision.config.features
     tokens = np.full((1, features + 6), 60)
     tokens[:, 2 : 2 + features] = tiny_vision.IMAGE
-    index = ours.vision.processor.image_index(tokens)
-    pixels = ours.vision.processor.pixels([[picture]], index, 1)
+    found = Encoded(tokens, np.ones(tokens.shape, bool), [[picture]])
+    _, pixels = pixels_of(ours, found)
     with torch.no_grad():
         reference = model(
             input_ids=torch.tensor(tokens),
