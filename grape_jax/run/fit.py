@@ -302,8 +302,8 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     L = config.retriever.text_length or shapes.scorer.retriever.context
     prompts, programs = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool)), []
     if (eyes := shapes.vision) is not None:
-        blank = jax.eval_shape(lambda: vision.empty(eyes.config, B, *eyes.room))
-        pixels = jax.tree.map(lambda x: in_batch(*x.shape, dtype=x.dtype), blank)
+        of_one = vision.empty(eyes.config, 1, *eyes.room)
+        pixels = jax.tree.map(lambda x: in_batch(B, *x.shape[1:], dtype=x.dtype), of_one)
         see = lambda: vision.features.lower(eyes.config, eyes.params, pixels, mesh=mesh)
         programs.append(Program("picture_features", see, (eyes.params,)))
         features = in_batch(

@@ -23,6 +23,7 @@ from grape_jax.run.rewriter import restore
 from grape_jax.runtime import checkpoint, command_line
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.shutdown import StopSignal
+from grape_jax.serving.engine import Engine
 from grape_jax.weights import huggingface
 
 pytestmark = pytest.mark.parity
@@ -80,6 +81,8 @@ def test_a_run_with_pixels_is_trained_evaluated_and_used(config, trained):
     )
     with pytest.raises(UserError, match="--image"):
         rewriter.rewrite(texts)
+    with pytest.raises(UserError, match=r"policy\.sees"):
+        Engine.of(rewriter, rewriter.gallery("train"), 8)
 
 
 def test_a_resumed_run_has_the_same_bits(config, trained, tmp_path):
