@@ -30,6 +30,9 @@ class Settings:
     chosen_on: str  # such as "128 validation queries"
 
 
+CAPTIONS = 3  # of a picture at most, where the policy reads none
+
+
 @dataclasses.dataclass(frozen=True)
 class Search:
     """What a baseline searches with."""
@@ -134,7 +137,8 @@ def _parts_of(
 ) -> _Parts:
     picture_QxE = gallery.bank_NxE[[query.image for query in queries]]
     edits = [query.text for query in queries]
-    captions = picture_captions.lists(picture_QxE)
+    count = picture_captions.config.prompt.captions or CAPTIONS
+    captions = picture_captions.lists(picture_QxE, count)
     return _Parts(picture_QxE, retriever.embed_texts(edits), captions, edits)
 
 

@@ -44,12 +44,12 @@ class PictureCaptions:
 
     def closest(self, emb_QxE: np.ndarray) -> list[str]:
         """The captions closest to each of these pictures' embeddings, as one line."""
-        return ["; ".join(best) for best in self.lists(emb_QxE)]
+        return ["; ".join(best) for best in self.lists(emb_QxE, self.config.prompt.captions)]
 
-    def lists(self, emb_QxE: np.ndarray) -> list[list[str]]:
+    def lists(self, emb_QxE: np.ndarray, count: int) -> list[list[str]]:
         """The captions closest to each of these pictures' embeddings, closest first."""
         texts, bank_CxE = self._bank
-        rows_QxC = captions.closest(bank_CxE, emb_QxE, self.config.prompt.captions)
+        rows_QxC = captions.closest(bank_CxE, emb_QxE, count)
         return [[texts[row] for row in best] for best in rows_QxC]
 
     @functools.cached_property

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Two steps of a tiny SmolVLM, with pixels and one caption."""
+    """Two steps of a tiny SmolVLM, with pixels and no captions."""
     folder = tmp_path_factory.mktemp("cirr")
     prepare.prepare("cirr", str(official_files.cirr(folder / "manual")), folder / "data")
     model = tiny_vision.make("smolvlm")
@@ -40,7 +40,7 @@ def config(tmp_path_factory):
     config.policy.path = str(tiny_vision.save(model, "smolvlm", folder / "policy"))
     config.retriever.path, config.retriever.text_length = "", 16
     config.update_from_flattened_dict({
-        "policy.sees": True, "prompt.captions": 1, "prompt.max_tokens": 0,
+        "policy.sees": True, "prompt.captions": 0, "prompt.max_tokens": 0,
         "warm_up.steps": 0, "grpo.steps": 2, "grpo.batch_size": 8, "grpo.group_size": 2,
         "grpo.format_rule": "sum", "grpo.kl_weight": 0.1, "checkpoint.every": 1,
         "rollout.max_tokens": 4, "evaluation.max_tokens": 4, "evaluation.batch_size": 8,
@@ -146,7 +146,7 @@ def test_contradictions_are_refused_by_key(config, overrides, named):
 
 def test_a_vision_language_model_reads_captions_alone(config):
     blind = config.copy_and_resolve_references()
-    blind.policy.sees = False
+    blind.policy.sees, blind.prompt.captions = False, 1
     run = context.build(blind)
     (query,) = run.queries.split("edits", "validation")[:1]
     assert run.pictures([query], "validation") is None
