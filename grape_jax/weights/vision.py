@@ -18,9 +18,10 @@ from grape_jax.runtime.errors import UserError
 from grape_jax.weights import processor, tensors
 from grape_jax.weights.clip import encoder_layer
 from grape_jax.weights.processor import PictureProcessor
-from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Tensor, dense, norm
+from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Fields, Tensor, dense, norm
 
 CLIP_DEFAULT = Tower(width=1024, layers=24, heads=16, mlp=4096)
+SECTION = "vision_config."
 SIGLIP_DEFAULT = Tower(
     width=1152, layers=12, heads=16, mlp=3072, activation="gelu_pytorch_tanh", norm_eps=1e-6
 )
@@ -117,7 +118,7 @@ def open_vision(
         return None
     # The names of the field in transformers 5 and before.
     key = "image_token_id" if "image_token_id" in data else "image_token_index"
-    token = tensors.whole_number(data, key, None, path)
+    token = Fields(path, data).whole(key)
     made = processor.read(directory, config, token, tokenizer)
     return OpenedVision(directory, data["model_type"], config, made)
 
@@ -158,13 +159,11 @@ def of_eyes(name: str) -> bool:
 
 
 def _llava(path: Path, data: dict, width: int) -> LlavaConfig:
-    vision, section = data.get("vision_config") or {}, "vision_config."
-    tensors.one_of(vision, "model_type", "clip_vision_model", ("clip_vision_model",), path, section)
-    tensors.one_of(vision, "num_channels", 3, (3,), path, section)
-    tower = tensors.read_tower(vision, CLIP_DEFAULT, path, section)
-    select = tensors.one_of(
-        data, "vision_feature_select_strategy", "default", ("default", "full"), path
-    )
+    whole, fields = Fields(path, data), Fields(path, data.get("vision_config") or {}, SECTION)
+    fields.one_of("model_type", "clip_vision_model", ("clip_vision_model",))
+    fields.one_of("num_channels", 3, (3,))
+    tower = fields.tower(CLIP_DEFAULT)
+    select = whole.one_of("vision_feature_select_strategy", "default", ("default", "full"))
     # States are numbered from 0, those before the first layer; -1 are those after the last.
     states = range(tower.layers + 1)
     layer = data.get("vision_feature_layer", -2)
@@ -175,23 +174,23 @@ def _llava(path: Path, data: dict, width: int) -> LlavaConfig:
         )
     return LlavaConfig(
         tower=dataclasses.replace(tower, layers=states[layer]),
-        image_size=tensors.square(vision, "image_size", 336, path, section),
-        patch=tensors.square(vision, "patch_size", 14, path, section),
+        image_size=fields.square("image_size", 336),
+        patch=fields.square("patch_size", 14),
         class_token=select == "full",
-        activation=tensors.one_of(data, "projector_hidden_act", "gelu", tuple(ACTIVATIONS), path),
-        bias=tensors.one_of(data, "multimodal_projector_bias", True, (True, False), path),
+        activation=whole.one_of("projector_hidden_act", "gelu", tuple(ACTIVATIONS)),
+        bias=whole.one_of("multimodal_projector_bias", True, (True, False)),
         width=width,
     )
 
 
 def _idefics3(path: Path, data: dict, width: int) -> Idefics3Config:
-    vision, section = data.get("vision_config") or {}, "vision_config."
-    tensors.one_of(vision, "num_channels", 3, (3,), path, section)
+    fields = Fields(path, data.get("vision_config") or {}, SECTION)
+    fields.one_of("num_channels", 3, (3,))
     config = Idefics3Config(
-        tower=tensors.read_tower(vision, SIGLIP_DEFAULT, path, section),
-        image_size=tensors.square(vision, "image_size", 224, path, section),
-        patch=tensors.square(vision, "patch_size", 32, path, section),
-        shuffle=tensors.whole_number(data, "scale_factor", 2, path),
+        tower=fields.tower(SIGLIP_DEFAULT),
+        image_size=fields.square("image_size", 224),
+        patch=fields.square("patch_size", 32),
+        shuffle=Fields(path, data).whole("scale_factor", 2),
         width=width,
     )
     if config.image_size // config.patch % config.shuffle:
@@ -203,11 +202,11 @@ def _idefics3(path: Path, data: dict, width: int) -> Idefics3Config:
 
 
 def _qwen(path: Path, data: dict, width: int) -> QwenVisionConfig:
-    fields, section = data.get("vision_config") or {}, "vision_config."
-    whole = lambda key, default: tensors.whole_number(fields, key, default, path, section)
-    tensors.one_of(fields, "in_channels", 3, (3,), path, section)
-    tensors.one_of(fields, "hidden_act", "silu", ("silu",), path, section)
-    patch = tensors.square(fields, "patch_size", 14, path, section)
+    fields = Fields(path, data.get("vision_config") or {}, SECTION)
+    whole = fields.whole
+    fields.one_of("in_channels", 3, (3,))
+    fields.one_of("hidden_act", "silu", ("silu",))
+    patch = fields.square("patch_size", 14)
     merge = whole("spatial_merge_size", 2)
     config = QwenVisionConfig(
         width=whole("hidden_size", 3584),
@@ -218,7 +217,7 @@ def _qwen(path: Path, data: dict, width: int) -> QwenVisionConfig:
         frames=whole("temporal_patch_size", 2),
         merge=merge,
         window=whole("window_size", 112) // patch // merge,
-        full=tuple(fields.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        full=tuple(fields.data.get("fullatt_block_indexes", (7, 15, 23, 31))),
         out_width=whole("out_hidden_size", 3584),
     )
     if config.width % config.heads or config.width // config.heads % 4:
