@@ -130,7 +130,7 @@ def load(path_or_hub_id: str | Path | None = None, dtype: str = "float32") -> Re
     else:
         read = preprocessing.read_open_clip if as_open_clip else preprocessing.read
         preprocess = read(directory, config.image_size)
-    clean = tokenizer.clean_open_clip if as_open_clip else str
+    clean: Callable[[str], str] = tokenizer.clean_open_clip if as_open_clip else str
     if prepared and prepared.lower_case:
         clean = str.lower
     return Retriever(
