@@ -181,7 +181,8 @@ def _template() -> jinja2.Template:
 
 def _bold(text: str) -> Markup:
     """A sentence of `wording`, with its bold parts."""
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text))))
+    kept = str(escape(text)).replace(" %", "\u00a0%")
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", kept))
 
 
 def _cell(text: str) -> Markup:
