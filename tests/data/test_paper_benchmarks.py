@@ -514,7 +514,7 @@ def test_baselines_of_composed_queries_are_those_of_numpy(composed, tmp_path):
         queries = composed.queries.split("edits", split)
         bank_NxE = composed.galleries.open(split).bank_NxE
         images = [query.image for query in queries]
-        return queries, bank_NxE, bank_NxE[images], composed.captions.lists(bank_NxE[images])
+        return queries, bank_NxE, bank_NxE[images], composed.captions.lists(bank_NxE[images], 3)
 
     def ranks(emb_QxE, queries, bank_NxE, among=None):
         found = []
