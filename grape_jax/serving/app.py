@@ -32,6 +32,7 @@ STATIC = Path(__file__).parent / "static"
 THUMBNAIL = 192  # pixels of its longer side
 THUMBNAILS = 2000  # kept in memory
 PAGE = 48  # pictures listed at a time
+SNIPPET = 300  # characters of a document
 # The page loads nothing from elsewhere; an uploaded picture is shown from memory.
 POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'"
 
@@ -41,11 +42,12 @@ class Error(BaseModel):
 
 
 class Item(BaseModel):
-    """A picture of the gallery."""
+    """An item of the gallery."""
 
     id: str
     name: str
-    picture: str = Field(description="The address of a thumbnail.")
+    picture: str | None = Field(description="The address of a thumbnail; none of a document.")
+    text: str | None = Field(description="The beginning of a document; none of a picture.")
 
 
 class Found(Item):
@@ -275,7 +277,10 @@ def _about(asked: RewriteRequest, written: Written | None, started: float) -> di
 
 def _item(engine: Engine, row: int) -> Item:
     corpus = engine.gallery.corpus
-    return Item(id=corpus.ids[row], name=corpus.names[row], picture=f"pictures/{row}")
+    known = {"id": corpus.ids[row], "name": corpus.names[row]}
+    if corpus.texts is not None:
+        return Item(**known, picture=None, text=corpus.texts[row][:SNIPPET])
+    return Item(**known, picture=f"pictures/{row}", text=None)
 
 
 def _found(engine: Engine, rank: int, match: Match) -> Found:

@@ -55,7 +55,8 @@ function show(side, answer, before) {
       moved.textContent = was ? ` (was ${was})` : " (new)";
       caption.append(moved);
     }
-    figure.append(picture(match), caption);
+    figure.append(match.text === null ? picture(match) : document.createElement("p"), caption);
+    if (match.text !== null) figure.firstChild.textContent = match.text;
     item.append(figure);
     return item;
   });
