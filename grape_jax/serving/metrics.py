@@ -14,20 +14,33 @@ class Metrics:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        make = {"registry": self.registry, "namespace": "grape"}
-        self.requests = Counter("requests", "Requests answered.", ["route", "status"], **make)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "grape_requests", "Requests answered.", ["route", "status"], registry=registry
+        )
         self.seconds = Histogram(
-            "request_seconds", "Time to an answer.", ["route"], buckets=SECONDS, **make
+            "grape_request_seconds",
+            "Time to an answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.batches = Histogram(
-            "batch_size", "Items computed together.", ["stage"], buckets=BATCHES, **make
+            "grape_batch_size",
+            "Items computed together.",
+            ["stage"],
+            buckets=BATCHES,
+            registry=registry,
         )
         self.fallbacks = Counter(
-            "fallbacks", "Queries searched in place of a rewrite.", ["reason"], **make
+            "grape_fallbacks", "Queries in place of a rewrite.", ["reason"], registry=registry
         )
-        self.cached = Counter("cached_rewrites", "Rewrites taken from the cache.", **make)
-        self._waiting = Gauge("waiting", "Items waiting for a batch.", ["stage"], **make)
+        self.cached = Counter(
+            "grape_cached_rewrites", "Rewrites taken from the cache.", registry=registry
+        )
+        self._waiting = Gauge(
+            "grape_waiting", "Items waiting for a batch.", ["stage"], registry=registry
+        )
 
     def watch_queue(self, stage: str, length: Callable[[], int]) -> None:
         """Reports the length of a queue whenever it is asked for."""
