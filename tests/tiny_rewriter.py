@@ -54,6 +54,7 @@ def save(rewriter: Rewriter, workdir):
     run, key = rewriter.context, jax.random.key(0)
     state = run.initial_state("grpo")
     drawn = jax.tree.map(lambda x: 0.05 * jax.random.normal(key, x.shape, x.dtype), state.trained)
+    workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_config(workdir, run.config)
     with checkpoint.open_manager(workdir) as manager:
         about = {"about": run.identity()}
