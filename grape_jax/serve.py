@@ -6,6 +6,8 @@
 The page is at http://127.0.0.1:8000, the interface is described at /docs.
 """
 
+from typing import Any
+
 from absl import flags
 
 from grape_jax.run.rewriter import Rewriter
@@ -37,7 +39,8 @@ def main() -> None:
     if given.workdir is None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     names = ("batch", "queue", "cache", "rewrite_timeout", "request_timeout")
-    limits = Limits(**{name: given[name].value for name in names})
+    bounds: dict[str, Any] = {name: given[name].value for name in names}
+    limits = Limits(**bounds)
     command_line.quiet()
     with server.ended_by_signals():
         port = server.reserve(given.host, given.port)
