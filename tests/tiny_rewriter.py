@@ -56,7 +56,7 @@ def save(rewriter: Rewriter, workdir):
     drawn = jax.tree.map(lambda x: 0.05 * jax.random.normal(key, x.shape, x.dtype), state.trained)
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_config(workdir, run.config)
-    with checkpoint.open_manager(workdir) as manager:
+    with checkpoint.open_manager(workdir, keep=1) as manager:
         about = {"about": run.identity()}
         checkpoint.save(manager, 1, state.replace(trained=drawn), about, {})
         checkpoint.wait(manager)
