@@ -11,6 +11,7 @@ from fastapi import HTTPException, Request
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from grape_jax.data.pictures import open_picture
 from grape_jax.runtime.errors import UserError
@@ -126,7 +127,7 @@ async def _form(request: Request, body: bytes) -> tuple[dict, bytes | None]:
 
     try:
         form = await Request(request.scope, receive).form(max_files=1, max_fields=FIELDS)
-    except HTTPException as error:
+    except StarletteHTTPException as error:
         raise HTTPException(422, f"the form cannot be read: {error.detail}.") from None
     fields: dict[str, Any] = dict(form)
     image = fields.pop("image", None)

@@ -56,7 +56,7 @@ class Service:
         )
         limits, engine = self.limits, self.engine
         self._writing: Batcher[Turn, Answer | None] = await self._start(
-            "rewrite", engine.write, policy, limits.batch, limits.rewrite_wait
+            "rewrite", engine.write, policy, engine.sizes[-1], limits.rewrite_wait
         )
         self._looking: Batcher[Image.Image, Seen] = await self._start(
             "picture", engine.look_at, retriever, limits.batch, limits.search_wait
