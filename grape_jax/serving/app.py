@@ -33,8 +33,8 @@ THUMBNAIL = 192  # pixels of its longer side
 THUMBNAILS = 2000  # kept in memory
 PAGE = 48  # pictures listed at a time
 SNIPPET = 300  # characters of a document
-# The page loads nothing from elsewhere; an uploaded picture is shown from memory.
-POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'"
+# The page loads nothing from elsewhere; its empty icon and uploaded pictures are no requests.
+POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 
 
 class Error(BaseModel):
@@ -239,8 +239,10 @@ async def _query(service: Service, asked: RewriteRequest, upload: Upload | None)
         raise HTTPException(422, f"shift: choose one of {', '.join(rewriter.shifts)}.")
     given = [one for one in (asked.picture, upload) if one is not None]
     if len(given) != int(rewriter.composed):
-        needed = "give either a picture or an image" if rewriter.composed else "leave it out"
-        raise HTTPException(422, f"picture: {needed}, as this run's queries need it.")
+        needed = "change a picture: give either a picture or an image"
+        if not rewriter.composed:
+            needed = "are words alone: leave the picture out"
+        raise HTTPException(422, f"picture: this run's queries {needed}.")
     if upload:
         picture = await service.look_at(upload.image, upload.key)
         return Query(asked.query, shift, picture)

@@ -128,7 +128,7 @@ async def _form(request: Request, body: bytes) -> tuple[dict, bytes | None]:
     try:
         form = await Request(request.scope, receive).form(max_files=1, max_fields=FIELDS)
     except StarletteHTTPException as error:
-        raise HTTPException(422, f"the form cannot be read: {error.detail}.") from None
+        raise HTTPException(422, f"the form cannot be read: {error.detail}") from None
     fields: dict[str, Any] = dict(form)
     image = fields.pop("image", None)
     file = await image.read() if isinstance(image, UploadFile) else None
