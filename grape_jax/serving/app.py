@@ -149,12 +149,12 @@ def make(engine: Engine, limits: Limits, examples: Sequence[Query] = ()) -> Fast
 
 
 def _add_queries(app: FastAPI, service: Service) -> None:
-    limits = service.limits
+    limits, composed = service.limits, service.engine.rewriter.composed
 
     @app.post(
         "/rewrite",
         responses=REFUSALS,
-        openapi_extra=requests.body_schema(RewriteRequest, limits),
+        openapi_extra=requests.body_schema(RewriteRequest, limits, composed),
     )
     async def rewrite(request: Request) -> RewriteAnswer:
         """Rewrites a query."""
@@ -167,7 +167,7 @@ def _add_queries(app: FastAPI, service: Service) -> None:
     @app.post(
         "/search",
         responses=REFUSALS,
-        openapi_extra=requests.body_schema(SearchRequest, limits),
+        openapi_extra=requests.body_schema(SearchRequest, limits, composed),
     )
     async def search(request: Request) -> SearchAnswer:
         """Searches the gallery with a query, its rewrite, or both."""
@@ -187,7 +187,7 @@ def _add_gallery(app: FastAPI, service: Service, examples: Sequence[Query]) -> N
     engine, gallery = service.engine, service.engine.gallery
     thumbnail = functools.lru_cache(THUMBNAILS)(functools.partial(_thumbnail, engine))
 
-    @app.get("/pictures")
+    @app.get("/pictures", responses={422: REFUSALS[422]})
     def pictures(start: int = 0, contains: str = "") -> Items:
         """Pictures of the gallery, a page at a time, from row `start`.
 
@@ -205,7 +205,11 @@ def _add_gallery(app: FastAPI, service: Service, examples: Sequence[Query]) -> N
     @app.get(
         "/pictures/{row}",
         response_class=Response,
-        responses={200: {"content": {"image/webp": {}}}, 404: {"model": Error}},
+        responses={
+            200: {"content": {"image/webp": {}}},
+            404: {"model": Error},
+            422: REFUSALS[422],
+        },
     )
     def picture(row: int) -> Response:
         """The thumbnail of a picture."""

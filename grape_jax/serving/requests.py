@@ -78,8 +78,12 @@ async def read(request: Request, kind: type[Asked], limits: Limits) -> tuple[Ask
     return asked, await asyncio.to_thread(_open, file, limits.pixels) if file else None
 
 
-def body_schema(kind: type[RewriteRequest], limits: Limits) -> dict[str, Any]:
-    """The OpenAPI description of a body that `read` takes."""
+def body_schema(kind: type[RewriteRequest], limits: Limits, composed: bool) -> dict[str, Any]:
+    """The OpenAPI description of a body that `read` takes.
+
+    Args:
+      composed: whether a query has a picture.
+    """
     schema = kind.model_json_schema()
     fields = schema["properties"]
     for name in ("query", "rewrite"):
@@ -89,7 +93,9 @@ def body_schema(kind: type[RewriteRequest], limits: Limits) -> dict[str, Any]:
     if "top" in fields:
         fields["top"]["maximum"] = limits.top
     file = {"type": "string", "format": "binary", "description": "The query's picture."}
-    form = schema | {"properties": fields | {"image": file}}
+    if not composed:
+        del fields["picture"]
+    form = schema | {"properties": fields | ({"image": file} if composed else {})}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": True, "content": content}}
 

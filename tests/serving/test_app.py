@@ -235,7 +235,7 @@ def test_the_interface_describes_itself_without_the_network(client):
     assert {"/rewrite", "/search", "/health", "/metrics", "/pictures"} <= set(document["paths"])
     content = document["paths"]["/search"]["post"]["requestBody"]["content"]
     assert content["application/json"]["schema"]["properties"]["top"]["maximum"] == 100
-    assert "image" in content["multipart/form-data"]["schema"]["properties"]
+    assert "image" not in content["multipart/form-data"]["schema"]["properties"]
     assert client.get("/health").json() == {"status": "ok", "waiting": 0}
     page = client.get("/docs").text
     assert "swagger" in page and "http://" not in page and "https://" not in page
@@ -256,6 +256,9 @@ def test_a_picture_is_chosen_or_uploaded(composed):
     engine.warm()
     examples = galleries.examples(composed, gallery, "train")
     with TestClient(app.make(engine, Limits(batch=1), examples)) as client:
+        paths = client.get("/openapi.json").json()["paths"]
+        content = paths["/search"]["post"]["requestBody"]["content"]
+        assert "image" in content["multipart/form-data"]["schema"]["properties"]
         about = client.get("/about").json()
         assert about["composed"] and len(about["examples"]) == galleries.EXAMPLES
         asked = about["examples"][0]
