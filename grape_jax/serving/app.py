@@ -149,12 +149,15 @@ def make(engine: Engine, limits: Limits, examples: Sequence[Query] = ()) -> Fast
 
 
 def _add_queries(app: FastAPI, service: Service) -> None:
-    limits, composed = service.limits, service.engine.rewriter.composed
+    limits, rewriter = service.limits, service.engine.rewriter
+    describe = functools.partial(
+        requests.body_schema, limits=limits, shifts=rewriter.shifts, composed=rewriter.composed
+    )
 
     @app.post(
         "/rewrite",
         responses=REFUSALS,
-        openapi_extra=requests.body_schema(RewriteRequest, limits, composed),
+        openapi_extra=describe(RewriteRequest),
     )
     async def rewrite(request: Request) -> RewriteAnswer:
         """Rewrites a query."""
@@ -167,7 +170,7 @@ def _add_queries(app: FastAPI, service: Service) -> None:
     @app.post(
         "/search",
         responses=REFUSALS,
-        openapi_extra=requests.body_schema(SearchRequest, limits, composed),
+        openapi_extra=describe(SearchRequest),
     )
     async def search(request: Request) -> SearchAnswer:
         """Searches the gallery with a query, its rewrite, or both."""

@@ -78,10 +78,13 @@ async def read(request: Request, kind: type[Asked], limits: Limits) -> tuple[Ask
     return asked, await asyncio.to_thread(_open, file, limits.pixels) if file else None
 
 
-def body_schema(kind: type[RewriteRequest], limits: Limits, composed: bool) -> dict[str, Any]:
+def body_schema(
+    kind: type[RewriteRequest], limits: Limits, shifts: Sequence[str], composed: bool
+) -> dict[str, Any]:
     """The OpenAPI description of a body that `read` takes.
 
     Args:
+      shifts: those of the run.
       composed: whether a query has a picture.
     """
     schema = kind.model_json_schema()
@@ -90,6 +93,7 @@ def body_schema(kind: type[RewriteRequest], limits: Limits, composed: bool) -> d
         for option in fields.get(name, {}).get("anyOf", [fields.get(name, {})]):
             if option.get("type") == "string":
                 option["maxLength"] = limits.text_length
+    fields["shift"]["anyOf"][0]["enum"] = list(shifts)
     if "top" in fields:
         fields["top"]["maximum"] = limits.top
     file = {"type": "string", "format": "binary", "description": "The query's picture."}
