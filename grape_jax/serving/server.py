@@ -53,6 +53,7 @@ def run(app: FastAPI, where: socket.socket, limits: Limits) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=int(limits.request_timeout) + 1,
     )
+    where.listen()  # from here on a connection waits for uvicorn instead of being refused
     host, port = where.getsockname()[:2]
     print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     uvicorn.Server(config).run([where])
