@@ -1,5 +1,7 @@
 """Properties of every reward that is a function of the rank alone."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from grape_jax.reporting import metrics
 from grape_jax.retrieval import ranking
 from grape_jax.rl import rewards
+from grape_jax.rl.scoring import RewardConfig, reward_score
 from grape_jax.runtime import sharding
-from grape_jax.types import NO_RANK
+from grape_jax.types import NO_RANK, Ranks
 
 SIZES = st.integers(2, 16_000_000)
 OF_RANK = {
@@ -98,3 +101,21 @@ def test_graded_ndcg_with_equal_gains_is_ndcg():
         gains = gain * (rank < NO_RANK)
         got = rewards.graded_ndcg(rank, similarity, gains, 10)
         np.testing.assert_allclose(got, rewards.ndcg(rank, 10), rtol=1e-6)
+
+
+def test_the_ndcg_reward_reads_relevance_grades():
+    """Two documents at ranks 1 and 2: the order that puts the higher grade first is paid more."""
+    config = RewardConfig(
+        reward_shape="ndcg", reward_normalised=True, reward_k=10, reward_temperature=0.01,
+        reward_weight=1.0, format_weight=0.1, format_rule="gate", malformed_reward=0.0,
+        truncated_penalty=0.0,
+    )  # fmt: skip
+    scorer = types.SimpleNamespace(reward=config, corpus_size=9)
+    rank_BxKxP = jnp.ones((1, 2, 2), jnp.int32)
+    similarity_BxKxP = jnp.asarray([[[0.9, 0.8], [0.8, 0.9]]])
+    ranks = Ranks(rank_BxKxP, similarity_BxKxP, jnp.zeros((1, 2)))
+    gains_BxP = jnp.asarray([[3, 1]])
+    best, other = np.asarray(reward_score(scorer, ranks, None, gains_BxP))[0]
+    want = (1 / np.log2(2) + 3 / np.log2(3)) / (3 / np.log2(2) + 1 / np.log2(3))
+    np.testing.assert_allclose([best, other], [1, want], rtol=1e-6)
+    np.testing.assert_allclose(reward_score(scorer, ranks, None), 1, rtol=1e-6)
