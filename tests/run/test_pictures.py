@@ -40,7 +40,8 @@ def config(tmp_path_factory):
     config.policy.path = str(tiny_vision.save(model, "smolvlm", folder / "policy"))
     config.retriever.path, config.retriever.text_length = "", 16
     config.update_from_flattened_dict({
-        "policy.sees": True, "prompt.captions": 0, "prompt.max_tokens": 0,
+        "policy.sees": True, "policy.dtype": "float32", "prompt.captions": 0,
+        "prompt.max_tokens": 0,
         "warm_up.steps": 0, "grpo.steps": 2, "grpo.batch_size": 8, "grpo.group_size": 2,
         "grpo.format_rule": "sum", "grpo.kl_weight": 0.1, "checkpoint.every": 1,
         "rollout.max_tokens": 4, "evaluation.max_tokens": 4, "evaluation.batch_size": 8,
