@@ -53,7 +53,7 @@ def rotate(
     else:
         frequencies = jnp.asarray(scaled_frequencies(d, theta, scaling), jnp.float32)
     if positions_BxN.ndim == 3:
-        positions = positions_BxN[..., jnp.asarray(axes)]
+        positions = positions_BxN[..., np.asarray(axes)]
     else:
         positions = positions_BxN[..., None]
     return turn(
