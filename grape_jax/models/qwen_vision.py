@@ -160,12 +160,13 @@ def empty(config: QwenVisionConfig, prompts: int, windows: int, features: int) -
     """Padding (NumPy)."""
     L = (config.window * config.merge) ** 2
     shape = (prompts, windows, L)
-    return Patches(  # type: ignore[arg-type]
-        pixels_BxWxLxF=np.zeros((*shape, config.pixels), np.float32),
-        position_BxWxLx2=np.zeros((*shape, 2), np.int32),
-        mask_BxWxL=np.zeros(shape, bool),
-        picture_BxW=np.zeros(shape[:2], np.int32),
-        order_BxI=np.zeros((prompts, features), np.int32),
+    zeros: Any = np.zeros  # in the place of JAX's arrays
+    return Patches(
+        pixels_BxWxLxF=zeros((*shape, config.pixels), np.float32),
+        position_BxWxLx2=zeros((*shape, 2), np.int32),
+        mask_BxWxL=zeros(shape, bool),
+        picture_BxW=zeros(shape[:2], np.int32),
+        order_BxI=zeros((prompts, features), np.int32),
     )
 
 

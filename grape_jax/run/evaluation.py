@@ -182,8 +182,8 @@ def _search_methods(
     if "bm25" in methods and gallery.corpus.texts is not None:
         greedy = {policy: written(policy, "greedy") for policy in (UNTRAINED, trained)}
         rewrites = {policy: texts for policy, lists in greedy.items() for texts in lists}
-        for method, texts, found in word_baselines(gallery, retriever, one, rewrites, depth):
-            add(method, "", texts, found)
+        for method, words, found in word_baselines(gallery, retriever, one, rewrites, depth):
+            add(method, "", words, found)
     if "samples" in methods and (lists := several(trained, "sampled")):
         add_fused_lists(samples(trained), lists)
     if "hyde" in methods and (captions := several(UNTRAINED, "caption")):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,10 +89,11 @@ def search_hybrid(
         chunk = slice(start, start + FUSED_CHUNK)
         asked = queries[chunk]
         dense = search(gallery, retriever.embed_texts(list(texts[chunk])), asked, FUSED_DEPTH)
-        by_words = np.full(dense.rows_QxD.shape, -1, np.int32)
+        length = dense.rows_QxD.shape[1]
+        by_words = np.full((len(asked), length), -1, np.int32)
         for i, text in enumerate(texts[chunk]):
             scores_N = index.scores(text)
-            rows = bm25.best_rows(scores_N, by_words.shape[1])
+            rows = bm25.best_rows(scores_N, length)
             rows = rows[scores_N[rows] > 0]
             by_words[i, : len(rows)] = rows
         rows_2xQxD = np.stack([dense.rows_QxD, by_words])
@@ -147,8 +149,10 @@ def _fuse(rows_MxQxD: np.ndarray, queries: Sequence[Query], most: int, depth: in
 
 def _join(parts: Sequence[Found]) -> Found:
     """The results of consecutive queries."""
-    fields = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(Found)]
-    return Found(*(None if values[0] is None else np.concatenate(values) for values in fields))
+    names = [field.name for field in dataclasses.fields(Found)]
+    fields: list[Any] = [[getattr(part, name) for part in parts] for name in names]
+    joined: list[Any] = [None if one[0] is None else np.concatenate(one) for one in fields]
+    return Found(*joined)
 
 
 def _gains_by_rank(

@@ -27,7 +27,7 @@ def word_baselines(
     assert gallery.corpus.texts is not None
     index = bm25.build(gallery.corpus.texts)
     raw = [query.text for query in one.queries]
-    searched = [(BM25, HYBRID, raw)]
+    searched: list[tuple[str, str, Sequence[str]]] = [(BM25, HYBRID, raw)]
     searched += [(by_words(policy), hybrid(policy), texts) for policy, texts in rewrites.items()]
     for words_alone, with_embeddings, texts in searched:
         yield words_alone, texts, search_words(index, texts, one.queries, depth)

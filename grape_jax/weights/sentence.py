@@ -11,7 +11,6 @@ With the files of sentence-transformers, or without them: mean pooling then.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from grape_jax.models.encoder import Params, Tower
 from grape_jax.models.sentence import POOLINGS, Head, SentenceConfig
@@ -119,10 +118,10 @@ def read_texts(directory: Path) -> Texts:
         longest = fields.whole("max_seq_length")
     lower_case = fields.one_of("do_lower_case", False, (False, True))
     settings = _optional(directory / PROMPTS_FILE)
-    prompts: Any = settings.data.get("prompts") or {}
+    prompts: dict[str, str] = settings.data.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(x, str) for x in prompts.values()):
         raise UserError(f"{settings.path}: prompts must map names to texts.")
-    default = prompts.get(settings.data.get("default_prompt_name") or "", "")
+    default: str = prompts.get(settings.data.get("default_prompt_name") or "", "")
     named = [prompts[name] for name in DOCUMENT_PROMPTS if name in prompts]
     return Texts(
         longest=longest,
