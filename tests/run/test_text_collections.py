@@ -32,6 +32,8 @@ def config_of(folder, **files):
     config.grpo.group_size = 2
     config.grpo.reward_shape = "ndcg"
     config.evaluation.every = 2
+    config.evaluation.batch_size = 8
+    config.evaluation.test_limit = config.evaluation.validation_limit = 8
     config.evaluation.max_tokens = config.rollout.max_tokens = 8
     config.evaluation.run_depth = DOCUMENTS
     return config
