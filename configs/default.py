@@ -201,5 +201,5 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_best = 1  # best checkpoints by Recall@10 on the validation split
 
     config.log = ConfigDict()
-    config.log.sample_every = 5  # steps between sample rewrites on the terminal
+    config.log.sample_every = 10  # steps between rewrites of one validation query on the terminal
     return config

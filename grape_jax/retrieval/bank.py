@@ -97,7 +97,8 @@ def _cached(
     new = np.flatnonzero(processes.any_of_each(missing_N))
     together = rows_together(retriever)
     part = -(-part // together) * together
-    silent = not len(new) or not processes.is_main()
+    # None: drawn on terminals only; a log file would hold every redrawing.
+    silent = True if not len(new) or not processes.is_main() else None
     with tqdm(total=len(new), desc="embedding the corpus", disable=silent) as bar:
         for start in range(0, len(new), part):
             processes.preparing(f"embedding the corpus, {start} of {len(new)} new items")

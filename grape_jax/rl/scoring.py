@@ -199,6 +199,24 @@ def reward_score(
     raise ValueError(f"unknown reward shape {config.reward_shape!r}")
 
 
+def best_reward(config: RewardConfig, size: int) -> float:
+    """The reward of a well-formed rewrite at rank 1, or its upper bound where ranks do not tell.
+
+    Args:
+      size: number of items that are ranked.
+    """
+    match config.reward_shape:
+        case "linear" if not config.reward_normalised:
+            shaped = float(size - 1)
+        case "rank_incentive":
+            shaped = 2.0
+        case "contrastive":
+            shaped = 0.0
+        case _:
+            shaped = 1.0
+    return config.reward_weight * shaped + config.format_weight
+
+
 def relative_rewards(
     scorer: Scorer, shaped_BxK, rank_BxK, rewrites: Rewrites, flat_parts_BxK
 ) -> jax.Array:

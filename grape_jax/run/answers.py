@@ -96,6 +96,7 @@ def evaluate_policy(
     evaluation = context.config.evaluation
     total = sum(len(task.set.queries) for task in tasks)
     processes.set_stage(f"the test of the {method} policy")
+    processes.announce(f"testing the {method} policy: {total:,} rewrites ...")
     paces: list[float] = []
     with progress_bar(total=total, desc=f"test, {method}", unit="rewrite", leave=False) as bar:
         began = time.perf_counter()
@@ -182,8 +183,8 @@ def numbered(name: str, number: int) -> str:
 
 
 def progress_bar(**settings) -> tqdm:
-    """A progress bar on process 0."""
-    return tqdm(**settings, disable=not processes.is_main())
+    """A progress bar on process 0, on a terminal only: a log file would hold every redrawing."""
+    return tqdm(**settings, disable=None if processes.is_main() else True)
 
 
 def _write(task: Task, rewrites: Sequence[str]) -> None:

@@ -53,12 +53,23 @@ def measured_in(log: Sequence[Mapping]) -> dict[str, list[float]]:
     return measured
 
 
-def text(left: Mapping[str, int], measured: Mapping[str, Sequence[float]]) -> str:
-    """The estimate for the progress bar; "" before the second step of a phase."""
+def text(
+    left: Mapping[str, int],
+    measured: Mapping[str, Sequence[float]],
+    test_seconds: float | None = None,
+) -> str:
+    """The estimate for the terminal; "" before the second step of a phase.
+
+    Args:
+      test_seconds: of the test that follows the last phase; None: unknown.
+    """
     phase = next(iter(left))
     if len(measured[phase]) < 2:
         return ""
     # Validations can take as long as the steps: without one the sum is a lower bound.
     bound = "at least " if left[VALIDATION] and not measured[VALIDATION] else ""
     of = " of the warm-up" if phase == "warm-up" else ""
-    return f"{bound}{tqdm.format_interval(seconds_left(left, measured))}{of} left"
+    test = ""
+    if test_seconds and phase != "warm-up":
+        test = f", then {tqdm.format_interval(test_seconds)} of tests"
+    return f"{bound}{tqdm.format_interval(seconds_left(left, measured))}{of} left{test}"

@@ -1,4 +1,4 @@
-"""Logs, progress bar and time estimate of the training loop."""
+"""Log, terminal and time estimate of the training loop."""
 
 import time
 from collections.abc import Callable
@@ -6,18 +6,13 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from grape_jax.reporting.rewrite_table import rewrite_table
+from grape_jax.reporting.step_line import step_line
 from grape_jax.run import eta
-from grape_jax.run.answers import progress_bar
 from grape_jax.runtime import processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.log import Log
 from grape_jax.runtime.shutdown import StopSignal
-
-SHOWN = ("reward", "median_rank", "recall_at_10", "kl", "loss")
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's estimate counts pauses
 
 
 class Monitor:
@@ -35,11 +30,17 @@ class Monitor:
         first: int,
         skipped: tuple[int, int],
         validation_seconds: float | None,
+        test_seconds: float | None,
+        best_reward: float,
+        corpus_size: int,
     ):
         """Opens the log, which drops the lines of steps after `first`.
 
         Args:
           validation_seconds: a first estimate, until a validation has been measured.
+          test_seconds: an estimate of the test that follows the training; None: unknown.
+          best_reward: reward of a well-formed rewrite at rank 1.
+          corpus_size: items that training ranks.
         """
         self.config, self.mesh = config, mesh
         self.log = Log(workdir, first)
@@ -47,17 +48,15 @@ class Monitor:
         self.measured = eta.measured_in(self.log.lines())
         if validation_seconds is not None and not self.measured[eta.VALIDATION]:
             self.measured[eta.VALIDATION].append(validation_seconds)
-        last = config.warm_up.steps + config.grpo.steps
-        self.bar = progress_bar(
-            total=last, initial=first, desc="training", dynamic_ncols=True, bar_format=BAR
-        )
+        self.test_seconds = test_seconds
+        self.best_reward, self.corpus_size = best_reward, corpus_size
+        self.last = config.warm_up.steps + config.grpo.steps
         self.step, self.phase, self.began = first, "", 0.0
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
         self.log.close()
 
     def start_step(self, step: int) -> None:
@@ -91,8 +90,6 @@ class Monitor:
         self.measured[self.phase].append(seconds)
         if table:
             self.log.keep_rewrites(self.step - 1, table)
-            if (self.step - 1) % self.config.log.sample_every == 0 and processes.is_main():
-                tqdm.write(rewrite_table(self.step - 1, table))
 
     def validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Runs a validation and adds its seconds to its metrics."""
@@ -104,12 +101,11 @@ class Monitor:
         return metrics
 
     def write(self, metrics: dict) -> None:
-        """Writes the step's metrics to the log and to the bar."""
+        """Writes the step's metrics to the log, and a line to the terminal."""
         self.log.write(self.step, self.phase, metrics)
-        left = eta.text(eta.work_left(self.config, self.step), self.measured)
-        values = [f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
-        self.bar.update()
-        self.bar.set_postfix_str("  ".join([left, *values] if left else values))
+        left = eta.text(eta.work_left(self.config, self.step), self.measured, self.test_seconds)
+        reward, size = self.best_reward, self.corpus_size
+        processes.announce(step_line(self.step, self.last, metrics, reward, size, left))
 
     def saving(self, save: Callable[[], None]) -> None:
         """Runs a save and measures it."""

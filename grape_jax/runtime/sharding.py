@@ -130,6 +130,11 @@ def batch(mesh: Mesh, tree: Any, axis: str = "batch") -> Any:
     return jax.tree.map(one, tree)
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Number of devices that a batch is divided over; its size is a multiple of it."""
+    return _parts(mesh, "batch")
+
+
 def local_rows(mesh: Mesh, size: int, axis: str = "batch") -> np.ndarray:
     """The rows of a global batch that are on this process's devices, ascending: int `[rows]`."""
     blocks = logical(mesh, axis).addressable_devices_indices_map((size,)).values()

@@ -109,3 +109,11 @@ def test_a_validation_that_was_never_measured_makes_a_lower_bound():
     left = {"grpo": 60, "validation": 2, "saving": 1}
     assert eta.text(left, measured) == "at least 01:00 left"
     assert eta.text(left, measured | {"validation": [30.0]}) == "02:00 left"
+
+
+def test_the_test_comes_after_the_last_phase():
+    measured = eta.measured_in([]) | {"warm-up": [9.0, 1.0], "grpo": [9.0, 1.0]}
+    left = {"grpo": 60, "validation": 0, "saving": 1}
+    assert eta.text(left, measured, 90.0) == "01:00 left, then 01:30 of tests"
+    left = {"warm-up": 60, "validation": 0, "saving": 1}
+    assert eta.text(left, measured, 90.0) == "01:00 of the warm-up left"

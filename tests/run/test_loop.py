@@ -141,17 +141,23 @@ def test_the_last_lines_are_the_result(folder, undisturbed):
     assert all(re.search(r" \d+\.\d \[\d+\.\d, \d+\.\d\]", x) for x in (raw, trained, best))
 
 
-def test_the_bar_estimates_what_is_left(undisturbed):
-    """Of the warm-up, then of everything; the estimate knows the validations."""
-    bar = re.split(r"[\r\n]", undisturbed.stderr)
-    at = lambda step: [line for line in bar if f"| {step}/{sum(STEPS)} [" in line][-1]
-    time_left = r"\[.*, \d\d:\d\d"
+def test_a_line_a_step_estimates_what_is_left(undisturbed):
+    """Of the warm-up, then of everything, validations and the test included.
+
+    The output is no terminal: no bar is drawn over.
+    """
+    shown = undisturbed.stdout.splitlines()
+    assert "\r" not in undisturbed.stdout + undisturbed.stderr
+    at = lambda step: next(x for x in shown if x.startswith(f"step {step}/{sum(STEPS)}  "))
+    time_left = r"  \d\d:\d\d"
     assert re.search(f"{time_left} of the warm-up left", at(2))
     assert " left" not in at(3) and " left" not in at(4)  # no GRPO step, then one that compiled
     for step in (5, 6, 7):
-        assert re.search(f"{time_left} left", at(step)), at(step)
-    assert "at least" not in undisturbed.stderr
-    assert "s/step" not in undisturbed.stderr and "step/s" not in undisturbed.stderr
+        assert re.search(f"{time_left} left, then {time_left.strip()} of tests", at(step))
+        assert re.search(r"reward [\d.]+ of 1\.1  median rank [\d.,]+ of 1,640  found", at(step))
+    assert "at least" not in undisturbed.stdout
+    watched = [line.split(" -> ")[0] for line in shown if line.startswith("    '")]
+    assert len(watched) == 2 and watched[0] == watched[1]  # before and after
 
 
 @pytest.mark.slow
