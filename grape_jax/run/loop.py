@@ -1,7 +1,6 @@
 """The training loop: warm-up, GRPO, evaluation before and after, report.
 
-Resumes from the newest checkpoint of the workdir, which holds the state, the positions of the data
-iterators and the config.
+Resumes from the newest checkpoint of the workdir: its state and data positions.
 """
 
 import functools
@@ -14,16 +13,16 @@ from orbax.checkpoint import CheckpointManager
 
 from grape_jax.reporting.results import UNTRAINED, WARM_UP
 from grape_jax.rl.learner import TrainState, start_grpo
-from grape_jax.rl.scoring import best_reward
-from grape_jax.run import checks, context, settings, steps, watched
-from grape_jax.run.answers import evaluate_policy, missing_tasks, trained_method
+from grape_jax.run import checks, context, steps
+from grape_jax.run.answers import evaluate_policy, trained_method
 from grape_jax.run.context import Context
-from grape_jax.run.evaluation import validate, validation_queries
+from grape_jax.run.evaluation import validate
 from grape_jax.run.final_report import write_report
-from grape_jax.run.monitor import Monitor
+from grape_jax.run.monitor import open_monitor
 from grape_jax.run.policy import sampling_variables, untrained_variables
 from grape_jax.run.queries import batch_iterators
-from grape_jax.runtime import checkpoint, compilation_cache, lock, processes
+from grape_jax.run.watched import watch
+from grape_jax.runtime import checkpoint, compilation_cache, lock
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
 
@@ -72,28 +71,8 @@ def train_policy(
     batches = batch_iterators(config, run.queries)
     resumed = resume(manager, run.state_shapes(), identity, batches)
     state, skipped = resumed or (run.initial_state("warm_up"), (0, 0))
-    validations = len(validation_queries(config, run.queries))
-    tests = missing_tasks(config, run.queries, workdir, trained_method(config))
-    rewrites = sum(len(task.set.queries) for task in tests)
-    size = len(run.galleries.open("train"))
-    monitor = Monitor(
-        config,
-        run.mesh,
-        workdir,
-        int(state.step),
-        skipped,
-        validation_seconds=None if pace is None else pace * validations,
-        test_seconds=None if pace is None else pace * rewrites,
-        best_reward=best_reward(settings.reward_config(config), size),
-        corpus_size=size,
-    )
-    shown = watched.choose(run)
-
-    def show_watched() -> None:
-        """Prints the rewrite of one validation query; compiles before the first step."""
-        if shown is not None:
-            variables = sampling_variables(run.policy, state.trained)
-            processes.announce(watched.show(run, variables, shown))
+    monitor = open_monitor(run, workdir, int(state.step), skipped, pace)
+    show_rewrite = watch(run)
 
     def save(step: int, metrics: dict) -> None:
         positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
@@ -103,7 +82,7 @@ def train_policy(
 
     with monitor:
         if int(state.step) < last:
-            show_watched()
+            show_rewrite(state)
         for step in range(int(state.step), last):
             if step == config.warm_up.steps:
                 if step:
@@ -132,7 +111,7 @@ def train_policy(
                 del variables
             monitor.write(metrics)
             if done % config.log.sample_every == 0 or done == last:
-                show_watched()
+                show_rewrite(state)
             monitor.check_divergence(lambda: newest(manager))
 
             # A step that changed nothing must not push out older checkpoints.

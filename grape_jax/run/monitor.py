@@ -8,7 +8,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grape_jax.reporting.step_line import step_line
-from grape_jax.run import eta
+from grape_jax.rl.scoring import best_reward
+from grape_jax.run import eta, settings
+from grape_jax.run.answers import missing_tasks, trained_method
+from grape_jax.run.context import Context
+from grape_jax.run.evaluation import validation_queries
 from grape_jax.runtime import processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.log import Log
@@ -141,3 +145,29 @@ class Monitor:
             f"{saved}: lower {self.phase.replace('-', '_')}.learning_rate and begin in another "
             "--workdir."
         )
+
+
+def open_monitor(
+    run: Context, workdir: Path, first: int, skipped: tuple[int, int], pace: float | None
+) -> Monitor:
+    """The monitor of a run that goes on after step `first`.
+
+    Args:
+      pace: seconds a rewrite, for the estimates of validations and of the final test.
+    """
+    config, queries = run.config, run.queries
+    tests = missing_tasks(config, queries, workdir, trained_method(config))
+    rewrites = sum(len(task.set.queries) for task in tests)
+    validations = len(validation_queries(config, queries))
+    size = len(run.galleries.open("train"))
+    return Monitor(
+        config,
+        run.mesh,
+        workdir,
+        first,
+        skipped,
+        validation_seconds=None if pace is None else pace * validations,
+        test_seconds=None if pace is None else pace * rewrites,
+        best_reward=best_reward(settings.reward_config(config), size),
+        corpus_size=size,
+    )

@@ -1,55 +1,41 @@
 """One validation query that is rewritten again and again, to see a policy learn."""
 
-import dataclasses
 import random
-from typing import Any
+from collections.abc import Callable
 
-from grape_jax.data.benchmark import Query
 from grape_jax.reporting.step_line import watched_line
+from grape_jax.rl.learner import TrainState
 from grape_jax.run.context import Context
 from grape_jax.run.evaluation import validation_queries
+from grape_jax.run.policy import sampling_variables
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import best_ranks
-from grape_jax.runtime import sharding
+from grape_jax.runtime import processes, sharding
 
 
-@dataclasses.dataclass(frozen=True)
-class Watched:
-    """The query that is shown during a training."""
+def watch(run: Context) -> Callable[[TrainState], None]:
+    """Returns a function that prints the greedy rewrite of one query, and the rank of its target.
 
-    shift: str
-    query: Query
-
-
-def choose(run: Context) -> Watched | None:
-    """One validation query, chosen by the run's seed; None if there is none with a target."""
-    found = validation_queries(run.config, run.queries)
-    candidates = [Watched(shift, query) for shift, query in found if query.targets]
-    if not candidates:
-        return None
-    return random.Random(run.config.seed).choice(candidates)
-
-
-def show(run: Context, variables: dict[str, Any], watched: Watched) -> str:
-    """Rewrites the query greedily and ranks its target. A collective.
-
-    Args:
-      variables: from `policy.sampling_variables`.
-
-    Returns:
-      The line for the terminal.
+    The query is a validation query with a target, chosen by the run's seed; without any, nothing is
+    printed. A call is a collective; the first one compiles.
     """
-    query, config = watched.query, run.config
-    [text] = rewrite(
-        run.policy,
-        variables,
-        run.captions.prompt_texts([query], "validation"),
-        [watched.shift],
-        run.sampling(1, 0.0, config.evaluation.max_tokens),
-        sharding.batch_parts(run.mesh),
-    )
-    gallery = run.galleries.open("validation")
-    emb_1xE = run.retriever.embed_texts([text])
-    [rank] = best_ranks(gallery, emb_1xE, [query], run.queries.targets([query]))
-    picture = gallery.corpus.names[query.image] if query.image >= 0 else ""
-    return watched_line(query.text, picture, text, int(rank), len(gallery))
+    found = validation_queries(run.config, run.queries)
+    candidates = [(shift, query) for shift, query in found if query.targets]
+    if not candidates:
+        return lambda state: None
+    shift, query = random.Random(run.config.seed).choice(candidates)
+    sampling = run.sampling(1, 0.0, run.config.evaluation.max_tokens)
+    rows = sharding.batch_parts(run.mesh)
+
+    def show(state: TrainState) -> None:
+        prompts = run.captions.prompt_texts([query], "validation")
+        variables = sampling_variables(run.policy, state.trained)
+        seen = run.pictures([query], "validation")
+        [text] = rewrite(run.policy, variables, prompts, [shift], sampling, rows, pictures=seen)
+        gallery = run.galleries.open("validation")
+        emb_1xE = run.retriever.embed_texts([text])
+        [rank] = best_ranks(gallery, emb_1xE, [query], run.queries.targets([query]))
+        picture = gallery.corpus.names[query.image] if query.image >= 0 else ""
+        processes.announce(watched_line(query.text, picture, text, int(rank), len(gallery)))
+
+    return show
