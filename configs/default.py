@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.wordnet_dir = ""  # folder of WordNet's data.noun, for the shift "long"; "": search
     config.step_timeout = 1800.0  # seconds after which a step is aborted with the run; 0: no limit
     config.max_skipped = 5  # consecutive steps with a non-finite loss or gradient that end the run
-    config.shifts = ("noisy",)  # sets of queries; emoji has noisy, long, languages
+    config.shifts = ("noisy",)  # sets of queries; emoji has noisy, long, languages, edits
     config.xm3600 = ConfigDict()
     config.xm3600.languages = ()  # some of the 36, such as ("de", "th"); (): all
     config.xm3600.captions = "all"  # "first": one for each picture and language
@@ -101,7 +101,9 @@ def get_config() -> ConfigDict:
     # Replaces {query} if a query has a picture and the policy reads its captions.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
     config.prompt.captions = 3  # number of captions: those closest to the picture; 0: policy.sees
-    config.prompt.caption_bank = ""  # text file of captions, one a line; "": texts of train queries
+    # Text file of captions, one a line. "": the names of the gallery (emoji), or the texts of the
+    # training queries.
+    config.prompt.caption_bank = ""
     config.prompt.answer_start = ""  # beginning of the assistant's turn
     # Length in tokens that prompts are padded to; longer prompts are an error. 0: length and
     # buckets are chosen from the queries.

@@ -1,7 +1,7 @@
 """Rewrites queries with a trained run and shows the best matches.
 
-python -m grape_jax.rewrite --workdir=runs/emoji "smilign fcae" "rde aple" --top=5
-python -m grape_jax.rewrite --workdir=runs/cirr --image=chair.jpg "in blue" "with armrests"
+python -m grape_jax.rewrite --workdir=runs/emoji --image=apple.png "make it green" --top=5
+python -m grape_jax.rewrite --workdir=runs/emoji_noisy "smilign fcae" "rde aple"
 """
 
 from pathlib import Path
@@ -17,19 +17,23 @@ from grape_jax.runtime.errors import UserError, exit_with_sentence
 def main() -> None:
     flags.DEFINE_string("workdir", None, "The run.")
     flags.DEFINE_integer("top", 5, "How many matches to show.", lower_bound=1)
-    flags.DEFINE_string("shift", None, "Which of the run's prompts to use; none: its first.")
+    flags.DEFINE_string(
+        "shift",
+        None,
+        "Which of the run's prompts to use; none: the first that suits the presence of --image.",
+    )
     flags.DEFINE_multi_string(
         "image",
         [],
-        "After a composed run, the picture that the queries change: once for all queries, or once "
-        "for each, in their order.",
+        "For composed queries, the picture that they change: once for all queries, or once for "
+        "each, in their order.",
     )
     flags.DEFINE_string("out", None, "The contact sheet; none: matches.png in the workdir.")
     queries = command_line.parse()
     if flags.FLAGS.workdir is None:
         raise UserError("no workdir is given: add --workdir=runs/emoji.")
     if not queries:
-        raise UserError('no query is given: add one in quotes, such as "smilign fcae".')
+        raise UserError('no query is given: add one in quotes, such as "make it green".')
     command_line.quiet()
     workdir = files.path(flags.FLAGS.workdir)
     out = files.path(flags.FLAGS.out or workdir / "matches.png")

@@ -116,7 +116,12 @@ class Benchmark:
     shifts: tuple[str, ...]  # the sets of queries; each has its own prompt
     galleries: Mapping[str, str]  # split -> gallery that its queries are ranked in
     test_sets: Mapping[str, str]  # split -> its title in the report
-    composed: bool = False  # a query is a picture and the words that change it
+    composed: tuple[
+        str, ...
+    ] = ()  # shifts whose queries are a picture and the words that change it
+    # Captions that describe such a picture to the policy: "queries", the texts of the training
+    # queries, or "names", the names of the gallery's pictures.
+    captions: str = "queries"
     withheld: str | None = None  # the split whose truth only an official server has
     version: str = ""  # of the stored sets
     about: str = ""  # description saved with the stored sets

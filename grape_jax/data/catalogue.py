@@ -48,6 +48,12 @@ def find(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
+def composed_shifts(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the shifts of a run whose queries are a picture and the words that change it."""
+    composed = find(config.benchmark).composed
+    return tuple(shift for shift in config.shifts if shift in composed)
+
+
 def prepare(config: ConfigDict) -> None:
     """Writes the sets that need no official files; the others need `python -m grape_jax.prepare`.
 

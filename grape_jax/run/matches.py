@@ -20,7 +20,7 @@ def show(
 
     Args:
       top: number of matches of each text.
-      images: the picture of each query, for a run of composed queries.
+      images: the picture of each query, for composed queries.
     """
     rewrites = rewriter.rewrite(queries, shift, images)
     pictures = None if images is None else [open_picture(image) for image in images]

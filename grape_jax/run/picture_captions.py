@@ -55,11 +55,6 @@ class PictureCaptions:
     @functools.cached_property
     def _bank(self) -> tuple[list[str], np.ndarray]:
         """The captions to choose from, and their embeddings."""
-        path = self.config.prompt.caption_bank
-        texts = (
-            captions.read_bank(path)
-            if path
-            else list(dict.fromkeys(query.text for query in self.queries.training()))
-        )
+        texts = self.queries.captions()
         folder = Path(self.config.data_dir) / "banks"
         return texts, text_bank(self.retriever, texts, folder)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from grape_jax.data import benchmark, catalogue, pipeline
 from grape_jax.data.benchmark import Query
+from grape_jax.retrieval import captions
 
 
 class Queries:
@@ -33,6 +34,23 @@ class Queries:
     def training(self) -> list[Query]:
         """The training queries of all shifts."""
         return [query for shift in self.config.shifts for query in self.train(shift)]
+
+    def captions(self) -> list[str]:
+        """The captions that a query's picture is described with, without repetitions.
+
+        They are the lines of `prompt.caption_bank`; without it, as `Benchmark.captions` says.
+
+        Raises:
+          UserError: the caption bank cannot be read.
+        """
+        if self.config.prompt.caption_bank:
+            return captions.read_bank(self.config.prompt.caption_bank)
+        found = catalogue.find(self.config.benchmark)
+        if found.captions == "names":
+            galleries = dict.fromkeys(found.galleries.values())
+            corpora = [catalogue.load_corpus(self.config, name) for name in galleries]
+            return list(dict.fromkeys(name for corpus in corpora for name in corpus.names))
+        return list(dict.fromkeys(query.text for query in self.training()))
 
     def supervised_pairs(self, shift: str) -> list[Query]:
         """The pairs of the warm-up: the training queries, and words if `warm_up.words` is set."""

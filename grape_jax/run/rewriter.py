@@ -61,8 +61,8 @@ class Rewriter:
 
     @property
     def composed(self) -> bool:
-        """Whether a query is a picture and the words that change it."""
-        return catalogue.find(self.context.config.benchmark).composed
+        """Whether queries of the run are a picture and the words that change it."""
+        return bool(catalogue.composed_shifts(self.context.config))
 
     def gallery(self, split: str = "train") -> Gallery:
         """The gallery that a split is ranked in, embedded when it is first opened."""
@@ -79,25 +79,22 @@ class Rewriter:
         """Rewrites queries greedily.
 
         Args:
-          shift: the prompt to use; None: the run's first.
-          images: the picture of each query, as PIL images or paths, for a run of composed queries
-            (CIRR). Other runs take none.
+          shift: the prompt to use; None: the run's first that takes pictures, if there are any,
+            or none.
+          images: the picture of each query, as PIL images or paths, for a shift of composed queries
+            (`edits`). Other shifts take none.
           history: the earlier turns of each query's conversation, oldest first.
 
         Raises:
           UserError: the run has no such shift; a query is empty or too long; pictures are missing,
-            unreadable, or given to a run whose queries have none.
+            unreadable, or given to a shift whose queries have none.
         """
-        if shift is not None and shift not in self.shifts:
-            raise UserError(
-                f"this run has no shift {shift!r}: choose one of {', '.join(self.shifts)}."
-            )
-        self._check_images(queries, images)
+        shift = self._chosen(shift, queries, images)
         with self._lock:
             texts = self._after(history, queries)
             if images and self.context.config.prompt.captions:
                 texts = self.user_turns(queries, self.context.retriever.embed_images(images))
-            return self._rewrite(texts, shift or self.shifts[0], images)
+            return self._rewrite(texts, shift, images)
 
     def user_turns(self, queries: Sequence[str], emb_QxE: np.ndarray) -> list[str]:
         """What the policy reads of composed queries, where it reads captions.
@@ -165,18 +162,29 @@ class Rewriter:
             emb_QxE = self.context.retriever.embed_texts(list(texts))
         return nearest(gallery.bank_NxE, emb_QxE, top, excluded_Qx1)
 
-    def _check_images(self, queries: Sequence[str], images: Sequence[Picture] | None) -> None:
-        if self.composed and images is None:
+    def _chosen(
+        self, shift: str | None, queries: Sequence[str], images: Sequence[Picture] | None
+    ) -> str:
+        """The shift to use; None takes the first of the run's that suits the images."""
+        if shift is not None and shift not in self.shifts:
             raise UserError(
-                "this run's queries change a picture: give the picture of each query, with "
+                f"this run has no shift {shift!r}: choose one of {', '.join(self.shifts)}."
+            )
+        composed = catalogue.composed_shifts(self.context.config)
+        suited = [one for one in self.shifts if (one in composed) == (images is not None)]
+        shift = shift or (suited or self.shifts)[0]
+        if shift in composed and images is None:
+            raise UserError(
+                f"the queries of {shift} change a picture: give the picture of each query, with "
                 "images=[...] or --image=FILE."
             )
-        if images is not None and not self.composed:
-            raise UserError("this run's queries are words alone: leave the image out.")
+        if images is not None and shift not in composed:
+            raise UserError(f"the queries of {shift} are words alone: leave the image out.")
         if images is not None and len(images) != len(queries):
             raise UserError(
                 f"{len(images)} images are given for {len(queries)} queries: give one for each."
             )
+        return shift
 
 
 def restore(workdir: Path) -> tuple[Context, dict[str, Any]]:
