@@ -38,7 +38,12 @@ def start(folder: Path, name: str, settings: dict, processes: int = 1, devices: 
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     paths = {"data_dir": folder / "data", "policy.path": folder / "tiny.gguf"}
-    command = [sys.executable, "-m", "grape_jax.train", f"--config={ROOT / 'configs/emoji.py'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "grape_jax.train",
+        f"--config={ROOT / 'configs/emoji_noisy.py'}",
+    ]
     command.append(f"--workdir={folder / name}")
     command += [f"--config.{k}={v}" for k, v in (paths | SETTINGS | settings).items()]
     environment = os.environ | {

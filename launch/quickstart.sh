@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the embedded benchmark: creates .venv, installs the package, trains, writes the report.
+# Trains on the embedded benchmark (a picture and words that change it): creates .venv, installs the
+# package, trains, writes the report.
 #
 #   bash launch/quickstart.sh [--workdir=DIR] [--config.KEY=VALUE ...]
 #

@@ -65,6 +65,16 @@ def _write_tables_and_figures(config: ConfigDict, workdir: Path, sets: list[Test
     numbers = report.write(workdir, sets, log, about, config.to_dict())
     print(*report.summary(numbers), sep="\n")
     print(f"report: {workdir / 'report.html'} (also as report.md and report.json)")
+    print(*_what_next(config, workdir), sep="\n")
+
+
+def _what_next(config: ConfigDict, workdir: Path) -> list[str]:
+    """The lines at the end of a run that say how to use it."""
+    query = '--image=FILE "make it green"' if catalogue.composed_shifts(config) else '"a query"'
+    return [
+        f"try it: python -m grape_jax.rewrite --workdir={shlex.quote(str(workdir))} {query}",
+        "your own pictures and queries: docs/own_data.md",
+    ]
 
 
 def _retriever_name(config: ConfigDict) -> str:
