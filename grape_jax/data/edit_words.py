@@ -136,12 +136,22 @@ WORDINGS = {
     "gender=woman": Wordings(
         ("make it a woman", "the same, but a woman", "change this to a woman", "as a woman"),
         ("turn this person into a woman",),
-        ("show a lady instead", "now female", "it should be a woman", "I want a woman here"),
+        (
+            "show a lady instead",
+            "show a female version",
+            "it should be a woman",
+            "I want a woman here",
+        ),
     ),
     "gender=man": Wordings(
         ("make it a man", "the same, but a man", "change this to a man", "as a man"),
         ("turn this person into a man",),
-        ("show a gentleman instead", "now male", "it should be a man", "I want a man here"),
+        (
+            "show a gentleman instead",
+            "show a male version",
+            "it should be a man",
+            "I want a man here",
+        ),
     ),
     "gender=person": Wordings(
         ("make it gender neutral", "neither man nor woman", "the same, of no stated gender"),
@@ -158,14 +168,10 @@ WORDINGS = {
         ("somebody who is not a {old}",),
         ("this should not be a {old}", "replace the {old} by someone else"),
     ),
-    "age=child": Wordings(
-        ("much younger",), ("as a child", "much younger", "when still small"), ("as a kid",)
-    ),
-    "age=adult": Wordings(
-        ("in the middle of life",), ("grown up", "as an adult"), ("at a middle age",)
-    ),
-    "age=old": Wordings(("much older",), ("in old age", "make them old"), ("aged",)),
-    "hair": Wordings(("with {value}",), ("with {value}", "give them {value}"), ("now {value}",)),
+    "age=child": Wordings((), ("as a child", "much younger"), ()),
+    "age=adult": Wordings((), ("grown up", "as an adult"), ()),
+    "age=old": Wordings((), ("much older", "in old age"), ()),
+    "hair": Wordings((), ("with {value}", "give them {value}"), ()),
     "couple": Wordings(
         ("make them {value}", "the same, but {value}", "change them to {value}", "as {value}"),
         ("turn them into {value}",),

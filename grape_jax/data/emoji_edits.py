@@ -104,7 +104,8 @@ def _at_most(
 
 
 def _key(change: _Change) -> str:
-    return f"{change.source} {change.targets} {change.kind} {change.wordings.test[0]}"
+    first = (*change.wordings.test, *change.wordings.validation)[0]
+    return f"{change.source} {change.targets} {change.kind} {first}"
 
 
 # Queries

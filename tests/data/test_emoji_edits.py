@@ -87,8 +87,10 @@ def test_own_picture_targets_and_subset(queries, names):
 
 
 def test_no_text_holds_the_name_of_its_target(queries, names):
-    # Names of one word, such as "cook", can be in the words of an activity or an object.
+    # A new object has to be named, and a name of one word can be a word of an activity.
     for query in every(queries):
+        if query.kind in ("object", "two changes"):
+            continue
         for row in query.targets:
             if len(names[row].split()) > 1:
                 assert names[row].lower() not in query.text.lower(), query.id
@@ -103,12 +105,11 @@ def gender_of(name):
 def test_words_about_a_gender_lead_to_it(queries, names):
     checked = 0
     for query in every(queries):
-        words = re.search(r"\b(a|to a) (wo)?man$|now (fe)?male$", query.text)
+        words = re.search(r"\ba (wo)?man$", query.text)
         if query.kind != "who" or words is None or re.search("not|anything|other", query.text):
             continue
-        wanted = "female" if re.search("woman|female", query.text) else "male"
-        one = [names[row] for row in query.targets if names[row] in names]
-        assert [gender_of(name) or wanted for name in one] == [wanted], query.id
+        wanted = "female" if "woman" in query.text else "male"
+        assert [gender_of(names[row]) for row in query.targets] == [wanted], query.id
         checked += 1
     assert checked > 300
 
@@ -122,7 +123,7 @@ def test_words_about_a_colour_lead_to_it(queries, names):
             [target] = query.targets
             source = names[query.image]
             assert names[target].split()[-1] == source.split()[-1]
-            assert colour in names[target].split() and colour not in source.split()
+            assert colour in names[target].split() and names[target] != source
             checked += 1
     assert checked > 30
 
