@@ -94,7 +94,8 @@ def _at_most(
     draw: str,
 ) -> list[_Change]:
     """At most some changes of each picture and kind, chosen by hash, in the given order."""
-    kept, counts = set(), collections.Counter()
+    kept: set[int] = set()
+    counts: collections.Counter[tuple[int, str]] = collections.Counter()
     order = sorted(enumerate(changes), key=lambda item: hash64(f"{draw} {SEED} {_key(item[1])}"))
     for number, change in order:
         if counts[change.source, kind(change)] < most(change):
@@ -209,7 +210,7 @@ def _step(trait: str, old: str, new: str) -> int:
 def _of_another_gender(one: _Member, members: Sequence[_Member]) -> Iterator[_Change]:
     """A change with two right pictures: not the gender that it was."""
     others = [other for other in members if _difference(one, other) == ("gender",)]
-    old = dict(one.traits).get("gender")
+    old = dict(one.traits).get("gender", "person")
     if len(others) > 1 and old != "person":
         targets = tuple(sorted(other.row for other in others))
         near = functools.partial(_near, members, one, others[0])
@@ -230,10 +231,9 @@ def _wordings(one: _Member, other: _Member, found: tuple[str, ...]) -> Wordings 
         return None
     if len(found) == 1:
         return _of_trait(found[0], old[found[0]], new[found[0]])
-    parts = [
-        _of_trait(trait, old[trait], new[trait], alone="activity" not in found) for trait in found
-    ]
-    return None if None in parts else _both(*parts)
+    alone = "activity" not in found
+    first, second = (_of_trait(trait, old[trait], new[trait], alone) for trait in found)
+    return None if first is None or second is None else _both(first, second)
 
 
 def _of_trait(trait: str, old: str, new: str, alone: bool = True) -> Wordings | None:
