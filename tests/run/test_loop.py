@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import commands
 import jax
@@ -133,9 +134,10 @@ def test_a_run_leaves_everything_behind(folder, undisturbed):
 
 @pytest.mark.slow
 def test_the_last_lines_are_the_result(folder, undisturbed):
-    """The four numbers with their intervals, then the paths."""
-    *_, raw, untrained, trained, best, paths = undisturbed.stdout.splitlines()
-    assert paths.startswith("report: ")
+    """The four numbers with their intervals, then the paths, and what to do next."""
+    *_, raw, untrained, trained, best, paths, search, own = undisturbed.stdout.splitlines()
+    assert paths.startswith("report: ") and "grape_jax.rewrite --workdir=" in search
+    assert (Path(__file__).parents[2] / own.split()[-1]).is_file()
     shown = [line.split("  ")[0] for line in (raw, untrained, trained, best)]
     assert shown == ["raw query", "untrained", "trained (GRPO)", "best baseline"]
     assert all(re.search(r" \d+\.\d \[\d+\.\d, \d+\.\d\]", x) for x in (raw, trained, best))
