@@ -20,6 +20,7 @@ from grape_jax.retrieval import captions
 from grape_jax.rl.prompts import PROMPT_UNIT, prompt_lengths
 from grape_jax.run import checks, context, evaluation, loop
 from grape_jax.run.picture_captions import PictureCaptions
+from grape_jax.run.queries import Queries
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import best_ranks
 from grape_jax.runtime import command_line
@@ -477,7 +478,7 @@ def test_prompts_hold_the_captions_closest_to_a_picture(composed, tmp_path):
     (tmp_path / "bank.txt").write_text("a red apple\n\na dog\na red apple\na blue car\n")
     config.prompt.caption_bank, config.prompt.captions = str(tmp_path / "bank.txt"), 2
     retriever, galleries = composed.retriever, composed.galleries
-    chosen = PictureCaptions(config, retriever, galleries, composed.queries)
+    chosen = PictureCaptions(config, retriever, galleries, Queries(config))
     queries = composed.queries.split("edits", "validation")
     own = composed.captions.prompt_texts(queries, "validation")[0]
     assert own.startswith("Picture: make it number ") and own.endswith(queries[0].text)
