@@ -1,7 +1,7 @@
 """Rewrites queries with a trained run and shows the best matches.
 
 python -m grape_jax.rewrite --workdir=runs/emoji --image=apple.png "make it green" --top=5
-python -m grape_jax.rewrite --workdir=runs/emoji_noisy "smilign fcae" "rde aple"
+python -m grape_jax.rewrite --workdir=runs/emoji "smilign fcae" "rde aple"
 """
 
 from pathlib import Path

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import cirr, emoji_noisy
+from configs import cirr, emoji
 from grape_jax.run import fit as aot
 from grape_jax.run import settings
 from grape_jax.runtime import sharding
@@ -39,7 +39,7 @@ def mesh():
 def config(tmp_path):
     """A policy of four layers, of which there is only the config.json."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    config = emoji_noisy.get_config()
+    config = emoji.get_config()
     config.policy.path = str(tmp_path)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
     return config
@@ -116,7 +116,7 @@ def test_mistakes_are_one_sentence(config, topology, key, value, sentence):
 
 
 def test_the_command_line_exits_with_the_verdict(config):
-    command = [sys.executable, "-m", "grape_jax.compile", "--config=configs/emoji_noisy.py"]
+    command = [sys.executable, "-m", "grape_jax.compile", "--config=configs/emoji.py"]
     command += [f"--config.policy.path={config.policy.path}", "--corpus_size=400000000"]
     run = lambda *more: subprocess.run(
         [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
