@@ -44,5 +44,5 @@ workdir=runs/emoji
 for argument in "$@"; do
   if [[ $argument == --workdir=* ]]; then workdir=${argument#--workdir=}; fi
 done
-echo "Training. The report will be in $workdir/report.md."
+echo "Training. The report will be in $workdir/report.html."
 exec .venv/bin/python -m grape_jax.train --config=configs/emoji.py "--workdir=$workdir" "$@"

