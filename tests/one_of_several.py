@@ -136,9 +136,14 @@ class Pictures(Sequence):
         return self.paths[row].read_bytes()
 
 
+def shipped(mesh) -> encoder.Retriever:
+    """The shipped retriever, with small batches."""
+    return dataclasses.replace(encoder.place(encoder.load(), mesh), batch=BATCH)
+
+
 def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.ndarray]:
     """Embeddings of a corpus and of captions, and the results of every kind of search."""
-    found = encoder.place(encoder.load(), mesh)
+    found = shipped(mesh)
     bank_NxE = bank.corpus_bank(found, pictures, folder)
     names = [f"picture {i}" for i in range(len(pictures))]
     index = ranking.shard_corpus(mesh, bank_NxE)
@@ -159,7 +164,7 @@ def embed_and_search(folder: Path, mesh, pictures: Sequence) -> dict[str, np.nda
 
 def gallery(folder: Path) -> None:
     """The bits that one process on one device found; each process embeds half of the pictures."""
-    encoder.BATCH, bank.PART = BATCH, PART
+    bank.PART = PART
     mesh, first = sharding.make_mesh(data=2, fsdp=4), processes.is_main()
     pictures = Pictures(folder / "pictures")
     with np.load(folder / "alone.npz") as alone:
@@ -170,7 +175,7 @@ def gallery(folder: Path) -> None:
         assert opened == ([*range(8), 16, 17, 18] if first else [*range(8, 16), 18])
         # If one process has another disk, without the cache, both embed again.
         cache = folder / ("banks" if first else "other")
-        found = encoder.place(encoder.load(), mesh)
+        found = shipped(mesh)
         bank_NxE = bank.corpus_bank(found, pictures, cache)
         np.testing.assert_array_equal(bank_NxE, alone["bank"])
         # Two parts of the corpus each, and the captions where they were embedded.

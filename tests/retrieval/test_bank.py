@@ -44,9 +44,8 @@ def test_bank_is_read_from_its_cache(shipped, tmp_path, monkeypatch):
 
 
 def test_a_killed_bank_goes_on_with_the_rest(shipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "BATCH", 2)
     monkeypatch.setattr(bank, "PART", 2)
-    pictures = some_pictures(5)
+    shipped, pictures = dataclasses.replace(shipped, batch=2), some_pictures(5)
     embed, calls = encoder._embed, []
 
     def embed_until_killed(*arguments):

@@ -17,7 +17,6 @@ import pytest
 import xla_flags
 from PIL import Image
 
-from grape_jax.retrieval import encoder
 from grape_jax.runtime import checkpoint, processes, sharding
 from grape_jax.runtime.errors import UserError
 
@@ -63,8 +62,7 @@ def play(scene, folder, slurm=False):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_agree_and_share_batches_and_corpora(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "BATCH", one_of_several.BATCH)
+def test_two_processes_agree_and_share_batches_and_corpora(tmp_path):
     (tmp_path / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(one_of_several.PICTURES):
