@@ -169,7 +169,7 @@ WORDINGS = {
         ("this should not be a {old}", "replace the {old} by someone else"),
     ),
     "age=child": Wordings((), ("as a child", "much younger"), ()),
-    "age=adult": Wordings((), ("grown up", "as an adult"), ()),
+    "age=adult": Wordings((), ("now an adult", "as an adult"), ()),
     "age=old": Wordings((), ("much older", "in old age"), ()),
     "hair": Wordings((), ("with {value}", "give them {value}"), ()),
     "couple": Wordings(
@@ -178,7 +178,7 @@ WORDINGS = {
         ("show {value} instead", "it should be {value}"),
     ),
     "activity": Wordings(
-        ("now {value}", "the same person {value}", "{value} instead", "change it to {value}"),
+        ("now {value}", "the same, but {value}", "{value} instead", "change it to {value}"),
         ("the person should be {value}",),
         ("imagine them {value}", "have them {value}", "show the same one {value}"),
     ),

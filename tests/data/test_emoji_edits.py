@@ -97,9 +97,9 @@ def test_no_text_holds_the_name_of_its_target(queries, names):
 
 
 def gender_of(name):
-    if re.search(r"\b(woman|women|mermaid|female|ewe)\b", name):
+    if re.search(r"\b(woman|women|girl|mermaid|female|ewe)\b", name):
         return "female"
-    return "male" if re.search(r"\b(man|men|merman|male)\b", name) else ""
+    return "male" if re.search(r"\b(man|men|boy|merman|male)\b", name) else ""
 
 
 def test_words_about_a_gender_lead_to_it(queries, names):
