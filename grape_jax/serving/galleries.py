@@ -59,7 +59,10 @@ def read(config: ConfigDict, retriever: Retriever, mesh: Mesh, path: str) -> Gal
             )
         corpus = local.pictures_in(place)
         assert corpus.images is not None
-        bank_NxE = corpus_bank(retriever, corpus.images, data_dir / "banks")
+        try:
+            bank_NxE = corpus_bank(retriever, corpus.images, data_dir / "banks")
+        except UserError as error:
+            raise UserError(f"the gallery {path} cannot be embedded: {error}") from error
     else:
         corpus, given = local.embeddings_in(place, data_dir)
         encoder.check_embeddings(retriever, given.name, given.texts, given.texts_NxE)

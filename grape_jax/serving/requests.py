@@ -74,7 +74,9 @@ async def read(request: Request, kind: type[Asked], limits: Limits) -> tuple[Ask
         if len(getattr(asked, name, None) or "") > limits.text_length:
             raise HTTPException(422, f"{name}: give at most {limits.text_length} characters.")
     if isinstance(asked, SearchRequest) and asked.top > limits.top:
-        raise HTTPException(422, f"top: ask for at most {limits.top} matches.")
+        if "top" in asked.model_fields_set:
+            raise HTTPException(422, f"top: ask for at most {limits.top} matches.")
+        asked.top = limits.top
     return asked, await asyncio.to_thread(_open, file, limits.pixels) if file else None
 
 

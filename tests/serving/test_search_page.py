@@ -11,6 +11,7 @@ import tiny_rewriter
 import uvicorn
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -72,7 +73,9 @@ def composed(folder, tmp_path_factory):
 
 
 def until(browser, condition):
-    return WebDriverWait(browser, 60).until(lambda _: condition())
+    # The page may draw its results again while they are read.
+    ignored = [StaleElementReferenceException]
+    return WebDriverWait(browser, 60, ignored_exceptions=ignored).until(lambda _: condition())
 
 
 def open_page(browser, address):
