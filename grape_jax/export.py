@@ -3,9 +3,10 @@
     python -m grape_jax.export --workdir=runs/emoji --out=policy
     python -m grape_jax.export --workdir=runs/emoji --out=adapter --adapter
 
-The first is a Hugging Face directory, the adapter merged in, with the tower of a policy that sees;
-the second a PEFT adapter directory, with its base beside it where the run's base is no Hugging Face
-directory. Both come with a model card and with rewriter.json: prompts, output format and decoding.
+The first is a Hugging Face directory, the adapter merged in, with the vision encoder if there is
+one; the second a PEFT adapter directory, with its base beside it unless the run's base is a Hugging
+Face directory. Both come with a model card and with rewriter.json: prompts, output format and
+decoding.
 """
 
 from pathlib import Path

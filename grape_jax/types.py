@@ -22,7 +22,7 @@ class Prompts(flax.struct.PyTreeNode):
 
     tokens_BxS: jax.Array  # int32, policy token ids
     mask_BxS: jax.Array  # bool, False on padding
-    # Of a policy that sees; both are None where it reads text alone.
+    # Of a vision-language policy; both are None where it reads text alone.
     image_BxS: jax.Array | None = None  # int32, 1 + the feature in place of a token; 0: the token
     features_BxIxD: jax.Array | None = None  # float, of the prompt's pictures, in their order
     # int32, time, row and column of each token, where the policy counts so (M-RoPE); None: in order

@@ -1,13 +1,12 @@
 """A corpus of texts in one file, read document by document.
 
 The file is read once from end to end (`scan`), for the place and the id of every document. Texts
-are then read from the file when they are asked for (`Documents`), so that memory holds none of
-them.
+are then read from the file on access (`Documents`), so that none of them stays in memory.
 
     .jsonl   one object a line: `_id` (or `id`), `text`, and perhaps `title`
     .tsv     id and text, separated by a tab, without a header
 
-A document's text is its title and its text, joined by a space.
+The text of a document is `title` and `text`, joined by a space.
 """
 
 import array
@@ -137,7 +136,8 @@ def json_object(line: bytes, what: str) -> dict:
     """A line's JSON object.
 
     Raises:
-      ValueError: it is none; a UnicodeError if the line is not UTF-8.
+      UnicodeError: the line is not UTF-8.
+      ValueError: the line is not a JSON object.
     """
     text = line.decode()
     try:
@@ -193,7 +193,7 @@ def file_state(path: Path) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents(Sequence[str]):
-    """The texts of a corpus file, read from it when they are asked for. Thread-safe."""
+    """The texts of a corpus file, read on access. Thread-safe."""
 
     path: Path
     lines_Nx3: np.ndarray

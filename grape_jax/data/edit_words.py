@@ -1,7 +1,7 @@
 """The words of the shift `edits`: what sets pictures apart, and wordings of each change.
 
 A wording is in one of three sets (`Wordings`): train, validation, or test and test_seen.
-`{value}` stands for the new value of a trait, in the words of `VALUES` where it has some.
+`{value}` is replaced by the new value of a trait, or by its words in `VALUES`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ class Wordings:
     test: tuple[str, ...]
 
 
-# What a person does, by family; the words need not be those of the picture's name.
+# Activities of people, by family; the words may differ from the name of the picture.
 ACTIVITIES = {
     "artist": "painting a picture",
     "astronaut": "out in space",

@@ -43,15 +43,14 @@ from tqdm import tqdm
 
 from grape_jax.data import benchmark, embedded
 from grape_jax.data.benchmark import Corpus, Query
+from grape_jax.data.own_files import SPLITS, Mistakes, prepared_folder, split_by_hash
 from grape_jax.data.pictures import content, open_picture
 from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 
 SHIFTS = ("local",)
-SPLITS = ("train", "validation", "test")
 TEST_SETS = {"test": "test"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-SHOWN = 10  # mistakes reported of each kind
 SAMPLE = 16  # pictures to check with which model made the embeddings
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation"}
 
@@ -68,25 +67,6 @@ class Precomputed:
     texts_NxE: np.ndarray  # float32, their embeddings by the model of the bank
 
 
-class Mistakes:
-    """Mistakes in the user's data, collected by kind to be reported together."""
-
-    def __init__(self) -> None:
-        self.by_kind: dict[str, list[str]] = collections.defaultdict(list)
-
-    def add(self, kind: str, item: str) -> None:
-        self.by_kind[kind].append(item)
-
-    def refuse(self) -> None:
-        """Raises a UserError that lists all mistakes, if there are any."""
-        lines = [
-            f"  {kind} ({len(items)}): {', '.join(items[:SHOWN])}{', ...' if items[SHOWN:] else ''}"
-            for kind, items in self.by_kind.items()
-        ]
-        if lines:
-            raise UserError("\n".join(["your data has mistakes to correct:", *lines]))
-
-
 # Reading prepared data
 
 
@@ -96,11 +76,8 @@ def folder(config: ConfigDict, data_dir: str | Path) -> Path:
     Args:
       config: the section `local` of a run's config.
     """
-    absolute = lambda name: name and str(Path(name).expanduser().resolve())
-    choices = [absolute(name) for name in (config.images, config.embeddings, config.queries)]
-    choices += [config.split_seed, config.validation_share, config.test_share]
-    key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
-    return Path(data_dir) / "local" / f"{Path(config.queries).stem}-{key}"
+    paths = (config.images, config.embeddings, config.queries)
+    return prepared_folder(data_dir, "local", config.queries, paths, config)
 
 
 def load_queries(directory: str | Path, shift: str, split: str) -> list[Query]:
@@ -548,14 +525,8 @@ def split_by_picture(
       images: the pictures of each query.
       validation_share, test_share: of the pictures, 0 to 1.
     """
-
-    def split_of(group: str) -> str:
-        position = benchmark.hash64(f"split {seed} {group}") / 2**64
-        if position < test_share:
-            return "test"
-        return "validation" if position < test_share + validation_share else "train"
-
-    return [split_of(group) for group in _groups(images)]
+    shares = {"validation": validation_share, "test": test_share}
+    return [split_by_hash(group, seed, shares) for group in _groups(images)]
 
 
 def _groups(images: Sequence[Sequence[str]]) -> list[str]:

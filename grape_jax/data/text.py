@@ -35,7 +35,6 @@ import collections
 import csv
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 import unicodedata
@@ -50,11 +49,10 @@ from ml_collections import ConfigDict
 from grape_jax.data import benchmark, documents
 from grape_jax.data.benchmark import Benchmark, Corpus, Query
 from grape_jax.data.documents import AddMistake
-from grape_jax.data.local import Mistakes
+from grape_jax.data.own_files import SPLITS, Mistakes, prepared_folder, split_by_hash
 from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 
-SPLITS = ("train", "validation", "test")
 BENCHMARK = Benchmark(
     name="text",
     shifts=("text",),
@@ -106,11 +104,8 @@ def folder(config: ConfigDict, data_dir: str | Path) -> Path:
     Args:
       config: the section `text` of a run's config.
     """
-    absolute = lambda name: name and str(Path(name).expanduser().resolve())
-    choices = [absolute(name) for name in (config.corpus, config.queries, config.qrels)]
-    choices += [config.split_seed, config.validation_share, config.test_share]
-    key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
-    return Path(data_dir) / "text" / f"{Path(config.corpus).stem}-{key}"
+    paths = (config.corpus, config.queries, config.qrels)
+    return prepared_folder(data_dir, "text", config.corpus, paths, config)
 
 
 def load_queries(directory: str | Path, shift: str, split: str) -> list[Query]:
@@ -465,13 +460,7 @@ def assign_splits(records: list[Record], config: ConfigDict) -> list[str]:
     for record in records:
         if record.split in ("", "train"):
             text = unicodedata.normalize("NFKC", record.text).casefold()
-            position = benchmark.hash64(f"split {config.split_seed} {text}") / 2**64
-            if position < shares["test"]:
-                record.split = "test"
-            elif position < shares["test"] + shares["validation"]:
-                record.split = "validation"
-            else:
-                record.split = "train"
+            record.split = split_by_hash(text, config.split_seed, shares)
     return derived
 
 

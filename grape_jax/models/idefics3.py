@@ -1,4 +1,4 @@
-"""The eyes of Idefics3 and SmolVLM (Laurençon et al. 2024, Marafioti et al. 2025).
+"""The vision encoder of Idefics3 and SmolVLM (Laurençon et al. 2024, Marafioti et al. 2025).
 
 A SigLIP image tower without head, a pixel shuffle, and one linear connector. A large picture is
 read as several tiles and a small copy of the whole, each a picture of its own here. The decoder
@@ -31,7 +31,7 @@ class Idefics3Config:
         return (self.image_size // self.patch // self.shuffle) ** 2
 
 
-class Eyes(nn.Module):
+class VisionEncoder(nn.Module):
     """Pixels `[N, H, W, 3]` to features `[N, features, D]`."""
 
     config: Idefics3Config
@@ -68,4 +68,4 @@ def pixel_shuffle(x_NxLxD: jax.Array, side: int) -> jax.Array:
 def init(config: Idefics3Config, key: jax.Array) -> Params:
     """Random float32 parameters, boxed with their logical axes."""
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
-    return Eyes(config).init(key, pixels)["params"]
+    return VisionEncoder(config).init(key, pixels)["params"]

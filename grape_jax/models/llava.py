@@ -1,4 +1,4 @@
-"""LLaVA 1.5's eyes (Liu et al. 2023): states of a CLIP image tower, through an MLP of two layers.
+"""The vision encoder of LLaVA 1.5 (Liu et al. 2023): a CLIP image tower and an MLP of two layers.
 
 The decoder beside them is `models/policy.py`.
 """
@@ -31,7 +31,7 @@ class LlavaConfig:
         return (self.image_size // self.patch) ** 2 + self.class_token
 
 
-class Eyes(nn.Module):
+class VisionEncoder(nn.Module):
     """Pixels `[N, H, W, 3]` to features `[N, features, D]`."""
 
     config: LlavaConfig
@@ -60,4 +60,4 @@ class ClipTower(nn.Module):
 def init(config: LlavaConfig, key: jax.Array) -> Params:
     """Random float32 parameters, boxed with their logical axes."""
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
-    return Eyes(config).init(key, pixels)["params"]
+    return VisionEncoder(config).init(key, pixels)["params"]

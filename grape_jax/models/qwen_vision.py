@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's eyes (Bai et al. 2025): a ViT for pictures of any size, and a patch merger.
+"""The vision encoder of Qwen2.5-VL (Bai et al. 2025): a ViT for any picture size, and a merger.
 
 Most layers attend inside windows of 8 x 8 patches. Patches therefore lie window by window, each
 window padded to its full size: attention inside windows is a batched product, and only the full
@@ -57,7 +57,7 @@ class Patches(flax.struct.PyTreeNode):
     order_BxI: jax.Array  # int32, the feature of each image token, counted over windows
 
 
-class Eyes(nn.Module):
+class VisionEncoder(nn.Module):
     """Patches to features `[B, I, D]`."""
 
     config: QwenVisionConfig
@@ -160,7 +160,7 @@ def empty(config: QwenVisionConfig, prompts: int, windows: int, features: int) -
     """Padding (NumPy)."""
     L = (config.window * config.merge) ** 2
     shape = (prompts, windows, L)
-    zeros: Any = np.zeros  # in the place of JAX's arrays
+    zeros: Any = np.zeros  # NumPy arrays are valid leaves of a tree of JAX arrays
     return Patches(
         pixels_BxWxLxF=zeros((*shape, config.pixels), np.float32),
         position_BxWxLx2=zeros((*shape, 2), np.int32),
@@ -172,4 +172,5 @@ def empty(config: QwenVisionConfig, prompts: int, windows: int, features: int) -
 
 def init(config: QwenVisionConfig, key: jax.Array) -> Params:
     """Random float32 parameters, boxed with their logical axes."""
-    return Eyes(config).init(key, jax.tree.map(jnp.asarray, empty(config, 1, 1, 1)))["params"]
+    patches = jax.tree.map(jnp.asarray, empty(config, 1, 1, 1))
+    return VisionEncoder(config).init(key, patches)["params"]

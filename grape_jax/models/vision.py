@@ -1,4 +1,4 @@
-"""Image features of a policy that sees, for all families, selected by the type of the config.
+"""Image features of a vision-language policy, for all families, selected by the type of the config.
 
 The config is static under jit, so that the selection happens at compilation.
 """
@@ -44,7 +44,7 @@ def features(
     batch = lambda x: sharding.constrain(mesh, x, "batch", *[None] * (x.ndim - 1))
 
     def see(pixels: Any) -> jax.Array:
-        seen: Any = _eyes(config).apply({"params": params}, jax.tree.map(batch, pixels))
+        seen: Any = _encoder(config).apply({"params": params}, jax.tree.map(batch, pixels))
         return batch(seen)
 
     if isinstance(config, QwenVisionConfig):
@@ -83,11 +83,11 @@ def shardings(config: VisionConfig, mesh: Mesh) -> Params:
     return cast(Params, sharding.of_parameters(mesh, shapes(config)))
 
 
-def _eyes(config: VisionConfig) -> nn.Module:
+def _encoder(config: VisionConfig) -> nn.Module:
     match config:
         case LlavaConfig():
-            return llava.Eyes(config)
+            return llava.VisionEncoder(config)
         case Idefics3Config():
-            return idefics3.Eyes(config)
+            return idefics3.VisionEncoder(config)
         case QwenVisionConfig():
-            return qwen_vision.Eyes(config)
+            return qwen_vision.VisionEncoder(config)

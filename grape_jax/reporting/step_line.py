@@ -1,4 +1,4 @@
-"""What the terminal shows of a training: a line a step, and one query that is rewritten again."""
+"""The lines that a training prints: one a step, and the rewrite of a sample query."""
 
 from collections.abc import Mapping
 
@@ -32,7 +32,7 @@ def step_line(
     return "  ".join([*parts, left] if left else parts)
 
 
-def watched_line(query: str, picture: str, rewrite: str, rank: int, size: int) -> str:
+def sample_line(query: str, picture: str, rewrite: str, rank: int, size: int) -> str:
     """One line about the rewrite of the query that is shown throughout a training.
 
     Args:

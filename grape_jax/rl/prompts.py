@@ -47,14 +47,14 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
     queries: Sequence[str],
-    eyes: PictureProcessor | None = None,
+    processor: PictureProcessor | None = None,
     sizes: Sequence[Size | None] | None = None,
 ) -> Prompts:
     """Chat prompts of queries, right-aligned (NumPy), without the features of pictures.
 
     Args:
       tokenizer: the policy's, with a chat template.
-      eyes: of a vision-language model.
+      processor: of a vision-language model.
       sizes: of each query's picture, None for a query without one; None: the policy is given no
         pictures.
 
@@ -65,15 +65,15 @@ def encode_prompts(
     tokens = np.full((len(queries), config.max_tokens), pad, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, query in enumerate(queries):
-        ids = _prompt_ids(tokenizer, config, query, eyes, sizes[row] if sizes else None)
+        ids = _prompt_ids(tokenizer, config, query, processor, sizes[row] if sizes else None)
         tokens[row, config.max_tokens - len(ids) :] = ids
         mask[row, config.max_tokens - len(ids) :] = True
     image: Any = None
     positions: Any = None
-    if eyes is not None and sizes is not None:
-        image = eyes.image_index(tokens)
+    if processor is not None and sizes is not None:
+        image = processor.image_index(tokens)
         given = [[] if size is None else [size] for size in sizes]
-        positions = eyes.positions(tokens, mask, given)
+        positions = processor.positions(tokens, mask, given)
     return Prompts(tokens, mask, image, None, positions)  # type: ignore[arg-type]
 
 
@@ -89,7 +89,7 @@ def to_bucket(prompts: Prompts, buckets: Sequence[int]) -> Prompts:
       ValueError: the prompts have the features of pictures already.
     """
     if prompts.features_BxIxD is not None:
-        raise ValueError("prompts are trimmed before their pictures are seen")
+        raise ValueError("prompts must be trimmed before picture features are added")
     longest = int(prompts.mask_BxS.sum(axis=1).max())
     width = prompts.tokens_BxS.shape[1]
     length = next((bucket for bucket in buckets if longest <= bucket < width), width)
@@ -116,28 +116,28 @@ def prompt_lengths(
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
     queries: Sequence[str],
-    eyes: PictureProcessor | None = None,
+    processor: PictureProcessor | None = None,
     size: Size | None = None,
 ) -> list[int]:
     """Tokens of each query's prompt, not limited by `max_tokens`.
 
     Args:
-      eyes: as in `encode_prompts`.
+      processor: as in `encode_prompts`.
       size: of a picture that every prompt has.
     """
     unbounded = dataclasses.replace(config, max_tokens=2**31)
-    return [len(_prompt_ids(tokenizer, unbounded, query, eyes, size)) for query in queries]
+    return [len(_prompt_ids(tokenizer, unbounded, query, processor, size)) for query in queries]
 
 
 def longest_prompt(
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
     queries: Sequence[str],
-    eyes: PictureProcessor | None = None,
+    processor: PictureProcessor | None = None,
     size: Size | None = None,
 ) -> int:
     """Tokens of the longest prompt of these queries; arguments as of `prompt_lengths`."""
-    return max(prompt_lengths(tokenizer, config, queries, eyes, size))
+    return max(prompt_lengths(tokenizer, config, queries, processor, size))
 
 
 def choose_lengths(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
@@ -159,13 +159,13 @@ def _prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
     query: str,
-    eyes: PictureProcessor | None,
+    processor: PictureProcessor | None,
     size: Size | None,
 ) -> list[int]:
     if not query.strip():
         raise UserError("a query is empty: remove it, or give it a text.")
     user = config.user.replace("{query}", query)
-    if eyes is None:
+    if processor is None:
         turns: list[dict] = [{"role": "user", "content": user}]
         if config.system:
             turns.insert(0, {"role": "system", "content": config.system})
@@ -175,10 +175,10 @@ def _prompt_ids(
         pictures: list[dict] = [] if size is None else [{"type": "image"}]
         turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": user}]}]
         if config.system:
-            said = [{"type": "text", "text": config.system}]
-            turns.insert(0, {"role": "system", "content": said})
+            content = [{"type": "text", "text": config.system}]
+            turns.insert(0, {"role": "system", "content": content})
         sizes = [] if size is None else [size]
-        ids = eyes.prompt_ids(tokenizer, turns, sizes, config.answer_start)
+        ids = processor.prompt_ids(tokenizer, turns, sizes, config.answer_start)
     if len(ids) > config.max_tokens:
         raise UserError(
             f"the prompt of query {query[:40]!r} has {len(ids)} tokens, more than "

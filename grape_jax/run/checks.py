@@ -120,14 +120,14 @@ def _check_settings(config: ConfigDict) -> None:
 def _check_pictures(config: ConfigDict) -> None:
     """How the policy reads the pictures of composed queries."""
     composed = catalogue.composed_shifts(config)
-    if config.policy.sees and set(config.shifts) - set(composed):
+    if config.policy.use_images and set(config.shifts) - set(composed):
         raise UserError(
-            f"policy.sees must be False for benchmark={config.benchmark!r} with "
+            f"policy.use_images must be False for benchmark={config.benchmark!r} with "
             f"shifts={tuple(config.shifts)}: some of the queries are words alone."
         )
-    if composed and not (config.policy.sees or config.prompt.captions):
+    if composed and not (config.policy.use_images or config.prompt.captions):
         raise UserError(
-            "prompt.captions must be 1 or more, or policy.sees True: the policy would know "
+            "prompt.captions must be 1 or more, or policy.use_images True: the policy would read "
             "nothing of a query's picture."
         )
 

@@ -65,11 +65,6 @@ class _Parts:
         ]
 
 
-def has_baselines(queries: Sequence[Query]) -> bool:
-    """Whether all queries have a picture of their own."""
-    return bool(queries) and all(query.image >= 0 for query in queries)
-
-
 def tune(context: Context, shift: str) -> Settings:
     """Chooses the settings with the best R@1 on at most `evaluation.validation_limit` queries.
 

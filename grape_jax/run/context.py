@@ -48,7 +48,7 @@ class Context:
         return settings.make_learner(self.config, phase, self.policy.model, self.mesh)
 
     def pictures(self, queries: Sequence[Query], split: str) -> QueryPictures | None:
-        """The queries' own pictures, for a policy that sees; None if it reads text alone."""
+        """The queries' own pictures, for a vision-language policy; None if it reads text alone."""
         if self.policy.vision is None:
             return None
         return self.galleries.query_pictures(queries, split)

@@ -50,9 +50,9 @@ def check_before_loading(
             _check_references(config, tokenizer, shift, queries.train(shift))
         prompt = settings.prompt_config(config, shift, max_tokens or room)
         texts = _texts_before_loading(config, tokenizer, shift, queries)
-        eyes = None if opened.vision is None else opened.vision.processor
-        largest = eyes.largest if eyes is not None and config.policy.sees else None
-        found = prompts.prompt_lengths(tokenizer, prompt, texts, eyes, largest)
+        processor = None if opened.vision is None else opened.vision.processor
+        largest = processor.largest if processor is not None and config.policy.use_images else None
+        found = prompts.prompt_lengths(tokenizer, prompt, texts, processor, largest)
         _check_longest(config, shift, max(found, default=0), prompt.max_tokens)
         lengths += found
     if max_tokens:
@@ -78,7 +78,7 @@ def check_after_loading(
             if config.prompt.captions and any(query.image >= 0 for query in found):
                 texts = picture_captions.prompt_texts(found, split)
                 longest = prompts.longest_prompt(
-                    policy.tokenizer, prompt, texts, policy.eyes, policy.largest_picture
+                    policy.tokenizer, prompt, texts, policy.processor, policy.largest_picture
                 )
                 _check_longest(config, shift, longest, prompt.max_tokens)
             # If targets are withheld, they are withheld for the whole split.
@@ -140,7 +140,7 @@ def _texts_before_loading(config: ConfigDict, tokenizer, shift: str, queries: Qu
     if len(texts) == len(found) or config.prompt.max_tokens:
         return texts
     size = lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
-    longest = sorted(queries.captions(), key=size)[-config.prompt.captions :]
+    longest = sorted(queries.captions, key=size)[-config.prompt.captions :]
     describe = settings.with_captions
     return texts + [
         describe(config, "; ".join(longest), query.text) for query in found if query.image >= 0

@@ -100,7 +100,7 @@ def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
         title = catalogue.find(context.config.benchmark).test_sets[one.split]
         image = None if gallery.corpus.images is None else gallery.image
         baselines = []
-        if composed.has_baselines(one.queries):
+        if one.shift in catalogue.composed_shifts(context.config):
             processes.set_stage(f"the baselines of {one.shift} {one.split}")
             if one.shift not in settings:
                 settings[one.shift] = composed.tune(context, one.shift)
@@ -161,7 +161,8 @@ def _search_methods(
         found = search_fused(gallery, retriever, lists, queries, depth)
         add(method, "", _joined(lists), found)
 
-    raw_QxE = add_texts(RAW, "", raw)
+    # Texts with their embeddings, which several methods search with.
+    searched = {RAW: (raw, add_texts(RAW, "", raw))}
     for baseline in baselines:
         found = search(gallery, baseline.emb_QxE, queries, depth)
         add(baseline.method, "", baseline.texts, found, baseline.note)
@@ -175,20 +176,21 @@ def _search_methods(
         for decoding in ("greedy", "sampled"):
             for texts in written(method, decoding):
                 emb_QxE = add_texts(method, decoding, texts)
-                if decoding == "greedy" and "fused" in methods and method in (UNTRAINED, trained):
-                    mean_QxE = fusion.mean_embedding(np.stack([raw_QxE, emb_QxE]))
+                if decoding != "greedy" or method not in (UNTRAINED, trained):
+                    continue
+                searched[method] = texts, emb_QxE
+                if "fused" in methods:
+                    mean_QxE = fusion.mean_embedding(np.stack([searched[RAW][1], emb_QxE]))
                     found = search(gallery, mean_QxE, queries, depth)
                     add(fused(method), decoding, _joined([raw, texts]), found)
     if "bm25" in methods and gallery.corpus.texts is not None:
-        greedy = {policy: written(policy, "greedy") for policy in (UNTRAINED, trained)}
-        rewrites = {policy: texts for policy, lists in greedy.items() for texts in lists}
-        for method, words, found in word_baselines(gallery, retriever, one, rewrites, depth):
+        for method, words, found in word_baselines(gallery, one, searched, depth):
             add(method, "", words, found)
     if "samples" in methods and (lists := several(trained, "sampled")):
         add_fused_lists(samples(trained), lists)
     if "hyde" in methods and (captions := several(UNTRAINED, "caption")):
         # The query counts as one of its hypothetical captions (Gao et al., 2022, equation 8).
-        emb_MxQxE = np.stack([*(retriever.embed_texts(texts) for texts in captions), raw_QxE])
+        emb_MxQxE = np.stack([*map(retriever.embed_texts, captions), searched[RAW][1]])
         found = search(gallery, fusion.mean_embedding(emb_MxQxE), queries, depth)
         add(HYDE, "", _joined(captions), found)
     if "multi_query" in methods and (variants := several(UNTRAINED, "variant")):

@@ -55,7 +55,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The eyes of a policy, as shapes."""
+    """The vision encoder of a policy, as shapes."""
 
     config: VisionConfig
     params: dict
@@ -279,7 +279,7 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
         index=ranking.index_shapes(
             mesh, corpus_size, tower.projection, config.retriever.corpus_dtype
         ),
-        vision=_vision_shapes(config, mesh) if config.policy.sees else None,
+        vision=_vision_shapes(config, mesh) if config.policy.use_images else None,
     )
 
 
@@ -301,14 +301,14 @@ def programs_of(config: ConfigDict, shapes: Shapes) -> list[Program]:
     B, K, S = config.grpo.batch_size, config.grpo.group_size, config.prompt.max_tokens
     L = config.retriever.text_length or shapes.scorer.retriever.context
     prompts, programs = Prompts(in_batch(B, S), in_batch(B, S, dtype=bool)), []
-    if (eyes := shapes.vision) is not None:
-        of_one = vision.empty(eyes.config, 1, *eyes.room)
+    if (encoder := shapes.vision) is not None:
+        of_one = vision.empty(encoder.config, 1, *encoder.room)
         pixels = jax.tree.map(lambda x: in_batch(B, *x.shape[1:], dtype=x.dtype), of_one)
-        see = lambda: vision.features.lower(eyes.config, eyes.params, pixels, mesh=mesh)
-        programs.append(Program("picture_features", see, (eyes.params,)))
+        see = lambda: vision.features.lower(encoder.config, encoder.params, pixels, mesh=mesh)
+        programs.append(Program("picture_features", see, (encoder.params,)))
         features = in_batch(
-            B, eyes.room.features, model.width,
-            dtype=jax.tree.leaves(eyes.params)[0].dtype,
+            B, encoder.room.features, model.width,
+            dtype=jax.tree.leaves(encoder.params)[0].dtype,
         )  # fmt: skip
         prompts = prompts.replace(image_BxS=in_batch(B, S), features_BxIxD=features)
         if model.rope_axes is not None:

@@ -44,7 +44,7 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class QueryPictures(Sequence):
-    """The encoded pictures of queries, each read when it is asked for; None where there is none."""
+    """The encoded pictures of queries, read on access; None for a query without one."""
 
     images: Sequence[bytes]
     rows: Sequence[int]

@@ -21,7 +21,7 @@ from grape_jax.run.final_report import write_report
 from grape_jax.run.monitor import open_monitor
 from grape_jax.run.policy import sampling_variables, untrained_variables
 from grape_jax.run.queries import batch_iterators
-from grape_jax.run.watched import watch
+from grape_jax.run.sample_rewrite import sample_printer
 from grape_jax.runtime import checkpoint, compilation_cache, lock
 from grape_jax.runtime.shutdown import Interrupted, StopSignal
 
@@ -72,7 +72,7 @@ def train_policy(
     resumed = resume(manager, run.state_shapes(), identity, batches)
     state, skipped = resumed or (run.initial_state("warm_up"), (0, 0))
     monitor = open_monitor(run, workdir, int(state.step), skipped, pace)
-    show_rewrite = watch(run)
+    print_sample = sample_printer(run)
 
     def save(step: int, metrics: dict) -> None:
         positions = {phase: iterator.get_state() for phase, iterator in batches.items()}
@@ -82,7 +82,7 @@ def train_policy(
 
     with monitor:
         if int(state.step) < last:
-            show_rewrite(state)
+            print_sample(state)
         for step in range(int(state.step), last):
             if step == config.warm_up.steps:
                 if step:
@@ -111,7 +111,7 @@ def train_policy(
                 del variables
             monitor.write(metrics)
             if done % config.log.sample_every == 0 or done == last:
-                show_rewrite(state)
+                print_sample(state)
             monitor.check_divergence(lambda: newest(manager))
 
             # A step that changed nothing must not push out older checkpoints.

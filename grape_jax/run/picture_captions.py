@@ -28,7 +28,7 @@ class PictureCaptions:
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
         """The user turns of queries, after the earlier turns of their conversations.
 
-        A query's own picture is told by its captions, if `prompt.captions` asks for any.
+        A query's own picture is described by its captions, unless `prompt.captions` is 0.
         """
         rows = [query.image for query in queries if query.image >= 0]
         if not rows or not self.config.prompt.captions:
@@ -55,6 +55,6 @@ class PictureCaptions:
     @functools.cached_property
     def _bank(self) -> tuple[list[str], np.ndarray]:
         """The captions to choose from, and their embeddings."""
-        texts = self.queries.captions()
+        texts = self.queries.captions
         folder = Path(self.config.data_dir) / "banks"
         return texts, text_bank(self.retriever, texts, folder)

@@ -41,7 +41,7 @@ class RewritePolicy:
     stop_ids: tuple[int, ...]  # tokens that end a completion
     prompts: dict[str, PromptConfig]  # by shift
     buckets: tuple[int, ...]  # lengths that a batch of prompts is padded to, ascending
-    eyes: PictureProcessor | None = None  # of a vision-language model
+    processor: PictureProcessor | None = None  # of a vision-language model
     vision: Vision | None = None  # None: is given no pictures
 
     @property
@@ -72,10 +72,11 @@ def open_model(config: ConfigDict) -> OpenedPolicy:
     """
     opened = pretrained.open_policy(pretrained.policy_path(config.policy.path))
     _check_chat(config, opened.tokenizer)
-    if config.policy.sees and opened.vision is None:
+    if config.policy.use_images and opened.vision is None:
         raise UserError(
-            f"policy.sees=True needs a vision-language model, and policy.path="
-            f"{config.policy.path!r} reads text alone: choose another, or set policy.sees=False."
+            f"policy.use_images=True needs a vision-language model, and policy.path="
+            f"{config.policy.path!r} reads text alone: choose another, or set "
+            "policy.use_images=False."
         )
     return opened
 
@@ -103,8 +104,8 @@ def load(
         stop_ids=opened.end_tokens + stops,
         prompts={shift: settings.prompt_config(config, shift, longest) for shift in config.shifts},
         buckets=tuple(buckets),
-        eyes=None if seen is None else seen.processor,
-        vision=seen.load(config.policy.dtype, mesh) if seen and config.policy.sees else None,
+        processor=None if seen is None else seen.processor,
+        vision=seen.load(config.policy.dtype, mesh) if seen and config.policy.use_images else None,
     )
 
 
@@ -127,7 +128,7 @@ def with_room(
     """
     prompt = policy.prompts[shift]
     longest = prompts.longest_prompt(
-        policy.tokenizer, prompt, texts, policy.eyes, policy.largest_picture
+        policy.tokenizer, prompt, texts, policy.processor, policy.largest_picture
     )
     room = policy.model.max_length - max_tokens
     if longest > room:
@@ -152,7 +153,7 @@ def encode(
     The features of pictures are added by `place`.
 
     Args:
-      pictures: of each turn, for a policy that sees; None: of no turn.
+      pictures: of each turn, for a vision-language policy; None: of no turn.
 
     Raises:
       UserError: a text is empty or too long, or a picture is unreadable.
@@ -164,7 +165,7 @@ def encode(
             policy.tokenizer,
             policy.prompts[shift],
             [text],
-            policy.eyes,
+            policy.processor,
             None if policy.vision is None else [size_of(picture)],
         )
         for text, shift, picture in zip(texts, shifts, pictures or none, strict=True)
@@ -195,12 +196,12 @@ def place(
     placed = sharding.batch(policy.mesh, local)
     if policy.vision is None:
         return placed
-    eyes, whole = policy.vision.processor, pictures or [None] * len(encoded.tokens_BxS)
+    processor, whole = policy.vision.processor, pictures or [None] * len(encoded.tokens_BxS)
     # The room of the whole batch, which all processes must agree on.
     sizes = [[] if picture is None else [picture_size(picture)] for picture in whole]
     given = [whole[row] for row in rows]
     opened = [[] if picture is None else [open_picture(picture)] for picture in given]
-    pixels = eyes.pixels(opened, local.image_BxS, eyes.grid.room(sizes))
+    pixels = processor.pixels(opened, local.image_BxS, processor.grid.room(sizes))
     return placed.replace(
         features_BxIxD=vision.features(
             policy.vision.config,

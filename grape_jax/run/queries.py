@@ -35,8 +35,9 @@ class Queries:
         """The training queries of all shifts."""
         return [query for shift in self.config.shifts for query in self.train(shift)]
 
+    @functools.cached_property
     def captions(self) -> list[str]:
-        """The captions that a query's picture is described with, without repetitions.
+        """The captions that describe a query's picture to the policy, without repetitions.
 
         They are the lines of `prompt.caption_bank`; without it, as `Benchmark.captions` says.
 

@@ -60,9 +60,14 @@ class Rewriter:
         return tuple(self.context.policy.prompts)
 
     @property
-    def composed(self) -> bool:
-        """Whether queries of the run are a picture and the words that change it."""
-        return bool(catalogue.composed_shifts(self.context.config))
+    def composed(self) -> tuple[str, ...]:
+        """The shifts whose queries are a picture and the words that change it."""
+        return catalogue.composed_shifts(self.context.config)
+
+    def default_shift(self, with_picture: bool) -> str:
+        """The run's first shift whose queries have a picture, or have none."""
+        suited = [one for one in self.shifts if (one in self.composed) == with_picture]
+        return (suited or self.shifts)[0]
 
     def gallery(self, split: str = "train") -> Gallery:
         """The gallery that a split is ranked in, embedded when it is first opened."""
@@ -170,15 +175,13 @@ class Rewriter:
             raise UserError(
                 f"this run has no shift {shift!r}: choose one of {', '.join(self.shifts)}."
             )
-        composed = catalogue.composed_shifts(self.context.config)
-        suited = [one for one in self.shifts if (one in composed) == (images is not None)]
-        shift = shift or (suited or self.shifts)[0]
-        if shift in composed and images is None:
+        shift = shift or self.default_shift(images is not None)
+        if shift in self.composed and images is None:
             raise UserError(
                 f"the queries of {shift} change a picture: give the picture of each query, with "
                 "images=[...] or --image=FILE."
             )
-        if images is not None and shift not in composed:
+        if images is not None and shift not in self.composed:
             raise UserError(f"the queries of {shift} are words alone: leave the image out.")
         if images is not None and len(images) != len(queries):
             raise UserError(

@@ -30,7 +30,7 @@ def rewrite(
       variables: from `policy.sampling_variables`.
       sampling: with a group size of 1.
       after_batch: called with the number of rewrites of each finished batch.
-      pictures: of each turn, for a policy that sees.
+      pictures: of each turn, for a vision-language policy.
     """
     if not texts:
         return []

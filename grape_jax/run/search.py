@@ -74,21 +74,24 @@ def search_words(
 
 def search_hybrid(
     gallery: Gallery,
-    retriever: Retriever,
     index: WordIndex,
     texts: Sequence[str],
+    emb_QxE: np.ndarray,
     queries: Sequence[Query],
     depth: int,
 ) -> Found:
     """`search` by words and by embeddings, the two ranked lists fused by reciprocal rank.
 
     The list of the words ends with the last document that shares one.
+
+    Args:
+      emb_QxE: of the texts.
     """
     parts = []
     for start in range(0, len(queries), FUSED_CHUNK):
         chunk = slice(start, start + FUSED_CHUNK)
         asked = queries[chunk]
-        dense = search(gallery, retriever.embed_texts(list(texts[chunk])), asked, FUSED_DEPTH)
+        dense = search(gallery, emb_QxE[chunk], asked, FUSED_DEPTH)
         length = dense.rows_QxD.shape[1]
         by_words = np.full((len(asked), length), -1, np.int32)
         for i, text in enumerate(texts[chunk]):

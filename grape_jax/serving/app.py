@@ -85,7 +85,7 @@ class Example(BaseModel):
 
 
 class About(BaseModel):
-    """What the page needs to know."""
+    """What the page is built from."""
 
     shifts: list[str]
     composed: bool
@@ -151,7 +151,10 @@ def make(engine: Engine, limits: Limits, examples: Sequence[Query] = ()) -> Fast
 def _add_queries(app: FastAPI, service: Service) -> None:
     limits, rewriter = service.limits, service.engine.rewriter
     describe = functools.partial(
-        requests.body_schema, limits=limits, shifts=rewriter.shifts, composed=rewriter.composed
+        requests.body_schema,
+        limits=limits,
+        shifts=rewriter.shifts,
+        composed=bool(rewriter.composed),
     )
 
     @app.post(
@@ -223,10 +226,10 @@ def _add_gallery(app: FastAPI, service: Service, examples: Sequence[Query]) -> N
 
     @app.get("/about")
     async def about() -> About:
-        """What this server can be asked."""
+        """Shifts, gallery, limits and examples of this server."""
         return About(
             shifts=list(engine.rewriter.shifts),
-            composed=engine.rewriter.composed,
+            composed=bool(engine.rewriter.composed),
             gallery=len(gallery),
             text_length=service.limits.text_length,
             top=service.limits.top,
@@ -241,17 +244,17 @@ async def _query(service: Service, asked: RewriteRequest, upload: Upload | None)
       HTTPException: the shift or the picture does not fit the run.
     """
     rewriter, row_of = service.engine.rewriter, service.engine.row_of
-    shift = asked.shift or rewriter.shifts[0]
+    given = [one for one in (asked.picture, upload) if one is not None]
+    shift = asked.shift or rewriter.default_shift(bool(given))
     if shift not in rewriter.shifts:
         raise HTTPException(422, f"shift: choose one of {', '.join(rewriter.shifts)}.")
-    given = [one for one in (asked.picture, upload) if one is not None]
-    if len(given) != int(rewriter.composed):
+    if len(given) != int(shift in rewriter.composed):
         needed = "change a picture: give either a picture or an image"
-        if not rewriter.composed:
+        if shift not in rewriter.composed:
             needed = "are words alone: leave the picture out"
-        raise HTTPException(422, f"picture: this run's queries {needed}.")
+        raise HTTPException(422, f"picture: the queries of {shift} {needed}.")
     if upload:
-        picture = await service.look_at(upload.image, upload.key)
+        picture = await service.embed_picture(upload.image, upload.key)
         return Query(asked.query, shift, picture)
     if asked.picture is None:
         return Query(asked.query, shift)
@@ -297,7 +300,7 @@ def _found(engine: Engine, rank: int, match: Match) -> Found:
 
 
 def _example(engine: Engine, query: Query) -> Example:
-    picture = query.picture and _item(engine, query.picture.seen.row)
+    picture = query.picture and _item(engine, query.picture.embedded.row)
     return Example(query=query.text, shift=query.shift, picture=picture)
 
 

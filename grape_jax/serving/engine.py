@@ -38,14 +38,14 @@ class Turn(NamedTuple):
     shift: str
 
 
-class Seen(NamedTuple):
+class EmbeddedPicture(NamedTuple):
     """A query's picture."""
 
     emb_E: np.ndarray  # float32, of unit length
     row: int  # in the gallery; -1: it is not there
 
 
-class Wanted(NamedTuple):
+class Search(NamedTuple):
     """A search."""
 
     texts: tuple[str, ...]  # of several, the mean of the embeddings is searched with
@@ -62,8 +62,9 @@ class Match(NamedTuple):
 class Engine:
     """A run's models with the gallery that they search.
 
-    One thread may call `write` while another calls `look_at` or `search`. Programs over several
-    devices have to start in the same order on all of them, so there one call waits for the other.
+    One thread may call `write` while another calls `embed_pictures` or `search`. Programs over
+    several devices have to start in the same order on all of them, so there one call waits for the
+    other.
     """
 
     rewriter: Rewriter
@@ -82,13 +83,13 @@ class Engine:
           batch: queries rewritten together at most.
 
         Raises:
-          UserError: the policy sees pictures.
+          UserError: the policy is given pictures (`policy.use_images`).
         """
         config, context = rewriter.context.config, rewriter.context
         if context.policy.vision is not None:
             raise UserError(
-                "policy.sees=True is not served yet: use the run's Rewriter in Python, or serve a "
-                "run whose policy reads captions."
+                "policy.use_images=True is not served yet: use the run's Rewriter in Python, or "
+                "serve a run whose policy reads captions."
             )
         several = rewriter.context.mesh.size > 1
         return cls(
@@ -135,18 +136,18 @@ class Engine:
             tokens_BxKxT, mask_BxKxT = sharding.local_to_host(policy.mesh, sampled)
         return [answer for [answer] in read_answers(policy, tokens_BxKxT, mask_BxKxT)][: len(rows)]
 
-    def look_at(self, images: Sequence[Image.Image]) -> list[Seen]:
+    def embed_pictures(self, images: Sequence[Image.Image]) -> list[EmbeddedPicture]:
         """Embeds query pictures, and looks for them in the gallery."""
         retriever = dataclasses.replace(self.rewriter.context.retriever, batch=IMAGE_ROWS)
         with self.lock:
             emb_QxE = retriever.embed_images(images)
         searchable = self.gallery.corpus.images is not None
         return [
-            Seen(emb_E, row_of_picture(self.gallery, image, emb_E) if searchable else -1)
+            EmbeddedPicture(emb_E, row_of_picture(self.gallery, image, emb_E) if searchable else -1)
             for image, emb_E in zip(images, emb_QxE, strict=True)
         ]
 
-    def search(self, wanted: Sequence[Wanted]) -> list[list[Match]]:
+    def search(self, wanted: Sequence[Search]) -> list[list[Match]]:
         """The best matches of each search, best first, ties by row."""
         texts = list(dict.fromkeys(text for one in wanted for text in one.texts))
         rows = next((rows for rows in TEXT_ROWS if len(texts) <= rows), TEXT_ROWS[-1])
@@ -159,12 +160,12 @@ class Engine:
         with self.lock:
             return retriever.embed_texts(texts)
 
-    def _matches(self, wanted: Wanted, emb_of: dict[str, np.ndarray]) -> list[Match]:
-        emb_1xE = emb_of[wanted.texts[0]][None]
-        if len(wanted.texts) > 1:
-            emb_1xE = fusion.mean_embedding(np.stack([emb_of[x][None] for x in wanted.texts]))
-        bank_NxE, excluded = self.gallery.bank_NxE, wanted.excluded
-        top = min(wanted.top, len(bank_NxE) - (excluded >= 0))
+    def _matches(self, asked: Search, emb_of: dict[str, np.ndarray]) -> list[Match]:
+        emb_1xE = emb_of[asked.texts[0]][None]
+        if len(asked.texts) > 1:
+            emb_1xE = fusion.mean_embedding(np.stack([emb_of[x][None] for x in asked.texts]))
+        bank_NxE, excluded = self.gallery.bank_NxE, asked.excluded
+        top = min(asked.top, len(bank_NxE) - (excluded >= 0))
         (rows,) = nearest(bank_NxE, emb_1xE, top, np.asarray([[excluded]]))
         scores = bank_NxE[rows] @ emb_1xE[0]
         return [Match(int(row), float(score)) for row, score in zip(rows, scores, strict=True)]
@@ -190,8 +191,8 @@ class Engine:
             for words in (1, SHORTEST, 2 * SHORTEST, most):
                 self._embed_texts(["a " * min(words, most)], rows)
         if self.rewriter.composed:
-            (seen,) = self.look_at([Image.new("RGB", (8, 8))])
-            self.user_turn("a", seen.emb_E)  # embeds the captions
+            (embedded,) = self.embed_pictures([Image.new("RGB", (8, 8))])
+            self.user_turn("a", embedded.emb_E)  # embeds the captions
 
 
 def _with_fixed_lengths(rewriter: Rewriter) -> RewritePolicy:
@@ -203,7 +204,7 @@ def _with_fixed_lengths(rewriter: Rewriter) -> RewritePolicy:
     if rewriter.composed:
         text = settings.with_captions(config, "; ".join("a" * config.prompt.captions), text)
     shortest = max(
-        prompts.longest_prompt(policy.tokenizer, prompt, [text], policy.eyes)
+        prompts.longest_prompt(policy.tokenizer, prompt, [text], policy.processor)
         for prompt in policy.prompts.values()
     )
     room = policy.model.max_length - config.evaluation.max_tokens

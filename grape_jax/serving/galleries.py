@@ -13,7 +13,7 @@ from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.galleries import Gallery
 from grape_jax.run.rewriter import Rewriter
 from grape_jax.runtime.errors import UserError
-from grape_jax.serving.engine import Seen
+from grape_jax.serving.engine import EmbeddedPicture
 from grape_jax.serving.service import Picture, Query
 
 EXAMPLES = 6  # queries of each shift
@@ -93,4 +93,4 @@ def examples(rewriter: Rewriter, gallery: Gallery, split: str) -> list[Query]:
 
 
 def _picture(gallery: Gallery, row: int) -> Picture | None:
-    return Picture(f"row {row}", Seen(gallery.bank_NxE[row], row)) if row >= 0 else None
+    return Picture(f"row {row}", EmbeddedPicture(gallery.bank_NxE[row], row)) if row >= 0 else None

@@ -11,7 +11,7 @@ from PIL import Image
 
 from grape_jax.run.policy import Answer
 from grape_jax.serving.batching import Batcher
-from grape_jax.serving.engine import Engine, Match, Seen, Turn, Wanted
+from grape_jax.serving.engine import EmbeddedPicture, Engine, Match, Search, Turn
 from grape_jax.serving.limits import Limits
 from grape_jax.serving.metrics import Metrics
 
@@ -23,7 +23,7 @@ class Picture(NamedTuple):
     """The picture of a query."""
 
     key: str  # identifies it in the cache
-    seen: Seen
+    embedded: EmbeddedPicture
 
 
 class Query(NamedTuple):
@@ -58,10 +58,10 @@ class Service:
         self._writing: Batcher[Turn, Answer | None] = await self._start(
             "rewrite", engine.write, policy, engine.sizes[-1], limits.rewrite_wait
         )
-        self._looking: Batcher[Image.Image, Seen] = await self._start(
-            "picture", engine.look_at, retriever, limits.batch, limits.search_wait
+        self._embedding: Batcher[Image.Image, EmbeddedPicture] = await self._start(
+            "picture", engine.embed_pictures, retriever, limits.batch, limits.search_wait
         )
-        self._searching: Batcher[Wanted, list[Match]] = await self._start(
+        self._searching: Batcher[Search, list[Match]] = await self._start(
             "search", engine.search, retriever, limits.batch, limits.search_wait
         )
         return self
@@ -102,7 +102,7 @@ class Service:
     async def _write(self, query: Query, key: tuple) -> Written:
         turn = query.text
         if query.picture:
-            emb_E = query.picture.seen.emb_E
+            emb_E = query.picture.embedded.emb_E
             turn = await asyncio.to_thread(self.engine.user_turn, turn, emb_E)
         answer = self._writing.submit(Turn(turn, query.shift))
         # A rewrite that comes too late is kept for the next request.
@@ -134,10 +134,10 @@ class Service:
         """
         assert rewrite is not None or mode == "raw"
         texts = {"raw": (query.text,), "rewrite": (rewrite,), "fused": (query.text, rewrite)}[mode]
-        excluded = query.picture.seen.row if query.picture else -1
-        return await self._searching.submit(Wanted(texts, top, excluded))  # type: ignore[arg-type]
+        excluded = query.picture.embedded.row if query.picture else -1
+        return await self._searching.submit(Search(texts, top, excluded))  # type: ignore[arg-type]
 
-    async def look_at(self, image: Image.Image, key: str) -> Picture:
+    async def embed_picture(self, image: Image.Image, key: str) -> Picture:
         """A picture that was uploaded.
 
         Args:
@@ -146,11 +146,11 @@ class Service:
         Raises:
           BusyError: a queue is full.
         """
-        return Picture(key, await self._looking.submit(image))
+        return Picture(key, await self._embedding.submit(image))
 
     def picture(self, row: int) -> Picture:
         """A picture of the gallery."""
-        return Picture(f"row {row}", Seen(self.engine.gallery.bank_NxE[row], row))
+        return Picture(f"row {row}", EmbeddedPicture(self.engine.gallery.bank_NxE[row], row))
 
 
 def _judge(query: str, answer: Answer | None) -> Written:

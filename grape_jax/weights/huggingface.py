@@ -88,8 +88,8 @@ def open_model(directory: str | Path) -> OpenedPolicy:
 
     end_tokens = _end_tokens(directory, tokenizer)
     placed = lambda mesh, dtype: place(config, mesh, dtype, read)
-    eyes = vision.open_vision(directory, config.width, tokenizer)
-    return OpenedPolicy(config, tokenizer, end_tokens, placed, eyes)
+    opened = vision.open_vision(directory, config.width, tokenizer)
+    return OpenedPolicy(config, tokenizer, end_tokens, placed, opened)
 
 
 def _end_tokens(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> tuple[int, ...]:
@@ -191,7 +191,7 @@ def save_vision_language(
         for name, array, transposed in _tensors(params):
             yield where[name].name, array, transposed
         for name, stored in where.items():
-            if vision.of_eyes(name):
+            if vision.of_vision(name):
                 with open_weights(stored.file) as file:
                     yield stored.name, file.get_tensor(stored.name), False
 
@@ -304,8 +304,8 @@ def _check(
     for name in sorted(where.keys() - wanted.keys() - {"lm_head.weight"}):
         stored = where[name]
         # Files of a vision-language model hold parts of its tower that are not read.
-        eyes = stored.name != name and vision.of_eyes(name)
-        if not eyes and not name.endswith("rotary_emb.inv_freq"):
+        unread = stored.name != name and vision.of_vision(name)
+        if not unread and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
                 f"{stored.file} has the tensor {stored.name}, which is unknown to a model with "
                 f"this {source}: the two belong to different checkpoints, download them again."

@@ -23,7 +23,7 @@ from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError, check_choice
 from grape_jax.types import Prompts
 from grape_jax.weights import gguf, hub, huggingface, policy_config, processor
-from grape_jax.weights import vision as eyes
+from grape_jax.weights import vision as vision_weights
 from grape_jax.weights.placing import OpenedPolicy
 from grape_jax.weights.processor import Room
 from grape_jax.weights.tensors import DTYPES, read_json
@@ -68,7 +68,7 @@ class Policy:
             )
             rows: Any = [render(list(chat)) for chat in messages]
         else:
-            processor = self._eyes().processor
+            processor = self._vision_or_refuse().processor
             rows = [
                 processor.prompt_ids(tokenizer, chat, [image.size for image in row])
                 for chat, row in zip(messages, images or [[]] * len(messages), strict=True)
@@ -118,7 +118,7 @@ class Policy:
         return _logits(self.config, self.params, prompts)
 
     def _with_images(self, prompts: Prompts, images: Sequence[Sequence[Image.Image]]) -> Prompts:
-        found, mesh = self._eyes(), self.params["embedding"].sharding.mesh
+        found, mesh = self._vision_or_refuse(), self.params["embedding"].sharding.mesh
         index_BxS: Any = found.processor.image_index(np.asarray(prompts.tokens_BxS))
         sizes = [[one.size for one in row] for row in images]
         pixels = found.processor.pixels(images, index_BxS, found.processor.grid.room(sizes))
@@ -130,7 +130,7 @@ class Policy:
             image_BxS=index_BxS, features_BxIxD=features, positions_BxSx3=positions
         )
 
-    def _eyes(self) -> Vision:
+    def _vision_or_refuse(self) -> Vision:
         if self.vision is None:
             raise UserError(
                 "this policy reads text alone: leave the images out, or load a vision-language "
@@ -201,7 +201,7 @@ def model_type(path_or_hub_id: str | Path) -> str:
 
 
 def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, Room]:
-    """The shapes of a policy's eyes, and room for the largest picture of one prompt.
+    """The shapes of a policy's vision encoder, and room for the largest picture of one prompt.
 
     Raises:
       UserError: the model reads text alone, or as `load_policy`.
@@ -210,12 +210,12 @@ def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, Room]:
     if not (path.is_file() or path.suffix == ".gguf"):
         files = [policy_config.CONFIG_FILE, *processor.PROCESSOR_FILES]
         directory = hub.directory(path_or_hub_id, files)
-        found = eyes.read_config(directory, policy_config.read(directory).width)
+        found = vision_weights.read_config(directory, policy_config.read(directory).width)
         if found is not None:
             return found, processor.most_room(directory, found)
     raise UserError(
-        f"policy.sees=True needs a vision-language model, and {path_or_hub_id} reads text alone: "
-        "choose another, or set policy.sees=False."
+        f"policy.use_images=True needs a vision-language model, and {path_or_hub_id} reads text "
+        "alone: choose another, or set policy.use_images=False."
     )
 
 

@@ -355,7 +355,8 @@ def most_room(directory: Path, config: VisionConfig) -> Room:
       UserError: the image processor is missing or of an unsupported type.
     """
     path, process = _image_processor(directory, config)
-    return _grid(path, process, config).room([[_grid(path, process, config).largest]])
+    grid = _grid(path, process, config)
+    return grid.room([[grid.largest]])
 
 
 def _sides(config: VisionConfig) -> str:

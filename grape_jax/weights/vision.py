@@ -1,4 +1,4 @@
-"""The eyes of vision-language checkpoints: LLaVA 1.5's layout, Idefics3, SmolVLM, Qwen2.5-VL."""
+"""Vision encoders of LLaVA 1.5, Idefics3, SmolVLM and Qwen2.5-VL checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -65,7 +65,7 @@ DECODERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The eyes of a policy."""
+    """The vision encoder of a policy."""
 
     config: VisionConfig
     params: Params  # placed on a mesh
@@ -75,7 +75,7 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedVision:
-    """The eyes of a policy whose weights have not been read yet."""
+    """The vision encoder of a policy whose weights have not been read yet."""
 
     directory: Path
     kind: str  # model_type
@@ -103,7 +103,7 @@ class OpenedVision:
 def open_vision(
     directory: Path, width: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> OpenedVision | None:
-    """Reads everything of a policy's eyes except the weights; None if it reads text alone.
+    """Reads a policy's vision encoder except the weights; None if it reads text alone.
 
     Args:
       width: of the decoder.
@@ -124,7 +124,7 @@ def open_vision(
 
 
 def read_config(directory: Path, width: int) -> VisionConfig | None:
-    """The shapes of a policy's eyes; None if it reads text alone.
+    """The shapes of a policy's vision encoder; None if it reads text alone.
 
     Args:
       width: of the decoder.
@@ -145,7 +145,7 @@ def read_config(directory: Path, width: int) -> VisionConfig | None:
 
 
 def canonical(kind: str | None, name: str) -> str:
-    """A tensor's name: of the decoder as in a text model, of the eyes after `tower.` and
+    """A tensor's name: of the decoder as in a text model, of the vision encoder after `tower.` and
     `connector.`; unchanged in other checkpoints."""
     for theirs, ours in NAMES.get(kind or "", {}).items():
         if name.startswith(theirs):
@@ -153,8 +153,8 @@ def canonical(kind: str | None, name: str) -> str:
     return name
 
 
-def of_eyes(name: str) -> bool:
-    """Whether a canonical name is of the eyes."""
+def of_vision(name: str) -> bool:
+    """Whether a canonical name belongs to the vision encoder."""
     return name.startswith(("tower.", "connector."))
 
 

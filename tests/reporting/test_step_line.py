@@ -1,6 +1,6 @@
 """The lines of a training on the terminal."""
 
-from grape_jax.reporting.step_line import step_line, watched_line
+from grape_jax.reporting.step_line import sample_line, step_line
 
 
 def test_a_step_says_how_good_the_best_could_be():
@@ -21,7 +21,7 @@ def test_a_supervised_step_has_a_loss_alone():
     assert line == "step 1/4  supervised  loss 2.500  3.0 s"
 
 
-def test_the_watched_query_names_its_picture():
-    line = watched_line("make it green", "red apple", "green apple", 1200, 1640)
+def test_the_sample_query_names_its_picture():
+    line = sample_line("make it green", "red apple", "green apple", 1200, 1640)
     assert line.strip() == "'red apple' + 'make it green' -> 'green apple': rank 1,200 of 1,640"
-    assert watched_line("aple", "", "apple", 1, 9).strip() == "'aple' -> 'apple': rank 1 of 9"
+    assert sample_line("aple", "", "apple", 1, 9).strip() == "'aple' -> 'apple': rank 1 of 9"

@@ -32,7 +32,7 @@ CONTEXT = 24
 
 @functools.cache
 def real_texts(count: int = 200) -> list[str]:
-    """Names of emoji in ten languages and six scripts; one text is empty, and one is too long."""
+    """Names of emoji in ten languages; one text is empty, and one is too long."""
     texts = []
     for language in LANGUAGES:
         emoji.config.load_language(language)

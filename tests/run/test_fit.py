@@ -140,14 +140,14 @@ def test_pictures_are_counted(tmp_path, capsys):
     processor = {"image_processor_type": "CLIPImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     config = cirr.get_config()
-    config.policy.path, config.policy.sees, config.prompt.captions = str(tmp_path), True, 0
+    config.policy.path, config.policy.use_images, config.prompt.captions = str(tmp_path), True, 0
     config.retriever.path, config.prompt.max_tokens = "", 64
     config.grpo.batch_size, config.grpo.group_size, config.grpo.microbatches = 8, 2, 1
     assert aot.report(config, "v5e:2x2", corpus_size=1000)
     said = capsys.readouterr().out
     assert "vision tower" in said and "| picture_features |" in said
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    with pytest.raises(UserError, match=r"policy\.sees"):
+    with pytest.raises(UserError, match=r"policy\.use_images"):
         aot.report(config, "v5e:2x2", corpus_size=1000)
 
 

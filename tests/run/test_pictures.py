@@ -40,7 +40,7 @@ def config(tmp_path_factory):
     config.policy.path = str(tiny_vision.save(model, "smolvlm", folder / "policy"))
     config.retriever.path, config.retriever.text_length = "", 16
     config.update_from_flattened_dict({
-        "policy.sees": True, "policy.dtype": "float32", "prompt.captions": 0,
+        "policy.use_images": True, "policy.dtype": "float32", "prompt.captions": 0,
         "prompt.max_tokens": 0,
         "warm_up.steps": 0, "grpo.steps": 2, "grpo.batch_size": 8, "grpo.group_size": 2,
         "grpo.format_rule": "sum", "grpo.kl_weight": 0.1, "checkpoint.every": 1,
@@ -82,7 +82,7 @@ def test_a_run_with_pixels_is_trained_evaluated_and_used(config, trained):
     )
     with pytest.raises(UserError, match="--image"):
         rewriter.rewrite(texts)
-    with pytest.raises(UserError, match=r"policy\.sees"):
+    with pytest.raises(UserError, match=r"policy\.use_images"):
         Engine.of(rewriter, rewriter.gallery("train"), 8)
 
 
@@ -133,8 +133,11 @@ def test_an_exported_run_is_a_model_of_transformers(trained, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ({"policy.sees": True, "benchmark": "emoji", "shifts": ("noisy",)}, "policy.sees"),
-        ({"policy.sees": False, "prompt.captions": 0}, "prompt.captions"),
+        (
+            {"policy.use_images": True, "benchmark": "emoji", "shifts": ("noisy",)},
+            "policy.use_images",
+        ),
+        ({"policy.use_images": False, "prompt.captions": 0}, "prompt.captions"),
         ({"prompt.captions": -1}, "prompt.captions"),
     ],
 )
@@ -147,7 +150,7 @@ def test_contradictions_are_refused_by_key(config, overrides, named):
 
 def test_a_vision_language_model_reads_captions_alone(config):
     blind = config.copy_and_resolve_references()
-    blind.policy.sees, blind.prompt.captions = False, 1
+    blind.policy.use_images, blind.prompt.captions = False, 1
     run = context.build(blind)
     (query,) = run.queries.split("edits", "validation")[:1]
     assert run.pictures([query], "validation") is None
@@ -162,5 +165,5 @@ def test_a_vision_language_model_reads_captions_alone(config):
 def test_a_policy_of_text_alone_cannot_see(config, shared):
     blind = config.copy_and_resolve_references()
     blind.policy.path = str(shared / "tiny.gguf")
-    with pytest.raises(UserError, match=r"policy\.sees"):
+    with pytest.raises(UserError, match=r"policy\.use_images"):
         policy.open_model(blind)

@@ -38,9 +38,10 @@ def found(tmp_path_factory):
     # Of whole numbers too: products without rounding.
     emb_QxE = np.round(8 * retriever.embed_texts(texts))
     results = {"raw query": search(gallery, emb_QxE, queries, DOCUMENTS)}
-    rewrites = {"GRPO": [f"{text} in the sky" for text in texts]}
+    rewrites = [f"{text} in the sky" for text in texts]
+    searched = {"raw query": (texts, emb_QxE), "GRPO": (rewrites, retriever.embed_texts(rewrites))}
     one = QuerySet("text", "train", queries)
-    for method, _, one_found in word_baselines(gallery, retriever, one, rewrites, DOCUMENTS):
+    for method, _, one_found in word_baselines(gallery, one, searched, DOCUMENTS):
         results[method] = one_found
     return queries, corpus.ids, results
 

@@ -63,11 +63,11 @@ def test_a_full_queue_refuses_and_goes_on():
 
 
 def test_an_abandoned_item_is_left_out_unless_it_has_started():
-    release, seen = threading.Event(), []
+    release, embedded = threading.Event(), []
 
     def compute(items):
         release.wait()
-        seen.extend(items)
+        embedded.extend(items)
         return items
 
     async def test(batcher):
@@ -82,7 +82,7 @@ def test_an_abandoned_item_is_left_out_unless_it_has_started():
         assert gone.cancelled()
 
     run(test, compute, wait=0.0)
-    assert seen == ["started", "kept"]
+    assert embedded == ["started", "kept"]
 
 
 def test_an_error_reaches_every_call_of_its_batch_and_no_other():

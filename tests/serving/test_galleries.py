@@ -6,7 +6,7 @@ import tiny_rewriter
 
 from grape_jax.runtime.errors import UserError
 from grape_jax.serving import galleries
-from grape_jax.serving.engine import Engine, Wanted
+from grape_jax.serving.engine import Engine, Search
 
 ROWS = 30
 
@@ -30,7 +30,7 @@ def test_a_directory_of_pictures_is_searched(rewriter, tmp_path):
     assert len(gallery) == ROWS
     engine = Engine.of(rewriter, gallery, 1)
     row = 7
-    (matches,) = engine.search([Wanted((own.corpus.names[row],), 3)])
+    (matches,) = engine.search([Search((own.corpus.names[row],), 3)])
     similarity_N = (
         own.bank_NxE[:ROWS] @ rewriter.context.retriever.embed_texts([own.corpus.names[row]])[0]
     )

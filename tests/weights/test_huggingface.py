@@ -215,7 +215,7 @@ def test_a_wrong_name_dtype_or_token_is_one_sentence(checkpoint, tmp_path, monke
     ],
 )
 def test_a_policy_that_cannot_be_prompted_is_refused(tmp_path, change, missing):
-    config = SimpleNamespace(policy=SimpleNamespace(path=str(tmp_path), sees=False))
+    config = SimpleNamespace(policy=SimpleNamespace(path=str(tmp_path), use_images=False))
     tiny_decoders.save(tiny_decoders.make("qwen2", vocab_size=VOCAB), tmp_path)
     if change is not None:
         tokenizer = tiny_decoders.tokenizer()

@@ -1,4 +1,4 @@
-"""Policies that see, against transformers: pixels, logits, generation, and bad files."""
+"""Vision-language policies, against transformers: pixels, logits, generation, and bad files."""
 
 import dataclasses
 import json

@@ -1,9 +1,9 @@
-"""One validation query that is rewritten again and again, to see a policy learn."""
+"""The rewrite of one validation query, printed in the course of a training."""
 
 import random
 from collections.abc import Callable
 
-from grape_jax.reporting.step_line import watched_line
+from grape_jax.reporting.step_line import sample_line
 from grape_jax.rl.learner import TrainState
 from grape_jax.run.context import Context
 from grape_jax.run.evaluation import validation_queries
@@ -13,7 +13,7 @@ from grape_jax.run.search import best_ranks
 from grape_jax.runtime import processes, sharding
 
 
-def watch(run: Context) -> Callable[[TrainState], None]:
+def sample_printer(run: Context) -> Callable[[TrainState], None]:
     """Returns a function that prints the greedy rewrite of one query, and the rank of its target.
 
     The query is a validation query with a target, chosen by the run's seed; without any, nothing is
@@ -27,7 +27,7 @@ def watch(run: Context) -> Callable[[TrainState], None]:
     sampling = run.sampling(1, 0.0, run.config.evaluation.max_tokens)
     rows = sharding.batch_parts(run.mesh)
 
-    def show(state: TrainState) -> None:
+    def print_sample(state: TrainState) -> None:
         prompts = run.captions.prompt_texts([query], "validation")
         variables = sampling_variables(run.policy, state.trained)
         seen = run.pictures([query], "validation")
@@ -36,6 +36,6 @@ def watch(run: Context) -> Callable[[TrainState], None]:
         emb_1xE = run.retriever.embed_texts([text])
         [rank] = best_ranks(gallery, emb_1xE, [query], run.queries.targets([query]))
         picture = gallery.corpus.names[query.image] if query.image >= 0 else ""
-        processes.announce(watched_line(query.text, picture, text, int(rank), len(gallery)))
+        processes.announce(sample_line(query.text, picture, text, int(rank), len(gallery)))
 
-    return show
+    return print_sample
