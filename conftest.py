@@ -96,10 +96,12 @@ def folder(shared, tmp_path_factory):
 # Files that start whole runs or compile much, the longest first: two workers then end at about the
 # same time. The second one needs nothing of `shared`, which the first worker makes meanwhile.
 LONGEST = (
-    "test_loop", "test_ranking", "test_compare", "test_paper_benchmarks", "test_learner",
-    "test_local", "test_trl", "test_score_inflation", "test_evaluation", "test_processes",
-    "test_policy_families", "test_encoder_families", "test_fit", "test_sampling_weights",
-    "test_huggingface", "test_start",
+    "test_loop", "test_ranking", "test_paper_benchmarks", "test_compare", "test_text_collections",
+    "test_sampling_weights", "test_fit", "test_local", "test_rollout", "test_learner",
+    "test_processes", "test_pictures", "test_trl", "test_score_inflation", "test_search_page",
+    "test_evaluation", "test_policy_families", "test_encoder_families", "test_vision_families",
+    "test_emoji", "test_policy", "test_sentence_encoders", "test_huggingface", "test_train",
+    "test_start", "test_app",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Measures the cost of checkpoints, as a share of the step time, at one in ten steps.
 
-    python benchmarks/checkpoint_overhead.py --config=configs/emoji.py --workdir=runs/overhead
+    python benchmarks/checkpoint_overhead.py --config=configs/emoji_noisy.py --workdir=runs/overhead
 
 Runs GRPO steps of a config as the training loop does, and saves after every tenth. The cost of a
 checkpoint is the time that the loop waits for it, plus the slowdown of the steps during which it is

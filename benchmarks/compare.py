@@ -1,11 +1,11 @@
 """Compares grape_jax with an independent GRAPE in PyTorch, from the same start and data.
 
-    python -m benchmarks.compare --config=configs/emoji.py --out=runs/compare --steps=40
+    python -m benchmarks.compare --config=configs/emoji_noisy.py --out=runs/compare --steps=40
 
 trains both versions (ours once for each of `--seeds`, PyTorch with the first of them) from the same
 warm-up and compares rewards, KL, recall, time and memory.
 
-    python -m benchmarks.compare --config=configs/emoji.py --out=runs/speed --steps=6 \\
+    python -m benchmarks.compare --config=configs/emoji_noisy.py --out=runs/speed --steps=6 \\
         --prompt_tokens=48 --completion_tokens=16 --batch=8 --group=8
 
 measures speed alone: every prompt and every completion has exactly the given length.

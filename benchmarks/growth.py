@@ -1,6 +1,6 @@
 """Measures how the time of a GRPO step grows with prompt length and group size.
 
-    python -m benchmarks.growth --config=configs/emoji.py --out=runs/growth \\
+    python -m benchmarks.growth --config=configs/emoji_noisy.py --out=runs/growth \\
         --prompts=64,256,512,1024 --groups=2,4,8,16 --completion_tokens=16 --batch=2 --steps=4
 
 Every pair of a prompt length and a group size is timed in one process, with prompts and completions

@@ -1,6 +1,6 @@
 """Measures the parts of a GRPO step, and their speed relative to a plain matrix product.
 
-    python -m benchmarks.phases --config=configs/emoji.py --batch=8 --group=8 \\
+    python -m benchmarks.phases --config=configs/emoji_noisy.py --batch=8 --group=8 \\
         --prompt_tokens=48 --completion_tokens=16
 
 Each part of a step runs alone, five times after its compilation. The median is printed, with the

@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py --workdir=runs/emoji --seconds=120
 
-Starts `python -m grape_jax.serve` for a run of configs/emoji.py, and asks POST /search for
+Starts `python -m grape_jax.serve` for a run of configs/emoji_noisy.py, and asks POST /search for
 queries
 that are all different, so that none is cached. A client sends its next request when it has the
 answer to the last. At the end, one loop with a deadline that no rewrite meets.

@@ -42,7 +42,7 @@ def start(folder: Path, name: str, settings: dict, processes: int = 1, devices: 
         sys.executable,
         "-m",
         "grape_jax.train",
-        f"--config={ROOT / 'configs/emoji.py'}",
+        f"--config={ROOT / 'configs/emoji_noisy.py'}",
     ]
     command.append(f"--workdir={folder / name}")
     command += [f"--config.{k}={v}" for k, v in (paths | SETTINGS | settings).items()]

@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     config.prompt.with_history = "Conversation:\n{history}\nQuestion: {query}"
     # Replaces {query} if a query has a picture and the policy reads its captions.
     config.prompt.with_captions = "Picture: {captions}\nChange: {query}"
-    # Number of captions: those closest to the picture; 0 only with policy.use_images.
+    # Number of captions that describe the picture; 0 only with policy.use_images.
     config.prompt.captions = 3
     # Text file of captions, one a line. "": the names of the gallery (emoji), or the texts of the
     # training queries.

@@ -9,11 +9,11 @@ score_inflation.md and score_inflation.png to the workdir. Recall@10 on the vali
 busy CPU core. benchmarks/score_inflation.md has the curves.
 """
 
-from configs import emoji
+from configs import emoji_noisy
 
 
 def get_config():
-    config = emoji.get_config()
+    config = emoji_noisy.get_config()
     config.grpo.reward_shape = "linear"  # the paper's
     config.grpo.learning_rate = 3e-4  # higher than the quickstart's, to go further from the start
     config.grpo.steps = 40

@@ -36,7 +36,7 @@ TEXTS = ["red apple", "a dog", "", "smiling face", "rocket ship to the moon", "t
 
 @pytest.fixture(scope="module")
 def tiny(folder):
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.prompt.max_tokens = 48
     return context.build(config)
@@ -151,7 +151,7 @@ def test_the_optimizer_takes_the_same_steps(schedule, final_fraction, ramp_steps
 
     A matrix, which is decayed, and a vector, which is not.
     """
-    config = command_line.load("configs/emoji.py").grpo
+    config = command_line.load("configs/emoji_noisy.py").grpo
     config.update(steps=8, ramp_steps=ramp_steps, final_fraction=final_fraction, weight_decay=0.1)
     config.schedule = schedule
     rng = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_the_optimizer_takes_the_same_steps(schedule, final_fraction, ramp_steps
 
 def test_settings_are_trls(tmp_path):
     """Every setting of the loss under the name that test_trl.py compares it by."""
-    config = command_line.load("configs/emoji.py").to_dict()
+    config = command_line.load("configs/emoji_noisy.py").to_dict()
     config["grpo"] |= {
         "aggregation": "dr_grpo", "advantage_scale": "batch", "ratio_level": "sequence",
         "clip_low": 0.1, "clip_high": 0.3, "delta": 1.5, "kl_weight": 0.2, "kl_corrected": True,
@@ -255,7 +255,7 @@ def compare(folder, out, *overrides):
         "evaluation.seen_limit": 8,
     }
     argv = [
-        *("benchmarks.compare", "--config=configs/emoji.py"),
+        *("benchmarks.compare", "--config=configs/emoji_noisy.py"),
         *(f"--out={folder / out}", "--steps=2", "--batch=2", "--group=4", "--seeds=3"),
         *(f"--config.{key}={value}" for key, value in config.items()),
     ]
@@ -360,7 +360,7 @@ def test_every_key_is_known_or_refused(tiny):
     ],
 )
 def test_what_trl_does_not_have_is_refused(settings, sentence):
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     assert keys.without_peer(config.to_dict()) is None
     config.update_from_flattened_dict(settings)
     assert sentence in keys.without_peer(config.to_dict())
@@ -423,7 +423,7 @@ def test_the_parts_of_a_step_are_timed_and_counted(folder, tiny):
 def benchmark(folder, name, *arguments) -> str:
     """What a benchmark of steps says, run with the tiny policy."""
     given = [f"--config.data_dir={folder / 'data'}", f"--config.policy.path={folder / 'tiny.gguf'}"]
-    done = commands.run(f"benchmarks.{name}", "--config=configs/emoji.py", *arguments, *given)
+    done = commands.run(f"benchmarks.{name}", "--config=configs/emoji_noisy.py", *arguments, *given)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from grape_jax.runtime.errors import UserError
 
-CHUNK = 512  # pictures compared with the captions at a time
+CHUNK = 512  # pictures or captions compared at a time
+TEMPERATURE = 0.02  # of the softmax over the gallery
 
 
 def read_bank(path: str | Path) -> list[str]:
@@ -27,19 +28,44 @@ def read_bank(path: str | Path) -> list[str]:
     return captions
 
 
-def closest(bank_CxE: np.ndarray, emb_QxE: np.ndarray, count: int) -> np.ndarray:
-    """The captions most similar to each picture, best first; ties in the order of the captions.
+def popularity(bank_CxE: np.ndarray, gallery_NxE: np.ndarray) -> np.ndarray:
+    """The logarithm of the sum over a gallery of each caption's exponential similarities.
+
+    Some captions are similar to many pictures ("woman"), and would be the closest to most of them.
+    Subtracted from the similarities, this gives the inverted softmax of Smith et al. (2017,
+    arXiv:1702.03859): how probable a picture is among those of the gallery, given the caption.
 
     Args:
       bank_CxE: float32 unit embeddings of the captions.
+      gallery_NxE: float32 unit embeddings of the gallery's pictures.
+
+    Returns:
+      float32 `[C]`, in units of similarity.
+    """
+    sums = []
+    for start in range(0, len(bank_CxE), CHUNK):
+        logits_CxN = (bank_CxE[start : start + CHUNK] @ gallery_NxE.T) / TEMPERATURE
+        most_C = logits_CxN.max(axis=1)
+        sums.append(most_C + np.log(np.exp(logits_CxN - most_C[:, None]).sum(axis=1)))
+    return TEMPERATURE * np.concatenate(sums)
+
+
+def closest(
+    bank_CxE: np.ndarray, popularity_C: np.ndarray, emb_QxE: np.ndarray, count: int
+) -> np.ndarray:
+    """The captions that describe each picture best, best first; ties in the order of the captions.
+
+    Args:
+      bank_CxE: float32 unit embeddings of the captions.
+      popularity_C: of the captions, in the gallery of the pictures.
       emb_QxE: float32 unit embeddings of the pictures.
       count: captions per picture; fewer if the bank is smaller.
 
     Returns:
       int `[Q, count]`, rows of `bank_CxE`.
     """
-    rows = [
-        np.argsort(-(emb_QxE[start : start + CHUNK] @ bank_CxE.T), axis=1, kind="stable")[:, :count]
-        for start in range(0, len(emb_QxE), CHUNK)
-    ]
+    rows = []
+    for start in range(0, len(emb_QxE), CHUNK):
+        score_QxC = emb_QxE[start : start + CHUNK] @ bank_CxE.T - popularity_C
+        rows.append(np.argsort(-score_QxC, axis=1, kind="stable")[:, :count])
     return np.concatenate(rows) if rows else np.zeros((0, count), np.int64)

@@ -76,7 +76,7 @@ def tune(context: Context, shift: str) -> Settings:
     limit = context.config.evaluation.validation_limit
     queries = context.queries.split(shift, split, limit)
     gallery, targets_QxP = context.galleries.open(split), context.queries.targets(queries)
-    parts = _parts_of(gallery, context.retriever, context.captions, queries)
+    parts = _parts_of(gallery, context.retriever, context.captions, queries, split)
     ranks = lambda emb_QxE: best_ranks(gallery, emb_QxE, queries, targets_QxP)
     embed = context.retriever.embed_texts
     return Settings(
@@ -101,7 +101,7 @@ def searches(
     Args:
       gallery: that of the set's split.
     """
-    parts = _parts_of(gallery, retriever, picture_captions, one.queries)
+    parts = _parts_of(gallery, retriever, picture_captions, one.queries, one.split)
     names = gallery.corpus.names
     shown = [f"[{names[query.image]}]" for query in one.queries]
     both = [f"{picture} + {edit}" for picture, edit in zip(shown, parts.edits, strict=True)]
@@ -129,11 +129,12 @@ def _parts_of(
     retriever: Retriever,
     picture_captions: PictureCaptions,
     queries: Sequence[Query],
+    split: str,
 ) -> _Parts:
     picture_QxE = gallery.bank_NxE[[query.image for query in queries]]
     edits = [query.text for query in queries]
     count = picture_captions.config.prompt.captions or CAPTIONS
-    captions = picture_captions.lists(picture_QxE, count)
+    captions = picture_captions.lists(picture_QxE, split, count)
     return _Parts(picture_QxE, retriever.embed_texts(edits), captions, edits)
 
 

@@ -17,13 +17,14 @@ from grape_jax.run.queries import Queries
 
 
 class PictureCaptions:
-    """The captions of a bank that are closest to a query's picture."""
+    """The captions of a bank that describe a query's picture best."""
 
     def __init__(
         self, config: ConfigDict, retriever: Retriever, galleries: Galleries, queries: Queries
     ):
         self.config, self.retriever = config, retriever
         self.galleries, self.queries = galleries, queries
+        self._popularities: dict[str, np.ndarray] = {}
 
     def prompt_texts(self, queries: Sequence[Query], split: str) -> list[str]:
         """The user turns of queries, after the earlier turns of their conversations.
@@ -34,7 +35,7 @@ class PictureCaptions:
         if not rows or not self.config.prompt.captions:
             return [settings.with_history(self.config, q.history, q.text) for q in queries]
         emb_QxE = self.galleries.open(split).bank_NxE[np.asarray(rows)]
-        caption = dict(zip(rows, self.closest(emb_QxE), strict=True))
+        caption = dict(zip(rows, self.closest(emb_QxE, split), strict=True))
         return [
             settings.with_captions(self.config, caption[query.image], query.text)
             if query.image >= 0
@@ -42,15 +43,28 @@ class PictureCaptions:
             for query in queries
         ]
 
-    def closest(self, emb_QxE: np.ndarray) -> list[str]:
-        """The captions closest to each of these pictures' embeddings, as one line."""
-        return ["; ".join(best) for best in self.lists(emb_QxE, self.config.prompt.captions)]
+    def closest(self, emb_QxE: np.ndarray, split: str) -> list[str]:
+        """The captions that describe each of these pictures best, as one line."""
+        found = self.lists(emb_QxE, split, self.config.prompt.captions)
+        return ["; ".join(best) for best in found]
 
-    def lists(self, emb_QxE: np.ndarray, count: int) -> list[list[str]]:
-        """The captions closest to each of these pictures' embeddings, closest first."""
+    def lists(self, emb_QxE: np.ndarray, split: str, count: int) -> list[list[str]]:
+        """The captions that describe each of these pictures best, best first.
+
+        Args:
+          emb_QxE: the embeddings of the pictures.
+          split: the split in whose gallery the captions' popularity is measured.
+        """
         texts, bank_CxE = self._bank
-        rows_QxC = captions.closest(bank_CxE, emb_QxE, count)
+        rows_QxC = captions.closest(bank_CxE, self._popularity(split), emb_QxE, count)
         return [[texts[row] for row in best] for best in rows_QxC]
+
+    def _popularity(self, split: str) -> np.ndarray:
+        name = self.galleries.name(split)
+        if name not in self._popularities:
+            gallery_NxE = self.galleries.open(split).bank_NxE
+            self._popularities[name] = captions.popularity(self._bank[1], gallery_NxE)
+        return self._popularities[name]
 
     @functools.cached_property
     def _bank(self) -> tuple[list[str], np.ndarray]:

@@ -108,7 +108,7 @@ class Rewriter:
           emb_QxE: the embedding of each query's picture, by the run's retriever.
         """
         with self._lock:
-            closest = self.context.captions.closest(emb_QxE)
+            closest = self.context.captions.closest(emb_QxE, "train")
         config = self.context.config
         return [
             settings.with_captions(config, captions, text)

@@ -10,6 +10,7 @@ import commands
 import numpy as np
 import official_files
 import pytest
+import scipy.special
 from PIL import Image
 
 import grape_jax
@@ -483,10 +484,9 @@ def test_prompts_hold_the_captions_closest_to_a_picture(composed, tmp_path):
     own = composed.captions.prompt_texts(queries, "validation")[0]
     assert own.startswith("Picture: make it number ") and own.endswith(queries[0].text)
     texts = ["a red apple", "a dog", "a blue car"]
-    scores_QxC = (
-        galleries.open("validation").bank_NxE[[q.image for q in queries]]
-        @ retriever.embed_texts(texts).T
-    )
+    bank_NxE = galleries.open("validation").bank_NxE
+    logits_NxC = bank_NxE.astype(float) @ retriever.embed_texts(texts).T / captions.TEMPERATURE
+    scores_QxC = scipy.special.softmax(logits_NxC, axis=0)[[q.image for q in queries]]
     for query, scores, prompt_text in zip(
         queries, scores_QxC, chosen.prompt_texts(queries, "validation"), strict=True
     ):
@@ -515,7 +515,12 @@ def test_baselines_of_composed_queries_are_those_of_numpy(composed, tmp_path):
         queries = composed.queries.split("edits", split)
         bank_NxE = composed.galleries.open(split).bank_NxE
         images = [query.image for query in queries]
-        return queries, bank_NxE, bank_NxE[images], composed.captions.lists(bank_NxE[images], 3)
+        return (
+            queries,
+            bank_NxE,
+            bank_NxE[images],
+            composed.captions.lists(bank_NxE[images], split, 3),
+        )
 
     def ranks(emb_QxE, queries, bank_NxE, among=None):
         found = []

@@ -335,7 +335,7 @@ def test_greedy_is_what_transformers_generates(family, tmp_path):
     ],
 )
 def test_impossible_sampling_is_refused(key, value, sentence):
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     checks.check(config)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=sentence):

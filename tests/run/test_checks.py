@@ -18,7 +18,7 @@ from grape_jax.run import settings as make
 from grape_jax.runtime import checkpoint, command_line
 from grape_jax.runtime.errors import UserError
 
-CONFIG = command_line.load("configs/emoji.py")
+CONFIG = command_line.load("configs/emoji_noisy.py")
 ODD = {
     bool: st.booleans(),
     int: st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 8, 16, 2**31, 10**15]),

@@ -34,7 +34,7 @@ def config_of(folder):
         "evaluation.samples": 2,
         "evaluation.run_depth": 300,
     }
-    return ["--config=configs/emoji.py", *(f"--config.{k}={v}" for k, v in settings.items())]
+    return ["--config=configs/emoji_noisy.py", *(f"--config.{k}={v}" for k, v in settings.items())]
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_nothing_is_written_twice(folder, run):
         (["--methods=magic"], "choose one of fused, samples, hyde, multi_query"),
         (["--config.seed=1"], "no config is given"),
         (["--workdir=nowhere"], "there is no run in nowhere"),
-        (["--config=configs/emoji.py", "--config.evaluation.samples=1"], "2 or more"),
-        (["--config=configs/emoji.py", "--config.evaluation.run_depth=-1"], "0 or more"),
+        (["--config=configs/emoji_noisy.py", "--config.evaluation.samples=1"], "2 or more"),
+        (["--config=configs/emoji_noisy.py", "--config.evaluation.run_depth=-1"], "0 or more"),
     ],
 )
 def test_mistakes_are_one_sentence(folder, run, arguments, sentence):
@@ -129,5 +129,5 @@ def test_help_says_what_there_is(folder, run):
     """The command's own words and options, and with a config its keys, which would be set so."""
     said = evaluate(folder, "--help")
     assert "Makes a run's report again" in said and "--methods" in said and "--logger" not in said
-    said = evaluate(folder, "--help", "--config=configs/emoji.py")
+    said = evaluate(folder, "--help", "--config=configs/emoji_noisy.py")
     assert "grpo.group_size = 8" in said

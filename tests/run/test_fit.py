@@ -116,7 +116,7 @@ def test_mistakes_are_one_sentence(config, topology, key, value, sentence):
 
 
 def test_the_command_line_exits_with_the_verdict(config):
-    command = [sys.executable, "-m", "grape_jax.compile", "--config=configs/emoji.py"]
+    command = [sys.executable, "-m", "grape_jax.compile", "--config=configs/emoji_noisy.py"]
     command += [f"--config.policy.path={config.policy.path}", "--corpus_size=400000000"]
     run = lambda *more: subprocess.run(
         [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ

@@ -63,7 +63,7 @@ def command(folder, workdir, *overrides):
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     workdir = f"--workdir={folder / workdir}"
-    return ["grape_jax.train", "--config=configs/emoji.py", workdir, *flags, *overrides]
+    return ["grape_jax.train", "--config=configs/emoji_noisy.py", workdir, *flags, *overrides]
 
 
 def python(*arguments):
@@ -196,7 +196,7 @@ def test_the_log_holds_every_rewrite(folder, undisturbed):
 
 @pytest.mark.slow
 def test_a_warm_up_on_own_rewrites_takes_those_that_beat_the_query(folder, undisturbed):
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.prompt.max_tokens, config.rollout.temperature = 48, 1.0
     loaded = context.build(config)
@@ -492,7 +492,7 @@ def test_mistakes_are_one_sentence(folder, override, sentence):
     ],
 )
 def test_a_contradiction_is_refused_before_anything_is_loaded(settings, sentence):
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     config.update_from_flattened_dict(settings)
     with pytest.raises(UserError, match=re.escape(sentence)):
         checks.check(config)

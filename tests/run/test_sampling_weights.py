@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import emoji
+from configs import emoji_noisy
 from grape_jax.rl import learner
 from grape_jax.run import context, fit, loop, steps
 from grape_jax.run.queries import batch_iterators
@@ -23,7 +23,7 @@ TINY = {
 
 
 def config_of(folder, **overrides):
-    config = emoji.get_config()
+    config = emoji_noisy.get_config()
     paths = {"data_dir": str(folder / "data"), "policy.path": str(folder / "tiny.gguf")}
     config.update_from_flattened_dict(TINY | paths | overrides)
     return config

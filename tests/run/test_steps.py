@@ -16,7 +16,7 @@ from grape_jax.types import Rollout
 @pytest.fixture(scope="module")
 def loaded(folder):
     """A run whose retriever reads fewer tokens than many queries have."""
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.retriever.text_length, config.prompt.max_tokens = 5, 0
     config.prompt.buckets = ()

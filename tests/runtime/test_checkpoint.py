@@ -224,7 +224,7 @@ def test_a_damaged_config_is_one_sentence(tmp_path):
 
 
 def test_a_workdir_that_another_process_does_not_see_is_refused(tmp_path, monkeypatch):
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     monkeypatch.setattr(processes, "is_main", lambda: False)
     with pytest.raises(
         UserError, match=r"does not see what process 0 wrote .* that all of them share"
@@ -360,7 +360,7 @@ def test_a_deleted_directory_is_made_again_or_told(tmp_path):
 
 
 def test_a_read_only_workdir_is_refused():
-    config = command_line.load("configs/emoji.py")
+    config = command_line.load("configs/emoji_noisy.py")
     # A file system that is read-only for root too.
     with pytest.raises(UserError, match=r"cannot be written .* choose another"):
         checkpoint.refuse_other_config(files.path("/sys/grape"), config)
