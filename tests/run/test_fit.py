@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import cirr, emoji
+from configs import cirr, emoji_noisy
 from grape_jax.run import fit as aot
 from grape_jax.run import settings
 from grape_jax.runtime import sharding
@@ -39,7 +39,7 @@ def mesh():
 def config(tmp_path):
     """A policy of four layers, of which there is only the config.json."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    config = emoji.get_config()
+    config = emoji_noisy.get_config()
     config.policy.path = str(tmp_path)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
     return config
