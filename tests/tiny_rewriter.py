@@ -3,7 +3,7 @@
 import jax
 import official_files
 
-from configs import cirr, emoji
+from configs import cirr, emoji_noisy
 from grape_jax import prepare
 from grape_jax.retrieval import encoder
 from grape_jax.run import context, policy
@@ -31,7 +31,7 @@ def load(config) -> Rewriter:
 
 def emoji_config(folder):
     """The quickstart's config with the data and the policy of the fixture `folder`."""
-    config = emoji.get_config()
+    config = emoji_noisy.get_config()
     config.data_dir, config.policy.path = str(folder / "data"), str(folder / "tiny.gguf")
     config.prompt.max_tokens = PROMPT_TOKENS
     config.evaluation.max_tokens = 6
