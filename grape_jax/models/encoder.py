@@ -117,12 +117,17 @@ def dense(features: int, axes: tuple[str, str], name: str, use_bias: bool = True
 
 
 def norm(tower: Tower, name: str) -> nn.LayerNorm:
+    """The tower's layer norm."""
+    return layer_norm(tower.norm_eps, name)
+
+
+def layer_norm(eps: float, name: str) -> nn.LayerNorm:
     """A layer norm whose parameters have logical axes."""
     one = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
     zero = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
     # The two-pass variance: the fast one is inaccurate if the mean is large.
     return nn.LayerNorm(
-        epsilon=tower.norm_eps,
+        epsilon=eps,
         use_fast_variance=False,
         scale_init=one,
         bias_init=zero,

@@ -1,8 +1,9 @@
-"""The vision encoder of Qwen2.5-VL (Bai et al. 2025): a ViT for any picture size, and a merger.
+"""The vision encoders of Qwen2-VL (Wang et al. 2024) and Qwen2.5-VL (Bai et al. 2025).
 
-Most layers attend inside windows of 8 x 8 patches. Patches therefore lie window by window, each
-window padded to its full size: attention inside windows is a batched product, and only the full
-layers need all patches of a picture.
+A ViT for any picture size, and a merger. Most layers of Qwen2.5-VL attend inside windows of 8 x 8
+patches. Patches therefore lie window by window, each window padded to its full size: attention
+inside windows is a batched product, and only the full layers need all patches of a picture. All
+layers of Qwen2-VL are full.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grape_jax.models.attention import MASKED
-from grape_jax.models.encoder import Params, dense
+from grape_jax.models.encoder import ACTIVATIONS, Params, dense, layer_norm
 from grape_jax.models.policy import RmsNorm
 from grape_jax.models.rope import turn
 
@@ -36,6 +37,7 @@ class QwenVisionConfig:
     merge: int  # patches along each side that become one feature
     window: int  # features along each side of a window
     full: tuple[int, ...]  # layers that attend to the whole picture
+    gated: bool  # Qwen2.5-VL: RMS norm and a gated MLP; Qwen2-VL: layer norm and a plain one
     out_width: int  # D, of the decoder
 
     @property
@@ -72,7 +74,7 @@ class VisionEncoder(nn.Module):
         angles = _angles(c, patches.position_BxWxLx2)
         for layer in range(c.layers):
             x = Block(c, layer in c.full, name=f"layer_{layer}")(x, angles, patches)
-        x = RmsNorm(NORM_EPS, name="merge_norm")(x)
+        x = _norm(c, "merge_norm")(x)
         B = x.shape[0]
         x = x.reshape(B, -1, c.width * c.merge**2)
         x = dense(c.width * c.merge**2, ("embed", "mlp"), "merge_up")(x)
@@ -90,17 +92,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array, patches: Patches) -> jax.Array:
         c = self.config
-        h = RmsNorm(NORM_EPS, name="norm1")(x)
+        h = _norm(c, "norm1")(x)
         split = lambda y: y.reshape(*y.shape[:-1], c.heads, -1)
         q, k, v = (split(dense(c.width, ("embed", "heads"), name)(h)) for name in "qkv")
         q, k = turn(q, angles), turn(k, angles)
         attend = _attend_everywhere if self.full else _attend_in_windows
         mixed = attend(q * (c.width // c.heads) ** -0.5, k, v, patches).reshape(x.shape)
         x += dense(c.width, ("heads", "embed"), "out")(mixed)
-        h = RmsNorm(NORM_EPS, name="norm2")(x)
-        gate = nn.silu(dense(c.mlp, ("embed", "mlp"), "gate")(h))
+        h = _norm(c, "norm2")(x)
         up = dense(c.mlp, ("embed", "mlp"), "up")(h)
-        return x + dense(c.width, ("mlp", "embed"), "down")(gate * up)
+        if c.gated:
+            up *= nn.silu(dense(c.mlp, ("embed", "mlp"), "gate")(h))
+        else:
+            up = ACTIVATIONS["quick_gelu"](up)
+        return x + dense(c.width, ("mlp", "embed"), "down")(up)
+
+
+def _norm(config: QwenVisionConfig, name: str) -> nn.Module:
+    return RmsNorm(NORM_EPS, name=name) if config.gated else layer_norm(NORM_EPS, name)
 
 
 def _attend_in_windows(q, k, v, patches: Patches) -> jax.Array:

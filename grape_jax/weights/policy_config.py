@@ -17,8 +17,14 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-VISION_LANGUAGE = ("llava", "idefics3", "smolvlm", "qwen2_5_vl")  # decoders of ARCHITECTURES
-QWEN2_5_VL_THETA = 1e6
+VISION_LANGUAGE = (  # their decoders are of ARCHITECTURES
+    "llava",
+    "idefics3",
+    "smolvlm",
+    "qwen2_vl",
+    "qwen2_5_vl",
+)
+QWEN_VL_THETA = 1e6
 LLAMA_DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -74,7 +80,7 @@ def read(directory: Path) -> PolicyConfig:
 def decoder_fields(data: dict) -> dict:
     """The fields of the decoder: of a vision-language model those of `text_config`."""
     text = data.get("text_config")
-    if data.get("model_type") == "qwen2_5_vl":
+    if data.get("model_type") in ("qwen2_vl", "qwen2_5_vl"):
         # Files of transformers 4 have the decoder's fields beside the tower's.
         return _with_one_rope(data | (text or {}) | {"model_type": "qwen2"})
     if data.get("model_type") not in VISION_LANGUAGE or not isinstance(text, dict):
@@ -90,7 +96,7 @@ def _with_one_rope(data: dict) -> dict:
     rotary = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
     if rotary.get("rope_type", rotary.pop("type", "default")) in ("mrope", "default"):
         rotary["rope_type"] = "default"
-    theta = rotary.get("rope_theta") or data.get("rope_theta") or QWEN2_5_VL_THETA
+    theta = rotary.get("rope_theta") or data.get("rope_theta") or QWEN_VL_THETA
     return data | {"rope_scaling": None, "rope_parameters": rotary | {"rope_theta": theta}}
 
 

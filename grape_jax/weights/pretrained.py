@@ -162,7 +162,7 @@ def open_policy(path_or_hub_id: str | Path) -> OpenedPolicy:
 def load_policy(
     path_or_hub_id: str | Path, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Policy:
-    """Loads a Llama, Qwen2 or Qwen3, alone or in a LLaVA 1.5, Idefics3, SmolVLM or Qwen2.5-VL.
+    """Loads a Llama, Qwen2 or Qwen3, alone or in a vision-language model (docs/vision.md).
 
     Args:
       path_or_hub_id: a Hugging Face directory or a GGUF file, read without network access, or the

@@ -108,7 +108,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Pictures of Qwen2.5-VL: of any size, in windows of features."""
+    """Pictures of Qwen2-VL and Qwen2.5-VL: of any size, in windows of features."""
 
     config: QwenVisionConfig
     least: int  # pixels of a resized picture

@@ -1,4 +1,4 @@
-"""Vision encoders of LLaVA 1.5, Idefics3, SmolVLM and Qwen2.5-VL checkpoints."""
+"""Vision encoders of LLaVA 1.5, Idefics3, SmolVLM, Qwen2-VL and Qwen2.5-VL checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -22,6 +22,7 @@ from grape_jax.weights.tensors import CONFIG_FILE, WEIGHTS_FILE, Fields, Tensor,
 
 CLIP_DEFAULT = Tower(width=1024, layers=24, heads=16, mlp=4096)
 SECTION = "vision_config."
+QWEN2_5_WINDOW = 112  # pixels
 SIGLIP_DEFAULT = Tower(
     width=1152, layers=12, heads=16, mlp=3072, activation="gelu_pytorch_tanh", norm_eps=1e-6
 )
@@ -51,6 +52,7 @@ NAMES = {
     "llava": LLAVA_NAMES,
     "idefics3": IDEFICS3_NAMES,
     "smolvlm": IDEFICS3_NAMES,
+    "qwen2_vl": QWEN_NAMES,
     "qwen2_5_vl": QWEN_NAMES,
 }
 
@@ -59,6 +61,7 @@ DECODERS = {
     "llava": "model.language_model",
     "idefics3": "model.text_model",
     "smolvlm": "model.text_model",
+    "qwen2_vl": "model.language_model",
     "qwen2_5_vl": "model.language_model",
 }
 
@@ -139,8 +142,10 @@ def read_config(directory: Path, width: int) -> VisionConfig | None:
             return _llava(path, data, width)
         case "idefics3" | "smolvlm":
             return _idefics3(path, data, width)
+        case "qwen2_vl":
+            return _qwen2(path, data, width)
         case "qwen2_5_vl":
-            return _qwen(path, data, width)
+            return _qwen2_5(path, data, width)
     return None
 
 
@@ -201,35 +206,88 @@ def _idefics3(path: Path, data: dict, width: int) -> Idefics3Config:
     return config
 
 
-def _qwen(path: Path, data: dict, width: int) -> QwenVisionConfig:
+def _qwen2(path: Path, data: dict, width: int) -> QwenVisionConfig:
     fields = Fields(path, data.get("vision_config") or {}, SECTION)
-    whole = fields.whole
-    fields.one_of("in_channels", 3, (3,))
+    fields.one_of("hidden_act", "quick_gelu", ("quick_gelu",))
+    inner, layers = fields.whole("embed_dim", 1280), fields.whole("depth", 32)
+    return _qwen(
+        fields,
+        width,
+        inner=inner,
+        layers=layers,
+        mlp=inner * fields.whole("mlp_ratio", 4),
+        window_size=QWEN2_5_WINDOW,  # of the layout alone
+        full=tuple(range(layers)),
+        out_field="hidden_size",
+        gated=False,
+    )
+
+
+def _qwen2_5(path: Path, data: dict, width: int) -> QwenVisionConfig:
+    fields = Fields(path, data.get("vision_config") or {}, SECTION)
     fields.one_of("hidden_act", "silu", ("silu",))
-    patch = fields.square("patch_size", 14)
-    merge = whole("spatial_merge_size", 2)
-    config = QwenVisionConfig(
-        width=whole("hidden_size", 3584),
-        layers=whole("depth", 32),
-        heads=whole("num_heads", 16),
-        mlp=whole("intermediate_size", 3420),
-        patch=patch,
-        frames=whole("temporal_patch_size", 2),
-        merge=merge,
-        window=whole("window_size", 112) // patch // merge,
+    return _qwen(
+        fields,
+        width,
+        inner=fields.whole("hidden_size", 3584),
+        layers=fields.whole("depth", 32),
+        mlp=fields.whole("intermediate_size", 3420),
+        window_size=fields.whole("window_size", QWEN2_5_WINDOW),
         full=tuple(fields.data.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        out_width=whole("out_hidden_size", 3584),
+        out_field="out_hidden_size",
+        gated=True,
+    )
+
+
+def _qwen(
+    fields: Fields,
+    width: int,
+    *,
+    inner: int,
+    layers: int,
+    mlp: int,
+    window_size: int,
+    full: tuple[int, ...],
+    out_field: str,
+    gated: bool,
+) -> QwenVisionConfig:
+    """What both generations share.
+
+    Args:
+      inner: width of the tower.
+      window_size: pixels along each side of a window.
+      out_field: the field with the width of the features.
+    """
+    fields.one_of("in_channels", 3, (3,))
+    patch = fields.square("patch_size", 14)
+    merge = fields.whole("spatial_merge_size", 2)
+    config = QwenVisionConfig(
+        width=inner,
+        layers=layers,
+        heads=fields.whole("num_heads", 16),
+        mlp=mlp,
+        patch=patch,
+        frames=fields.whole("temporal_patch_size", 2),
+        merge=merge,
+        window=window_size // patch // merge,
+        full=full,
+        gated=gated,
+        out_width=fields.whole(out_field, 3584),
     )
     if config.width % config.heads or config.width // config.heads % 4:
         raise UserError(
-            f"{path}: vision_config.num_heads={config.heads} does not divide the width of "
+            f"{fields.path}: vision_config.num_heads={config.heads} does not divide the width of "
             f"{config.width} into heads of a multiple of 4: download the checkpoint again."
         )
-    if config.out_width != width or config.window < 1:
+    if config.out_width != width:
         raise UserError(
-            f"{path}: vision_config.out_hidden_size={config.out_width} must be hidden_size={width} "
-            "of the decoder, and vision_config.window_size at least one feature: download the "
-            "checkpoint again."
+            f"{fields.path}: vision_config.{out_field}={config.out_width} must be "
+            f"hidden_size={width} of the decoder: download the checkpoint again."
+        )
+    if config.window < 1:
+        raise UserError(
+            f"{fields.path}: vision_config.window_size={window_size} is less than one feature of "
+            f"{patch * merge} pixels: download the checkpoint again."
         )
     return config
 
@@ -264,23 +322,21 @@ def _table(config: VisionConfig) -> list[Tensor]:
 
 
 def _qwen_table(config: QwenVisionConfig) -> list[Tensor]:
-    scale = lambda name, path: Tensor(f"tower.{name}.weight", (*path, "scale"))
-    table = [
-        Tensor("tower.patch_embed.proj.weight", ("patch_embedding",), kind="flat"),
-        scale("merger.ln_q", ("merge_norm",)),
-    ]
+    # RMS norms have no bias.
+    normed = lambda name, path: norm(f"tower.{name}", path)[: 1 if config.gated else 2]
+    table = [Tensor("tower.patch_embed.proj.weight", ("patch_embedding",), kind="flat")]
+    table += normed("merger.ln_q", ("merge_norm",))
     table += dense("tower.merger.mlp.0", ("merge_up",))
     table += dense("tower.merger.mlp.2", ("merge_down",))
-    names = {
-        "attn.proj": "out",
-        "mlp.gate_proj": "gate",
-        "mlp.up_proj": "up",
-        "mlp.down_proj": "down",
-    }
+    if config.gated:
+        names = {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
+    else:
+        names = {"mlp.fc1": "up", "mlp.fc2": "down"}
     for layer in range(config.layers):
         prefix, path = f"tower.blocks.{layer}.", (f"layer_{layer}",)
         table += tensors.fused_qkv(prefix + "attn.qkv.weight", prefix + "attn.qkv.bias", path)
-        for theirs, ours in names.items():
+        for theirs, ours in ({"attn.proj": "out"} | names).items():
             table += dense(prefix + theirs, (*path, ours))
-        table += [scale(f"blocks.{layer}.{name}", (*path, name)) for name in ("norm1", "norm2")]
+        for name in ("norm1", "norm2"):
+            table += normed(f"blocks.{layer}.{name}", (*path, name))
     return table

@@ -131,7 +131,7 @@ def placed_prompts(ours, found):
     return Prompts(tokens, mask, index, features, positions)
 
 
-@pytest.mark.parametrize("family", ["llava qwen2", "smolvlm", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava qwen2", "smolvlm", "qwen2_vl", "qwen2_5_vl"])
 def test_greedy_generation_equals_transformers(tmp_path, family):
     """20 prompts of different pictures and lengths, 24 tokens each."""
     model, processor = tiny_vision.make(family), tiny_vision.processor(family)
@@ -246,6 +246,12 @@ MISTAKES = {
         patch_size=8)), "patch_size"),
     "out": ("qwen2_5_vl", change(CONFIG, lambda x: x["vision_config"].update(
         out_hidden_size=64)), "vision_config.out_hidden_size"),
+    "activation of Qwen2-VL": ("qwen2_vl", change(CONFIG, lambda x: x["vision_config"].update(
+        hidden_act="silu")), "vision_config.hidden_act"),
+    "width of Qwen2-VL": ("qwen2_vl", change(CONFIG, lambda x: x["vision_config"].update(
+        hidden_size=64)), "vision_config.hidden_size"),
+    "window": ("qwen2_5_vl", change(CONFIG, lambda x: x["vision_config"].update(
+        window_size=4)), "vision_config.window_size"),
     "gate": ("qwen2_5_vl", change(CONFIG, lambda x: x["vision_config"].update(
         hidden_act="gelu")), "vision_config.hidden_act"),
     "width": ("smolvlm", change(CONFIG, lambda x: x["vision_config"].update(
@@ -256,7 +262,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    for family in ("llava", "idefics3", "smolvlm", "qwen2_5_vl"):
+    for family in ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"):
         tiny_vision.save(tiny_vision.make(family), family, folder / family)
     return folder
 
