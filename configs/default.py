@@ -59,6 +59,9 @@ def get_config() -> ConfigDict:
     # Whether the policy, a vision-language model (docs/vision.md), is given the pixels of composed
     # queries' pictures. Tower and connector are frozen. False: captions only.
     config.policy.use_images = False
+    # Least and most pixels of a resized picture, of Qwen2-VL and Qwen2.5-VL; 0: as the checkpoint
+    # says. A token is 28 x 28 of them.
+    config.policy.image_pixels = (0, 0)
     # Dtype of the computation, and of the frozen base under LoRA: "float32" or "bfloat16". Trained
     # parameters are float32.
     config.policy.dtype = "float32"

@@ -125,6 +125,12 @@ def _check_pictures(config: ConfigDict) -> None:
             f"policy.use_images must be False for benchmark={config.benchmark!r} with "
             f"shifts={tuple(config.shifts)}: some of the queries are words alone."
         )
+    pixels = config.policy.image_pixels
+    if len(pixels) != 2 or min(pixels) < 0 or any(pixels) > config.policy.use_images:
+        raise UserError(
+            "policy.image_pixels must be two numbers of 0 or more, the least and the most, and "
+            "(0, 0) without policy.use_images."
+        )
     if composed and not (config.policy.use_images or config.prompt.captions):
         raise UserError(
             "prompt.captions must be 1 or more, or policy.use_images True: the policy would read "

@@ -284,7 +284,8 @@ def shapes_of(config: ConfigDict, mesh: Mesh, corpus_size: int) -> Shapes:
 
 
 def _vision_shapes(config: ConfigDict, mesh: Mesh) -> Vision:
-    found, room = pretrained.read_vision(pretrained.policy_path(config.policy.path))
+    path, pixels = pretrained.policy_path(config.policy.path), tuple(config.policy.image_pixels)
+    found, room = pretrained.read_vision(path, pixels)
     where = vision.shardings(found, mesh)
     dtype = jnp.dtype(config.policy.dtype)
     return Vision(found, placed(vision.shapes(found), where, dtype), room)

@@ -78,7 +78,10 @@ def open_model(config: ConfigDict) -> OpenedPolicy:
             f"{config.policy.path!r} reads text alone: choose another, or set "
             "policy.use_images=False."
         )
-    return opened
+    if opened.vision is None:
+        return opened
+    bounded = opened.vision.processor.bounded(*config.policy.image_pixels)
+    return dataclasses.replace(opened, vision=dataclasses.replace(opened.vision, processor=bounded))
 
 
 def load(

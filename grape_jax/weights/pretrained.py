@@ -200,8 +200,13 @@ def model_type(path_or_hub_id: str | Path) -> str:
     return read_json(directory / policy_config.CONFIG_FILE)["model_type"]
 
 
-def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, Room]:
+def read_vision(
+    path_or_hub_id: str | Path, image_pixels: tuple[int, int] = (0, 0)
+) -> tuple[VisionConfig, Room]:
     """The shapes of a policy's vision encoder, and room for the largest picture of one prompt.
+
+    Args:
+      image_pixels: bounds of a resized picture; 0: as the checkpoint says.
 
     Raises:
       UserError: the model reads text alone, or as `load_policy`.
@@ -212,7 +217,7 @@ def read_vision(path_or_hub_id: str | Path) -> tuple[VisionConfig, Room]:
         directory = hub.directory(path_or_hub_id, files)
         found = vision_weights.read_config(directory, policy_config.read(directory).width)
         if found is not None:
-            return found, processor.most_room(directory, found)
+            return found, processor.most_room(directory, found, image_pixels)
     raise UserError(
         f"policy.use_images=True needs a vision-language model, and {path_or_hub_id} reads text "
         "alone: choose another, or set policy.use_images=False."

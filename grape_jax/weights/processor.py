@@ -44,6 +44,19 @@ class Tiles:
         """A size whose picture has the largest number of tokens."""
         return (max(self.longest_edge, self.config.image_size),) * 2
 
+    def bounded(self, least: int, most: int) -> "Tiles":
+        """Refuses `policy.image_pixels`: tiles have one size.
+
+        Raises:
+          UserError: a bound is not 0.
+        """
+        if (least, most) != (0, 0):
+            raise UserError(
+                "policy.image_pixels must be (0, 0) for LLaVA 1.5, Idefics3 and SmolVLM, whose "
+                "tiles have one size: lower size.longest_edge in the checkpoint's processor file."
+            )
+        return self
+
     def tokens(self, size: Size) -> int:
         """Image tokens of a picture."""
         rows, columns = self._grid(size)
@@ -123,6 +136,23 @@ class Windows:
         width = max(across, key=lambda columns: (columns * (count // columns), columns))
         return width * unit, count // width * unit
 
+    def bounded(self, least: int, most: int) -> "Windows":
+        """Pictures resized to between `least` and `most` pixels; 0: as the checkpoint says.
+
+        Raises:
+          UserError: names policy.image_pixels.
+        """
+        most = most or max(self.most, 4 * least)
+        least = least or min(self.least, most // 4)
+        unit = self.config.patch * self.config.merge
+        # Sides are rounded to whole tokens: closer bounds would refuse common pictures.
+        if not unit**2 <= least <= most // 4:
+            raise UserError(
+                f"policy.image_pixels bounds pictures to {least} and {most} pixels: the first "
+                f"number must be {unit**2}, one token, or more, and the second four times as much."
+            )
+        return dataclasses.replace(self, least=least, most=most)
+
     def tokens(self, size: Size) -> int:
         """Image tokens of a picture."""
         return math.prod(self._grid(size))
@@ -165,10 +195,11 @@ class Windows:
     ) -> qwen_vision.Patches:
         """Patches of the pictures of B prompts (NumPy)."""
         c, out = self.config, vision.empty(self.config, len(rows), *room)
+        bounds = {"shortest_edge": self.least, "longest_edge": self.most}
         for row, images in enumerate(rows):
             window, token = 0, 0
             for number, image in enumerate(images, start=1):
-                found = process(image, return_tensors="np")
+                found = process(image, size=bounds, return_tensors="np")
                 grid = tuple(int(side) // c.merge for side in found["image_grid_thw"][0, 1:])
                 if grid != self._grid(image.size):
                     raise ValueError(f"a picture of {image.size} has the grid {grid}")
@@ -194,7 +225,13 @@ class Windows:
                 f"a picture of {size[0]} x {size[1]} pixels is too long for this policy ({error}): "
                 "crop it."
             ) from error
-        return height // unit, width // unit
+        rows, columns = height // unit, width // unit
+        if rows * columns * unit**2 > self.most:
+            raise UserError(
+                f"a picture of {size[0]} x {size[1]} pixels takes {rows * columns} tokens, more "
+                f"than the {self.most // unit**2} of policy.image_pixels: crop it."
+            )
+        return rows, columns
 
 
 def _scatter(windows_WxLxX: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
@@ -231,6 +268,10 @@ class PictureProcessor:
     def largest(self) -> Size:
         """A size whose picture has the largest number of tokens."""
         return self.grid.largest
+
+    def bounded(self, least: int, most: int) -> "PictureProcessor":
+        """The processor with other bounds of `policy.image_pixels`, as `Windows.bounded`."""
+        return dataclasses.replace(self, grid=self.grid.bounded(least, most))
 
     def prompt_ids(
         self,
@@ -348,14 +389,17 @@ def read(
     return made
 
 
-def most_room(directory: Path, config: VisionConfig) -> Room:
+def most_room(directory: Path, config: VisionConfig, image_pixels: tuple[int, int]) -> Room:
     """Room for the largest square picture of a checkpoint, without its tokenizer.
+
+    Args:
+      image_pixels: as `Windows.bounded` takes them.
 
     Raises:
       UserError: the image processor is missing or of an unsupported type.
     """
     path, process = _image_processor(directory, config)
-    grid = _grid(path, process, config)
+    grid = _grid(path, process, config).bounded(*image_pixels)
     return grid.room([[grid.largest]])
 
 

@@ -139,6 +139,16 @@ def test_an_exported_run_is_a_model_of_transformers(trained, tmp_path):
         ),
         ({"policy.use_images": False, "prompt.captions": 0}, "prompt.captions"),
         ({"prompt.captions": -1}, "prompt.captions"),
+        ({"policy.image_pixels": (0, 400, 0)}, "policy.image_pixels"),
+        (
+            {
+                "policy.use_images": False,
+                "prompt.captions": 1,
+                "policy.image_pixels": (0, 400),
+            },
+            "policy.image_pixels",
+        ),
+        ({"policy.image_pixels": (-1, 400)}, "policy.image_pixels"),
     ],
 )
 def test_contradictions_are_refused_by_key(config, overrides, named):

@@ -206,6 +206,40 @@ def test_grids_are_those_of_the_processor(tmp_path, edge):
     assert len(seen) > 1 and max(seen) <= processor.grid.tokens(processor.largest)
 
 
+@pytest.mark.parametrize("bounds", [(0, 0), (200, 900), (0, 512), (2000, 0)])
+def test_pictures_are_resized_within_bounds(saved, bounds):
+    """The grid and the pixels are those of transformers' processor with the same bounds."""
+    processor = load_policy(saved / "qwen2_vl").vision.processor.bounded(*bounds)
+    least, most = processor.grid.least, processor.grid.most
+    assert [mine for mine, asked in zip((least, most), bounds, strict=True) if asked] == [
+        asked for asked in bounds if asked
+    ]
+    reference = tiny_vision.processor("qwen2_vl").image_processor
+    size = {"shortest_edge": least, "longest_edge": most}
+    for picture in (tiny_vision.picture(i, size) for i, size in enumerate((*SIZES, (7, 9)))):
+        count = processor.grid.tokens(picture.size)
+        index = processor.image_index(np.full((1, count), tiny_vision.IMAGE))
+        pixels = processor.pixels([[picture]], index, processor.grid.room([[picture.size]]))
+        wanted = reference(picture, size=size, return_tensors="np")
+        got = in_their_order(pixels, wanted, [count])
+        np.testing.assert_allclose(got, wanted["pixel_values"], atol=1e-5)
+        assert count <= processor.grid.tokens(processor.largest) <= most // 64
+
+
+@pytest.mark.parametrize(
+    ("family", "bounds"), [("qwen2_vl", (0, 255)), ("qwen2_vl", (400, 900)), ("smolvlm", (0, 900))]
+)
+def test_impossible_bounds_are_refused_by_key(saved, family, bounds):
+    with pytest.raises(UserError, match=r"policy\.image_pixels"):
+        load_policy(saved / family).vision.processor.bounded(*bounds)
+
+
+def test_a_picture_too_long_for_the_bounds_is_refused(saved):
+    processor = load_policy(saved / "qwen2_vl").vision.processor.bounded(0, 256)
+    with pytest.raises(UserError, match=r"policy\.image_pixels: crop it"):
+        processor.grid.tokens((1500, 10))
+
+
 def change(name, edit):
     def damage(folder):
         path = folder / name
