@@ -18,7 +18,7 @@ from grape_jax.run.policy import merged_parameters
 from grape_jax.run.rewriter import restore
 from grape_jax.runtime import command_line, files
 from grape_jax.runtime.errors import UserError, exit_with_sentence
-from grape_jax.weights import huggingface, pretrained
+from grape_jax.weights import huggingface, pretrained, processor
 
 
 def main() -> None:
@@ -45,7 +45,9 @@ def export(workdir: Path, out: Path, adapter: bool) -> None:
         if policy.vision is None:
             huggingface.save(out, policy.model, params, policy.tokenizer, policy.stop_ids)
         else:
-            huggingface.save_vision_language(out, policy.vision.directory, params)
+            seen = policy.vision
+            huggingface.save_vision_language(out, seen.directory, params)
+            processor.write_bounds(out, seen.processor.grid)
     elif policy.lora is None:
         raise UserError(f"{workdir} has trained all parameters: export it without --adapter.")
     else:

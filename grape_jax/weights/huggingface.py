@@ -201,9 +201,10 @@ def save_vision_language(
             if path.name != INDEX_FILE:
                 shutil.copyfile(path, directory / path.name)
     dtype = np.dtype(params["embedding"].dtype).name
-    config = read_json(source / policy_config.CONFIG_FILE)
-    config["text_config"] = config["text_config"] | {"dtype": dtype}
-    _write_json(directory / policy_config.CONFIG_FILE, config | {"dtype": dtype})
+    config = read_json(source / policy_config.CONFIG_FILE) | {"dtype": dtype}
+    if "text_config" in config:  # not in Qwen2-VL's and Qwen2.5-VL's of transformers 4
+        config["text_config"] = config["text_config"] | {"dtype": dtype}
+    _write_json(directory / policy_config.CONFIG_FILE, config)
     if weight_map is not None:
         _write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
 

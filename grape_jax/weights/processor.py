@@ -4,6 +4,7 @@ Image processors are those of transformers that run on Pillow, without torch.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -401,6 +402,20 @@ def most_room(directory: Path, config: VisionConfig, image_pixels: tuple[int, in
     path, process = _image_processor(directory, config)
     grid = _grid(path, process, config).bounded(*image_pixels)
     return grid.room([[grid.largest]])
+
+
+def write_bounds(directory: Path, grid: Tiles | Windows) -> None:
+    """Writes the bounds of pictures into the image processor's file of a checkpoint."""
+    if isinstance(grid, Tiles):
+        return
+    path, fields = _read_fields(directory)
+    # Older files have the bounds in two fields of their own, which would win.
+    kept = {name: fields[name] for name in fields if name not in ("min_pixels", "max_pixels")}
+    kept["size"] = {"shortest_edge": grid.least, "longest_edge": grid.most}
+    whole = kept
+    if path.name == PROCESSOR_FILES[0]:
+        whole = read_json(path) | {"image_processor": kept}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 def _sides(config: VisionConfig) -> str:

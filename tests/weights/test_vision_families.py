@@ -23,7 +23,9 @@ from grape_jax.rl.rollout import SamplingConfig, sample
 from grape_jax.runtime import sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.types import Prompts
+from grape_jax.weights import huggingface
 from grape_jax.weights.pretrained import Encoded
+from grape_jax.weights.processor import write_bounds
 
 pytestmark = pytest.mark.parity
 
@@ -232,6 +234,23 @@ def test_pictures_are_resized_within_bounds(saved, bounds):
 def test_impossible_bounds_are_refused_by_key(saved, family, bounds):
     with pytest.raises(UserError, match=r"policy\.image_pixels"):
         load_policy(saved / family).vision.processor.bounded(*bounds)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_bounds_are_written_to_an_exported_checkpoint(saved, tmp_path, old):
+    """Into the file of a processor, or into that of an image processor with two older fields."""
+    policy = load_policy(saved / "qwen2_vl")
+    huggingface.save_vision_language(tmp_path / "new", saved / "qwen2_vl", policy.params)
+    if old:
+        path = tmp_path / "new" / PROCESSOR
+        fields = json.loads(path.read_text())["image_processor"]
+        del fields["size"]
+        path.unlink()
+        fields |= {"min_pixels": 64, "max_pixels": 6400}
+        (tmp_path / "new" / "preprocessor_config.json").write_text(json.dumps(fields))
+    bounded = policy.vision.processor.bounded(200, 900)
+    write_bounds(tmp_path / "new", bounded.grid)
+    assert load_policy(tmp_path / "new").vision.processor.grid == bounded.grid
 
 
 def test_a_picture_too_long_for_the_bounds_is_refused(saved):
