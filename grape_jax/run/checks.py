@@ -126,11 +126,12 @@ def _check_pictures(config: ConfigDict) -> None:
             f"shifts={tuple(config.shifts)}: some of the queries are words alone."
         )
     pixels = config.policy.image_pixels
-    if len(pixels) != 2 or min(pixels) < 0 or any(pixels) > config.policy.use_images:
+    if len(pixels) != 2 or any(not isinstance(one, int) or one < 0 for one in pixels):
         raise UserError(
-            "policy.image_pixels must be two numbers of 0 or more, the least and the most, and "
-            "(0, 0) without policy.use_images."
+            "policy.image_pixels must be two whole numbers of 0 or more, the least and the most."
         )
+    if any(pixels) and not config.policy.use_images:
+        raise UserError("policy.image_pixels must be (0, 0) with policy.use_images=False.")
     if composed and not (config.policy.use_images or config.prompt.captions):
         raise UserError(
             "prompt.captions must be 1 or more, or policy.use_images True: the policy would read "
