@@ -97,9 +97,10 @@ def _check_prompt(prompt: ConfigDict) -> None:
             "queries."
         )
     buckets = (0, *prompt.buckets, prompt.max_tokens or 1)
-    if any(short >= long for short, long in itertools.pairwise(buckets)):
+    whole = all(isinstance(length, int) for length in buckets)
+    if not whole or any(short >= long for short, long in itertools.pairwise(buckets)):
         raise UserError(
-            f"prompt.buckets={tuple(prompt.buckets)} must be lengths from 1 that rise and stay "
+            f"prompt.buckets={tuple(prompt.buckets)} must be whole lengths from 1 that rise and stay "
             f"below prompt.max_tokens={prompt.max_tokens}, which is the last bucket."
         )
 

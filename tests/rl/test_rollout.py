@@ -332,6 +332,7 @@ def test_greedy_is_what_transformers_generates(family, tmp_path):
         ("prompt.buckets", (36,), "stay below prompt.max_tokens=36"),
         ("prompt.buckets", (30, 24), "that rise"),
         ("prompt.buckets", (0, 24), "from 1"),
+        ("prompt.buckets", ("q", 24), "whole lengths"),
     ],
 )
 def test_impossible_sampling_is_refused(key, value, sentence):
