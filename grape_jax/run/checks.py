@@ -100,8 +100,8 @@ def _check_prompt(prompt: ConfigDict) -> None:
     whole = all(isinstance(length, int) for length in buckets)
     if not whole or any(short >= long for short, long in itertools.pairwise(buckets)):
         raise UserError(
-            f"prompt.buckets={tuple(prompt.buckets)} must be whole lengths from 1 that rise and stay "
-            f"below prompt.max_tokens={prompt.max_tokens}, which is the last bucket."
+            f"prompt.buckets={tuple(prompt.buckets)} must be whole lengths from 1 that rise and "
+            f"stay below prompt.max_tokens={prompt.max_tokens}, which is the last bucket."
         )
 
 
