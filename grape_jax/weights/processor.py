@@ -19,6 +19,7 @@ from grape_jax.models.idefics3 import Idefics3Config
 from grape_jax.models.llava import LlavaConfig
 from grape_jax.models.qwen_vision import QwenVisionConfig
 from grape_jax.models.vision import VisionConfig
+from grape_jax.runtime import files
 from grape_jax.runtime.errors import UserError
 from grape_jax.weights.tensors import read_json
 
@@ -143,6 +144,8 @@ class Windows:
         Raises:
           UserError: names policy.image_pixels.
         """
+        if (least, most) == (0, 0):
+            return self
         most = most or max(self.most, 4 * least)
         least = least or min(self.least, most // 4)
         unit = self.config.patch * self.config.merge
@@ -230,7 +233,8 @@ class Windows:
         if rows * columns * unit**2 > self.most:
             raise UserError(
                 f"a picture of {size[0]} x {size[1]} pixels takes {rows * columns} tokens, more "
-                f"than the {self.most // unit**2} of policy.image_pixels: crop it."
+                f"than the {self.most // unit**2} of a picture: crop it, or raise "
+                "policy.image_pixels."
             )
         return rows, columns
 
@@ -415,7 +419,7 @@ def write_bounds(directory: Path, grid: Tiles | Windows) -> None:
     whole = kept
     if path.name == PROCESSOR_FILES[0]:
         whole = read_json(path) | {"image_processor": kept}
-    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    files.replace(path, json.dumps(whole, indent=2) + "\n")
 
 
 def _sides(config: VisionConfig) -> str:

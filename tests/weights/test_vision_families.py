@@ -228,6 +228,12 @@ def test_pictures_are_resized_within_bounds(saved, bounds):
         assert count <= processor.grid.tokens(processor.largest) <= most // 64
 
 
+def test_bounds_of_zero_are_those_of_the_checkpoint(saved):
+    grid = load_policy(saved / "qwen2_vl").vision.processor.grid
+    narrow = dataclasses.replace(grid, least=900, most=1000)
+    assert narrow.bounded(0, 0) == narrow
+
+
 @pytest.mark.parametrize(
     ("family", "bounds"), [("qwen2_vl", (0, 255)), ("qwen2_vl", (400, 900)), ("smolvlm", (0, 900))]
 )
@@ -255,7 +261,7 @@ def test_bounds_are_written_to_an_exported_checkpoint(saved, tmp_path, old):
 
 def test_a_picture_too_long_for_the_bounds_is_refused(saved):
     processor = load_policy(saved / "qwen2_vl").vision.processor.bounded(0, 256)
-    with pytest.raises(UserError, match=r"policy\.image_pixels: crop it"):
+    with pytest.raises(UserError, match=r"crop it, or raise policy\.image_pixels"):
         processor.grid.tokens((1500, 10))
 
 
