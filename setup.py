@@ -86,6 +86,7 @@ setup(
         "pyarrow>=15",
         "protobuf>=5",  # like sentencepiece, for SigLIP's tokenizer
         "safetensors>=0.6,<1",
+        "scipy>=1.13,<2",
         "sentencepiece>=0.2,<1",
         "tensorboardX>=2.6.4,<3",
         "tensorflow-datasets>=4.9.10,<5",

@@ -1,8 +1,9 @@
-"""Captions nearest to a picture, which describe it to a policy that reads text only."""
+"""Captions that describe a picture to a policy that reads text only."""
 
 from pathlib import Path
 
 import numpy as np
+from scipy.special import logsumexp
 
 from grape_jax.runtime.errors import UserError
 
@@ -42,11 +43,10 @@ def popularity(bank_CxE: np.ndarray, gallery_NxE: np.ndarray) -> np.ndarray:
     Returns:
       float32 `[C]`, in units of similarity.
     """
-    sums = []
-    for start in range(0, len(bank_CxE), CHUNK):
-        logits_CxN = (bank_CxE[start : start + CHUNK] @ gallery_NxE.T) / TEMPERATURE
-        most_C = logits_CxN.max(axis=1)
-        sums.append(most_C + np.log(np.exp(logits_CxN - most_C[:, None]).sum(axis=1)))
+    sums = [
+        logsumexp(bank_CxE[start : start + CHUNK] @ gallery_NxE.T / TEMPERATURE, axis=1)
+        for start in range(0, len(bank_CxE), CHUNK)
+    ]
     return TEMPERATURE * np.concatenate(sums)
 
 
