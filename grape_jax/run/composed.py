@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from grape_jax.data import catalogue
 from grape_jax.data.benchmark import Query
@@ -12,9 +13,9 @@ from grape_jax.reporting.results import CAPTION_EDIT, PICTURE, PICTURE_EDIT
 from grape_jax.retrieval import fusion
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.answers import QuerySet
-from grape_jax.run.context import Context
 from grape_jax.run.galleries import Gallery
 from grape_jax.run.picture_captions import PictureCaptions
+from grape_jax.run.queries import Queries
 from grape_jax.run.search import best_ranks
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the picture in the sum of embeddings
@@ -65,27 +66,42 @@ class _Parts:
         ]
 
 
-def tune(context: Context, shift: str) -> Settings:
-    """Chooses the settings with the best R@1 on at most `evaluation.validation_limit` queries.
+def tuning_set(config: ConfigDict, queries: Queries, shift: str) -> QuerySet:
+    """At most `evaluation.validation_limit` queries on which `tune` chooses.
 
     They are of the validation split, or of the training split if the report tests on the former
-    (CIRR). Ties are broken by the mean reciprocal rank, then by the order of the choices.
+    (CIRR).
     """
-    benchmark = catalogue.find(context.config.benchmark)
-    split = "train" if "validation" in benchmark.test_sets else "validation"
-    limit = context.config.evaluation.validation_limit
-    queries = context.queries.split(shift, split, limit)
-    gallery, targets_QxP = context.galleries.open(split), context.queries.targets(queries)
-    parts = _parts_of(gallery, context.retriever, context.captions, queries, split)
-    ranks = lambda emb_QxE: best_ranks(gallery, emb_QxE, queries, targets_QxP)
-    embed = context.retriever.embed_texts
+    tested = "validation" in catalogue.find(config.benchmark).test_sets
+    split = "train" if tested else "validation"
+    return QuerySet(shift, split, queries.split(shift, split, config.evaluation.validation_limit))
+
+
+def tune(
+    gallery: Gallery,
+    retriever: Retriever,
+    picture_captions: PictureCaptions,
+    one: QuerySet,
+    targets_QxP: np.ndarray,
+) -> Settings:
+    """Chooses the settings with the best R@1 on a set of composed queries.
+
+    Ties are broken by the mean reciprocal rank, then by the order of the choices.
+
+    Args:
+      gallery: that of the set's split.
+      targets_QxP: the rows of each query's targets, as `Queries.targets`.
+    """
+    parts = _parts_of(gallery, retriever, picture_captions, one.queries, one.split)
+    ranks = lambda emb_QxE: best_ranks(gallery, emb_QxE, one.queries, targets_QxP)
+    embed = retriever.embed_texts
     return Settings(
         share=_best(SHARES, lambda share: ranks(parts.added(share))),
         captions=_best(
             range(1, max(map(len, parts.captions)) + 1),
             lambda count: ranks(embed(parts.as_text(count))),
         ),
-        chosen_on=f"{len(queries)} {'training' if split == 'train' else split} queries",
+        chosen_on=f"{len(one.queries)} {'training' if one.split == 'train' else one.split} queries",
     )
 
 

@@ -38,7 +38,8 @@ from grape_jax.run.answers import (
     trained_method,
 )
 from grape_jax.run.context import Context
-from grape_jax.run.galleries import Gallery
+from grape_jax.run.galleries import Galleries, Gallery
+from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.queries import Queries
 from grape_jax.run.rewriting import rewrite
 from grape_jax.run.search import Found, best_ranks, search, search_fused
@@ -88,28 +89,38 @@ def validate(context: Context, variables: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def search_test_sets(context: Context, workdir: Path) -> list[TestSet]:
+def search_test_sets(
+    config: ConfigDict,
+    queries: Queries,
+    galleries: Galleries,
+    retriever: Retriever,
+    captions: PictureCaptions,
+    workdir: Path,
+) -> list[TestSet]:
     """The results of every method whose answers are on disk, and of the baselines without a policy.
 
     Writes the TREC run files on the way: the whole ranked lists are too large to keep.
     """
     found = []
     settings: dict[str, composed.Settings] = {}
-    for one in test_sets(context.config, context.queries):
-        gallery = context.galleries.open(one.split)
-        title = catalogue.find(context.config.benchmark).test_sets[one.split]
+    for one in test_sets(config, queries):
+        gallery = galleries.open(one.split)
+        title = catalogue.find(config.benchmark).test_sets[one.split]
         image = None if gallery.corpus.images is None else gallery.image
         baselines = []
-        if one.shift in catalogue.composed_shifts(context.config):
+        if one.shift in catalogue.composed_shifts(config):
             processes.set_stage(f"the baselines of {one.shift} {one.split}")
             if one.shift not in settings:
-                settings[one.shift] = composed.tune(context, one.shift)
-            baselines = composed.searches(
-                gallery, context.retriever, context.captions, one, settings[one.shift]
-            )
-        answers = _search_methods(
-            context.config, context.retriever, workdir, one, gallery, baselines
-        )
+                chosen_on = composed.tuning_set(config, queries, one.shift)
+                settings[one.shift] = composed.tune(
+                    galleries.open(chosen_on.split),
+                    retriever,
+                    captions,
+                    chosen_on,
+                    queries.targets(chosen_on.queries),
+                )
+            baselines = composed.searches(gallery, retriever, captions, one, settings[one.shift])
+        answers = _search_methods(config, retriever, workdir, one, gallery, baselines)
         names = gallery.corpus.names
         named = names != gallery.corpus.ids
         found.append(TestSet(title, one.shift, one.queries, tuple(answers), names, image, named))

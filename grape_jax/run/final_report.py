@@ -21,10 +21,10 @@ from grape_jax.runtime import processes
 
 def write_report(context: Context, workdir: Path) -> None:
     """Writes the report from the answers and logs in the workdir. All processes search together."""
-    sets = search_test_sets(context, workdir)
     config, retriever = context.config, context.retriever
-    sets_to_submit = withheld_sets(config, context.queries)
-    write_submissions(sets_to_submit, context.galleries, retriever, workdir)
+    queries, galleries = context.queries, context.galleries
+    sets = search_test_sets(config, queries, galleries, retriever, context.captions, workdir)
+    write_submissions(withheld_sets(config, queries), galleries, retriever, workdir)
     counted = retriever.cut_texts
     if counted.cut:
         processes.announce(

@@ -23,7 +23,7 @@ from grape_jax.run.search import nearest
 from grape_jax.runtime import checkpoint, compilation_cache, files, processes
 from grape_jax.runtime.errors import UserError
 
-FEW = 8  # calls with at most so many queries use a batch of this size
+FEW = 8  # calls with at most so many queries or pictures use batches of this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Rewriter:
         with self._lock:
             texts = self._after(history, queries)
             if images and self.context.config.prompt.captions:
-                texts = self.user_turns(queries, self.context.retriever.embed_images(images))
+                embedded = for_rows(self.context.retriever, len(images)).embed_images(images)
+                texts = self.user_turns(queries, embedded)
             return self._rewrite(texts, shift, images)
 
     def user_turns(self, queries: Sequence[str], emb_QxE: np.ndarray) -> list[str]:
@@ -162,9 +163,11 @@ class Rewriter:
         excluded_Qx1 = None
         with self._lock:
             if images is not None:
-                excluded_Qx1 = rows_of_pictures(gallery, self.context.retriever, images)
+                retriever = for_rows(self.context.retriever, len(images))
+                excluded_Qx1 = rows_of_pictures(gallery, retriever, images)
                 top = min(top, len(gallery) - 1)
-            emb_QxE = self.context.retriever.embed_texts(list(texts))
+            retriever = for_rows(self.context.retriever, len(texts))
+            emb_QxE = retriever.embed_texts(list(texts))
         return nearest(gallery.bank_NxE, emb_QxE, top, excluded_Qx1)
 
     def _chosen(
@@ -228,6 +231,11 @@ def restore_trained(
     )
     restored = checkpoint.restore(manager, wanted, identity)
     return restored and restored[0].trained
+
+
+def for_rows(retriever: Retriever, count: int) -> Retriever:
+    """The retriever, with a small batch where few texts or pictures are to be embedded."""
+    return retriever if count > FEW else dataclasses.replace(retriever, batch=FEW)
 
 
 def rows_of_pictures(

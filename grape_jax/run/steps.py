@@ -23,8 +23,10 @@ from grape_jax.rl.rollout import filtered_mass, sample
 from grape_jax.rl.scoring import score_rewrites
 from grape_jax.run.context import Context
 from grape_jax.run.data_checks import reference_texts
+from grape_jax.run.galleries import QueryPictures
 from grape_jax.run.policy import (
     Answer,
+    RewritePolicy,
     encode,
     place,
     read_answers,
@@ -55,7 +57,12 @@ def warm_up(
     """One supervised step towards reference texts or towards the policy's own best rewrites."""
     config, policy = context.config, context.policy
     shifts, queries = zip(*batch, strict=True)
-    prompts = _prompts(context, queries, shifts)
+    prompts = _place_prompts(
+        policy,
+        context.captions.prompt_texts(queries, "train"),
+        shifts,
+        context.pictures(queries, "train"),
+    )
     if config.warm_up.towards == "references":
         goals = reference_texts(config, queries)
     else:
@@ -159,7 +166,12 @@ def rollout_and_score(
     """Samples rewrites of a batch of queries, parses them, and ranks their targets."""
     config, policy, mesh = context.config, context.policy, context.mesh
     shifts, queries = zip(*batch, strict=True)
-    prompts = _prompts(context, queries, shifts)
+    prompts = _place_prompts(
+        policy,
+        context.captions.prompt_texts(queries, "train"),
+        shifts,
+        context.pictures(queries, "train"),
+    )
     targets, excluded, gains = place_rows(
         mesh,
         (
@@ -242,13 +254,15 @@ def place_rows(mesh: Mesh, tree):
     return sharding.batch(mesh, jax.tree.map(lambda x: x[rows], tree))
 
 
-def _prompts(context: Context, queries: Sequence[Query], shifts: Sequence[str]) -> Prompts:
+def _place_prompts(
+    policy: RewritePolicy,
+    texts: Sequence[str],
+    shifts: Sequence[str],
+    pictures: QueryPictures | None,
+) -> Prompts:
     """Prompts of a whole batch with their pictures, padded to its bucket and placed."""
-    policy = context.policy
-    texts = context.captions.prompt_texts(queries, "train")
-    pictures = context.pictures(queries, "train")
     encoded = prompting.to_bucket(encode(policy, texts, shifts, pictures), policy.buckets)
-    return place(policy, encoded, sharding.local_rows(context.mesh, len(queries)), pictures)
+    return place(policy, encoded, sharding.local_rows(policy.mesh, len(texts)), pictures)
 
 
 def _widened(prompts: Prompts, length: int) -> Prompts:

@@ -1,6 +1,6 @@
 """Readers of other people's files on damaged ones: a UserError or a result, and little memory.
 
-For longer: `pytest tests/test_fuzz.py --hypothesis-profile=thorough`.
+For longer: `pytest tests/data/test_fuzz.py --hypothesis-profile=thorough`.
 """
 
 import csv

@@ -556,7 +556,14 @@ def test_baselines_of_composed_queries_are_those_of_numpy(composed, tmp_path):
 
     share, _ = best("picture + edit", [(tenths / 10, 1) for tenths in range(1, 10)])
     _, count = best("caption + edit", [(0.5, n) for n in (1, 2, 3)])
-    (test_set,) = evaluation.search_test_sets(composed, tmp_path)
+    (test_set,) = evaluation.search_test_sets(
+        composed.config,
+        composed.queries,
+        composed.galleries,
+        composed.retriever,
+        composed.captions,
+        tmp_path,
+    )
     queries, bank_NxE, *_ = parts("validation")
     for method, emb_QxE in searches("validation", share, count).items():
         answers = test_set.find(method)

@@ -23,6 +23,7 @@ import xla_flags
 
 from grape_jax import Rewriter, load_policy
 from grape_jax.data import catalogue
+from grape_jax.models import towers
 from grape_jax.retrieval import encoder
 from grape_jax.rl import prompts as text
 from grape_jax.run import checks, context, loop, policy, rewriter, rewriting, steps
@@ -61,7 +62,9 @@ def command(folder, workdir, *overrides):
         "evaluation.samples": 2,
         "checkpoint.every": 2,
     }
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    # A tuple that is given twice would have the values of both.
+    changed = [override.split("=")[0] for override in overrides]
+    flags = [f"--config.{k}={v}" for k, v in settings.items() if f"--config.{k}" not in changed]
     workdir = f"--workdir={folder / workdir}"
     return ["grape_jax.train", "--config=configs/emoji_noisy.py", workdir, *flags, *overrides]
 
@@ -638,13 +641,21 @@ def test_few_queries_are_not_padded_to_a_batch_of_an_evaluation(folder, undistur
         sizes.append(len(prompts.tokens_BxS))
         return sample(model, sampling, variables, prompts, key, lora)
 
+    def watched_tower(config, params, *texts):
+        rows.append(len(texts[0]))
+        return embed_texts(config, params, *texts)
+
     sizes, sample = [], rewriting.sample
+    rows, embed_texts = [], towers.embed_texts
     monkeypatch.setattr(rewriting, "sample", watched)
+    monkeypatch.setattr(towers, "embed_texts", watched_tower)
     loaded = Rewriter.load(folder / "one")
     queries = [query.text for query in loaded.context.queries.split("noisy", "test")[:70]]
     many, few = loaded.rewrite(queries), loaded.rewrite(queries[:3])
     assert sizes == [64, 64, 8]
     assert few == many[:3]
+    np.testing.assert_array_equal(loaded.find(few, 5), loaded.find(many, 5)[:3])
+    assert [*dict.fromkeys(rows)] == [8, 128]  # as traced
 
 
 @pytest.mark.slow
