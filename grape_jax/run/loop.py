@@ -71,7 +71,7 @@ def train_policy(
     batches = batch_iterators(config, run.queries)
     resumed = resume(manager, run.state_shapes(), identity, batches)
     state, skipped = resumed or (run.initial_state("warm_up"), (0, 0))
-    monitor = open_monitor(run, workdir, int(state.step), skipped, pace)
+    monitor = open_monitor(run.queries, run.galleries, workdir, int(state.step), skipped, pace)
     print_sample = sample_printer(run)
 
     def save(step: int, metrics: dict) -> None:

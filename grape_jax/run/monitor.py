@@ -11,8 +11,9 @@ from grape_jax.reporting.step_line import step_line
 from grape_jax.rl.scoring import best_reward
 from grape_jax.run import eta, settings
 from grape_jax.run.answers import missing_tasks, trained_method
-from grape_jax.run.context import Context
 from grape_jax.run.evaluation import validation_queries
+from grape_jax.run.galleries import Galleries
+from grape_jax.run.queries import Queries
 from grape_jax.runtime import processes, sharding
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.log import Log
@@ -148,21 +149,25 @@ class Monitor:
 
 
 def open_monitor(
-    run: Context, workdir: Path, first: int, skipped: tuple[int, int], pace: float | None
+    queries: Queries,
+    galleries: Galleries,
+    workdir: Path,
+    first: int,
+    skipped: tuple[int, int],
+    pace: float | None,
 ) -> Monitor:
     """The monitor of a run that goes on after step `first`.
 
     Args:
       pace: seconds a rewrite, for the estimates of validations and of the final test.
     """
-    config, queries = run.config, run.queries
+    config, size = queries.config, len(galleries.open("train"))
     tests = missing_tasks(config, queries, workdir, trained_method(config))
     rewrites = sum(len(task.set.queries) for task in tests)
     validations = len(validation_queries(config, queries))
-    size = len(run.galleries.open("train"))
     return Monitor(
         config,
-        run.mesh,
+        galleries.mesh,
         workdir,
         first,
         skipped,

@@ -55,7 +55,17 @@ ITEMS = 16_000_000
 def relative(shape, ranks, well_formed=None, weight=0.3, normalised=True):
     """What rewrites of these ranks are compared by, in a corpus of 16 million items."""
     rank_BxK = jnp.asarray(ranks, jnp.int32)
-    reward = scoring.RewardConfig(shape, normalised, 10, 0.01, weight, 0.1, "gate", -0.1, 0.0)
+    reward = scoring.RewardConfig(
+        reward_shape=shape,
+        reward_normalised=normalised,
+        reward_k=10,
+        reward_temperature=0.01,
+        reward_weight=weight,
+        format_weight=0.1,
+        format_rule="gate",
+        malformed_reward=-0.1,
+        truncated_penalty=0.0,
+    )
     scorer = scoring.Scorer(reward, None, ITEMS, (), None)
     formed = jnp.ones(rank_BxK.shape, bool) if well_formed is None else jnp.asarray(well_formed)
     shaped = {
