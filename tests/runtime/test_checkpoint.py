@@ -1,5 +1,6 @@
 """Checkpoints: complete, damaged, half written or of another model; and failing disks."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -306,36 +307,43 @@ def test_a_fingerprint_is_of_every_bit_and_of_no_mesh():
     assert checkpoint.fingerprint(tree(jnp.asarray(values, jnp.bfloat16))) != one
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond 100 bytes: the kernel refuses to write on, as a full disk does."""
+    """No file may grow beyond 100 bytes: the kernel refuses to write on, as a full disk does.
+
+    Not a fixture, whose limit would hold while pytest writes its own output to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_while_saving_is_told_and_costs_nothing_saved(tmp_path, request):
+def test_a_full_disk_while_saving_is_told_and_costs_nothing_saved(tmp_path):
     with (
         pytest.raises(UserError, match=r"could not be saved in .*goes on from step 1\."),
+        contextlib.ExitStack() as limits,
         checkpoint.open_manager(tmp_path, keep=2) as manager,
     ):
         save(manager, 1)
         checkpoint.wait(manager)
-        request.getfixturevalue("full_disk")
+        limits.enter_context(full_disk())
         save(manager, 2)
         checkpoint.wait(manager)
     assert_same(restored(tmp_path)[0], 1)
 
 
-def test_a_full_disk_while_logging_is_one_sentence(tmp_path, full_disk):
+def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
     path = tmp_path / "metrics.jsonl"
     told = r"could not be written \(File too large\): make room"
-    with pytest.raises(UserError, match=told), files.explain_disk_errors():
-        for _ in range(100):
-            files.append(path, "x" * 100 + "\n")
-    with pytest.raises(UserError, match="could not be written"), files.explain_disk_errors():
-        files.replace(tmp_path / "report.md", "x" * 2000)
+    with full_disk():
+        with pytest.raises(UserError, match=told), files.explain_disk_errors():
+            for _ in range(100):
+                files.append(path, "x" * 100 + "\n")
+        with pytest.raises(UserError, match="could not be written"), files.explain_disk_errors():
+            files.replace(tmp_path / "report.md", "x" * 2000)
     assert not (tmp_path / "report.md").exists()
 
 
