@@ -181,6 +181,7 @@ def place(
     encoded: Prompts,
     rows: np.ndarray,
     pictures: Sequence[Picture | None] | None = None,
+    full_room: bool = False,
 ) -> Prompts:
     """Places prompts on the mesh, with the features of their pictures.
 
@@ -190,6 +191,8 @@ def place(
       encoded: from `encode`, at this process or at all.
       rows: the prompts that this process's devices hold.
       pictures: as in `encode`.
+      full_room: whether every batch has room for the largest picture, so that programs do not
+        depend on the pictures.
 
     Raises:
       UserError: a picture is unreadable.
@@ -202,6 +205,8 @@ def place(
     processor, whole = policy.vision.processor, pictures or [None] * len(encoded.tokens_BxS)
     # The room of the whole batch, which all processes must agree on.
     sizes = [[] if picture is None else [picture_size(picture)] for picture in whole]
+    if full_room:
+        sizes.append([processor.largest])
     given = [whole[row] for row in rows]
     opened = [[] if picture is None else [open_picture(picture)] for picture in given]
     pixels = processor.pixels(opened, local.image_BxS, processor.grid.room(sizes))

@@ -19,7 +19,7 @@ from grape_jax.rl import prompts
 from grape_jax.rl.rollout import SamplingConfig, sample
 from grape_jax.run import settings
 from grape_jax.run.galleries import Gallery
-from grape_jax.run.policy import Answer, RewritePolicy, encode, read_answers
+from grape_jax.run.policy import Answer, RewritePolicy, encode, place, read_answers
 from grape_jax.run.rewriter import Rewriter, row_of_picture
 from grape_jax.run.search import nearest
 from grape_jax.runtime import sharding
@@ -36,6 +36,7 @@ class Turn(NamedTuple):
 
     text: str
     shift: str
+    image: Image.Image | None = None  # for a policy that is given pictures
 
 
 class EmbeddedPicture(NamedTuple):
@@ -43,6 +44,7 @@ class EmbeddedPicture(NamedTuple):
 
     emb_E: np.ndarray  # float32, of unit length
     row: int  # in the gallery; -1: it is not there
+    image: Image.Image | None = None  # for a policy that is given pictures
 
 
 class Search(NamedTuple):
@@ -81,17 +83,9 @@ class Engine:
 
         Args:
           batch: queries rewritten together at most.
-
-        Raises:
-          UserError: the policy is given pictures (`policy.use_images`).
         """
         config, context = rewriter.context.config, rewriter.context
-        if context.policy.vision is not None:
-            raise UserError(
-                "policy.use_images=True is not served yet: use the run's Rewriter in Python, or "
-                "serve a run whose policy reads captions."
-            )
-        several = rewriter.context.mesh.size > 1
+        several = context.mesh.size > 1
         return cls(
             rewriter=rewriter,
             gallery=gallery,
@@ -109,27 +103,32 @@ class Engine:
           turns: at most as many as the largest of `sizes`.
         """
         encoded = [self._encode(turn) for turn in turns]
-        fitting = [rows for rows in encoded if rows is not None]
-        answers = iter(self._sample(fitting) if fitting else [])
-        return [None if rows is None else next(answers) for rows in encoded]
+        fitting = [
+            (row, turn.image) for row, turn in zip(encoded, turns, strict=True) if row is not None
+        ]
+        answers = iter(self._sample(*zip(*fitting, strict=True)) if fitting else [])
+        return [None if row is None else next(answers) for row in encoded]
 
     def _encode(self, turn: Turn) -> Prompts | None:
         """The prompt of one query, `[1, S]`; None if it is too long."""
         try:
-            return encode(self.policy, [turn.text], [turn.shift])
+            return encode(self.policy, [turn.text], [turn.shift], [turn.image])
         except UserError:
             return None
 
-    def _sample(self, rows: Sequence[Prompts]) -> list[Answer]:
-        """One greedy answer to each prompt `[1, S]`."""
+    def _sample(
+        self, rows: Sequence[Prompts], images: Sequence[Image.Image | None]
+    ) -> list[Answer]:
+        """One greedy answer to each prompt `[1, S]` with its picture."""
         policy = self.policy
         size = next(size for size in self.sizes if len(rows) <= size)
         # The last prompt fills the batch up.
-        filled = [*rows, *[rows[-1]] * (size - len(rows))]
+        more = size - len(rows)
+        filled, shown = [*rows, *[rows[-1]] * more], [*images, *[images[-1]] * more]
         batch = jax.tree.map(lambda *parts: np.concatenate(parts), *filled)
         batch = prompts.to_bucket(batch, policy.buckets)
         with self.lock:
-            placed = sharding.batch(policy.mesh, batch)
+            placed = place(policy, batch, np.arange(size), shown, full_room=True)
             variables, key = self.rewriter.variables, jax.random.key(0)
             rollout = sample(policy.model, self.sampling, variables, placed, key, policy.lora)
             sampled = rollout.tokens_BxKxT, rollout.mask_BxKxT
@@ -142,10 +141,23 @@ class Engine:
         with self.lock:
             emb_QxE = retriever.embed_images(images)
         searchable = self.gallery.corpus.images is not None
-        return [
-            EmbeddedPicture(emb_E, row_of_picture(self.gallery, image, emb_E) if searchable else -1)
+        rows = [
+            row_of_picture(self.gallery, image, emb_E) if searchable else -1
             for image, emb_E in zip(images, emb_QxE, strict=True)
         ]
+        return [
+            EmbeddedPicture(emb_E, row, self._for_policy(image))
+            for emb_E, row, image in zip(emb_QxE, rows, images, strict=True)
+        ]
+
+    def picture(self, row: int) -> EmbeddedPicture:
+        """A picture of the gallery."""
+        image = None if self.policy.vision is None else self.gallery.image(row)
+        return EmbeddedPicture(self.gallery.bank_NxE[row], row, image)
+
+    def _for_policy(self, image: Image.Image) -> Image.Image | None:
+        """The picture, if the policy is given pictures; it is kept for no other."""
+        return None if self.policy.vision is None else image
 
     def search(self, wanted: Sequence[Search]) -> list[list[Match]]:
         """The best matches of each search, best first, ties by row."""
@@ -171,7 +183,9 @@ class Engine:
         return [Match(int(row), float(score)) for row, score in zip(rows, scores, strict=True)]
 
     def user_turn(self, text: str, emb_E: np.ndarray) -> str:
-        """What the policy reads of a query with a picture."""
+        """What the policy reads of a query with a picture, beside the picture."""
+        if not self.rewriter.context.config.prompt.captions:
+            return text
         (turn,) = self.rewriter.user_turns([text], emb_E[None])
         return turn
 
@@ -185,7 +199,7 @@ class Engine:
             # Padding that counts as part of the prompt makes one of this length.
             mask_1xS = np.arange(longest)[None] >= longest - length
             for size in self.sizes:
-                self._sample([Prompts(row.tokens_BxS, mask_1xS)] * size)  # type: ignore[arg-type]
+                self._sample([row.replace(mask_BxS=mask_1xS)] * size, [None] * size)
         most = (retriever.text_length or retriever.context) - 2
         for rows in TEXT_ROWS:
             for words in (1, SHORTEST, 2 * SHORTEST, most):
@@ -204,7 +218,9 @@ def _with_fixed_lengths(rewriter: Rewriter) -> RewritePolicy:
     if rewriter.composed:
         text = settings.with_captions(config, "; ".join("a" * config.prompt.captions), text)
     shortest = max(
-        prompts.longest_prompt(policy.tokenizer, prompt, [text], policy.processor)
+        prompts.longest_prompt(
+            policy.tokenizer, prompt, [text], policy.processor, policy.largest_picture
+        )
         for prompt in policy.prompts.values()
     )
     room = policy.model.max_length - config.evaluation.max_tokens

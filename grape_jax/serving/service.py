@@ -100,11 +100,12 @@ class Service:
         return written._replace(cached=cached)
 
     async def _write(self, query: Query, key: tuple) -> Written:
-        turn = query.text
+        turn = Turn(query.text, query.shift)
         if query.picture:
-            emb_E = query.picture.embedded.emb_E
-            turn = await asyncio.to_thread(self.engine.user_turn, turn, emb_E)
-        answer = self._writing.submit(Turn(turn, query.shift))
+            emb_E, _, image = query.picture.embedded
+            text = await asyncio.to_thread(self.engine.user_turn, query.text, emb_E)
+            turn = Turn(text, query.shift, image)
+        answer = self._writing.submit(turn)
         # A rewrite that comes too late is kept for the next request.
         answer.add_done_callback(lambda done: self._keep(key, done))
         try:
@@ -150,7 +151,7 @@ class Service:
 
     def picture(self, row: int) -> Picture:
         """A picture of the gallery."""
-        return Picture(f"row {row}", EmbeddedPicture(self.engine.gallery.bank_NxE[row], row))
+        return Picture(f"row {row}", self.engine.picture(row))
 
 
 def _judge(query: str, answer: Answer | None) -> Written:

@@ -14,16 +14,19 @@ import official_files
 import peft
 import tiny_vision
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 from transformers import SmolVLMForConditionalGeneration
 
 from grape_jax import Rewriter, load_policy, prepare
 from grape_jax.run import checks, context, loop, policy
 from grape_jax.run.rewriter import restore
-from grape_jax.runtime import checkpoint, command_line
+from grape_jax.runtime import checkpoint, command_line, log
 from grape_jax.runtime.errors import UserError
 from grape_jax.runtime.shutdown import StopSignal
-from grape_jax.serving.engine import Engine
+from grape_jax.serving import app
+from grape_jax.serving.engine import Engine, Turn
+from grape_jax.serving.limits import Limits
 from grape_jax.weights import huggingface
 
 pytestmark = pytest.mark.parity
@@ -61,9 +64,9 @@ def test_a_run_with_pixels_is_trained_evaluated_and_used(config, trained):
     report = json.loads((trained / "report.json").read_text())
     assert report["test_sets"][0]["judged"] > 0
     assert (trained / "submission" / "test1-GRPO_recall.json").exists()
-    log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     # The learner sees what the sampler saw.
-    assert len(log) == 2 and all(line["sampler_gap"] < 1e-3 for line in log)
+    assert len(logged) == 2 and all(line["sampler_gap"] < 1e-3 for line in logged)
 
     rewriter = Rewriter.load(trained)
     run = rewriter.context
@@ -82,8 +85,34 @@ def test_a_run_with_pixels_is_trained_evaluated_and_used(config, trained):
     )
     with pytest.raises(UserError, match="--image"):
         rewriter.rewrite(texts)
-    with pytest.raises(UserError, match=r"policy\.use_images"):
-        Engine.of(rewriter, rewriter.gallery("train"), 8)
+
+
+def test_a_server_gives_the_policy_the_picture(trained):
+    rewriter = Rewriter.load(trained)
+    gallery = rewriter.gallery("train")
+    queries = rewriter.context.queries.split("edits", "train")[:3]
+    texts, rows = [query.text for query in queries], [query.image for query in queries]
+    expected = rewriter.rewrite(texts, images=[gallery.image(row) for row in rows])
+    engine = Engine.of(rewriter, gallery, 4)
+    engine.warm()
+    compiled: list[str] = []
+    count = lambda event, *_, **__: compiled.append(event) if event == log.COMPILED else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    uploaded = engine.embed_pictures([gallery.image(row) for row in rows])
+    assert [one.row for one in uploaded] == rows
+    for pictures in (uploaded, [engine.picture(row) for row in rows]):
+        turns = zip(texts, pictures, strict=True)
+        answers = engine.write([Turn(text, "edits", one.image) for text, one in turns])
+        assert [answer.text for answer in answers] == expected
+    # A wide picture has other tokens, and no program of its own.
+    wide = engine.embed_pictures([Image.new("RGB", (90, 30), "red")])[0].image
+    engine.write([Turn(texts[0], "edits", wide)])
+    assert not compiled
+    jax.monitoring.unregister_event_duration_listener(count)
+    with TestClient(app.make(engine, Limits(batch=4))) as client:
+        ids = gallery.corpus.ids
+        found = client.post("/rewrite", json={"query": texts[0], "picture": ids[rows[0]]}).json()
+    assert found["rewrite"] in (expected[0], texts[0])
 
 
 def test_a_resumed_run_has_the_same_bits(config, trained, tmp_path):
