@@ -8,6 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
+from grape_jax.data.pictures import open_picture
 from grape_jax.run.matches import show
 from grape_jax.run.rewriter import Rewriter
 from grape_jax.runtime import command_line, files
@@ -43,7 +44,8 @@ def main() -> None:
             f"{len(images)} images are given for {len(queries)} queries: repeat --image=FILE for "
             "each query, or give one for all."
         )
-    images = [Path(path).expanduser() for path in images] or None
+    # Opened first: a mistake is told before the models are loaded.
+    images = [open_picture(Path(path).expanduser()) for path in images] or None
     if images is not None and len(images) == 1:
         images *= len(queries)
     show(Rewriter.load(workdir), queries, flags.FLAGS.shift, flags.FLAGS.top, out, images)

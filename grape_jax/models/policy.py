@@ -10,6 +10,7 @@ The layers run in three modes, all with shared-prompt attention:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,7 @@ def init(config: PolicyConfig, key: jax.Array, lora: LoraConfig | None = None) -
     return {"params": params} | ({"lora": stacked["lora"]} if lora else {})
 
 
+@functools.cache  # asked for several times at a start, and traced each time
 def boxed_shapes(config: PolicyConfig, lora: LoraConfig | None = None) -> Params:
     """The shapes of `init`, boxed with their logical axes."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0), lora))

@@ -3,6 +3,7 @@
 The config is static under jit, so that the selection happens at compilation.
 """
 
+import functools
 from typing import cast
 
 import jax
@@ -57,6 +58,7 @@ def embed_images(
             return siglip.embed_images(config, params, pixels_NxHxWx3)
 
 
+@functools.cache  # tracing the towers takes most of a second
 def shapes(config: RetrieverConfig) -> Params:
     """Shapes of the parameters, boxed with their logical axes."""
     key = jax.random.key(0)

@@ -74,7 +74,7 @@ def sentences(found: Headroom) -> str:
     elif found.gain.clear_of_zero:
         opening = f"Rewriting can help with {asked}"
     else:
-        opening = f"Rewriting may help with {asked}, by little"
+        opening = f"Rewriting may help with {asked}"
     without = "the query itself" if found.baseline == RAW else found.baseline
     return (
         f"{opening}: the best of {found.ranks[SAMPLED].shape[1]} samples finds "

@@ -683,4 +683,6 @@ def test_using_what_is_not_there_is_one_sentence(folder, undisturbed):
     assert "no query is given" in refused(argv)
     argv = ["grape_jax.rewrite", f"--workdir={folder / 'one'}"]
     assert "choose one of noisy" in refused([*argv, "red aple", "--shift=long"])
-    assert "words alone" in refused([*argv, "red aple", "--image=apple.png"])
+    picture = folder / "one" / "before_after.png"
+    assert "words alone" in refused([*argv, "red aple", f"--image={picture}"])
+    assert "cannot be read as a picture" in refused([*argv, "red aple", "--image=none.png"])
