@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFEndian, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from jax.sharding import Mesh
 from tokenizers import (
@@ -115,19 +115,53 @@ def read_config(path: str | Path) -> PolicyConfig:
         return _config(reader, path, {tensor.name: tensor for tensor in reader.tensors})
 
 
-class _Reader(GGUFReader):
-    """Reads a vocabulary three times as fast, since slicing an array is faster than a memmap."""
+class Reader(GGUFReader):
+    """Reads an array in one piece; the library needs a second for a vocabulary, item by item."""
 
     def _build_fields(self, *args):
         self.data = np.asarray(self.data)  # type: ignore[assignment]
         return super()._build_fields(*args)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int):
+        """As the library's, with one part for all numbers of an array."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        head: list[Any] = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        kind, count, start = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
+        types = [GGUFValueType.ARRAY, kind][: 1 + min(1, count)]
+        if kind == GGUFValueType.STRING:
+            parts = self._strings(start, count)
+            # Of each string a length and the text.
+            return self._size(head + parts), head + parts, [*range(3, 3 + len(parts), 2)], types
+        if kind not in self.gguf_scalar_to_np:
+            return super()._get_field_parts(orig_offs, raw_type)
+        numbers = self._get(start, self.gguf_scalar_to_np[kind], count)
+        if len(numbers) < count:
+            raise ValueError("an array ends beyond the file")
+        return self._size([*head, numbers]), [*head, numbers], [2], types
+
+    def _strings(self, start: int, count: int) -> list[memoryview]:
+        data: memoryview = memoryview(self.data)  # type: ignore[arg-type]
+        parts: list[memoryview] = []
+        little = self.endianess == GGUFEndian.LITTLE
+        for _ in range(count):
+            text = start + 8
+            end = text + int.from_bytes(data[start:text], "little" if little else "big")
+            if end > len(data):
+                raise ValueError("a string ends beyond the file")
+            parts += data[start:text], data[text:end]
+            start = end
+        return parts
+
+    def _size(self, parts: list) -> int:
+        return sum(part.nbytes for part in parts)
 
 
 def _open(path: Path) -> GGUFReader:
     if not path.is_file():
         raise UserError(f"there is no GGUF file at {path}: set policy.path to an existing file.")
     try:
-        return _Reader(path)
+        return Reader(path)
     except Exception as error:
         raise UserError(
             f"{path} is not a readable GGUF file ({error}): download it again."

@@ -2,6 +2,7 @@
 
 import warnings
 
+import gguf as library
 import numpy as np
 import pytest
 from gguf_files import HEAD_DIM, MERGES, SPECIAL, vocabulary, write
@@ -9,6 +10,7 @@ from gguf_files import HEAD_DIM, MERGES, SPECIAL, vocabulary, write
 from grape_jax import load_policy
 from grape_jax.models.rope import RopeScaling, scaled_frequencies
 from grape_jax.runtime.errors import UserError
+from grape_jax.weights import gguf
 
 
 @pytest.mark.parity
@@ -112,3 +114,24 @@ def test_what_is_not_supported_is_named(tmp_path, family, pre, extra, words):
     add = lambda writer: extra and writer.add_uint32(f"{family}.{extra[0]}", extra[1])
     with pytest.raises(UserError, match=f"model.gguf.*{words}"):
         load_policy(write(tmp_path / "model.gguf", family, pre, extra=add))
+
+
+@pytest.mark.parametrize("order", [library.GGUFEndian.LITTLE, library.GGUFEndian.BIG])
+def test_fields_are_those_of_the_library(tmp_path, order):
+    path = tmp_path / "fields.gguf"
+    writer = library.GGUFWriter(path, "llama", endianess=order)
+    writer.add_array("of.texts", ["", "a", "ü" * 40])
+    writer.add_array("of.numbers", [7, -(2**31), 2**31 - 1])
+    writer.add_array("of.fractions", [0.5, -1.25])
+    writer.add_array("of.switches", [True, False])
+    writer.add_string("after", "them")
+    writer.add_tensor("one", np.arange(64, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = gguf.Reader(path), library.GGUFReader(path)
+    contents = lambda reader: {k: (f.offset, f.contents()) for k, f in reader.fields.items()}
+    assert contents(ours) == contents(theirs) and len(ours.fields) == 9
+    assert ours.data_offset == theirs.data_offset
+    np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
