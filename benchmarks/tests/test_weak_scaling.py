@@ -36,6 +36,7 @@ def compiled(devices):
     return program.cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_flops_a_device_are_flat_and_ranks_are_the_same():
     one = compiled(1)
     # The products alone; the program has them twice, for targets and corpus have their own.

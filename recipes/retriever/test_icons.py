@@ -64,6 +64,7 @@ def test_concepts_follow_the_gallery(npm):
     assert rocket.keywords == ("launch", "space")
 
 
+@pytest.mark.slow
 def test_icons_are_found_by_characters_by_name_and_by_alias(npm):
     svgs = icons.style_svgs(npm, "noto", [ROCKET, PARTY])
     assert set(svgs) == {ROCKET.code, PARTY.code}

@@ -42,6 +42,7 @@ def every(queries):
     return list(itertools.chain(*queries.values()))
 
 
+@pytest.mark.slow
 def test_there_are_enough_pairs_of_every_kind(queries):
     assert len(queries["train"]) >= 3000
     assert len(queries["test"]) >= 800

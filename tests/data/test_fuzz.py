@@ -153,6 +153,7 @@ def test_damaged_queries_files(pictures, suffix):
     reads()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_odd_values_in_queries(pictures, suffix):
     path = pictures.parent / f"odd.{suffix}"

@@ -254,6 +254,7 @@ def test_rows_of_other_lengths_are_scaled_with_a_note(mine, tmp_path):
     assert corpus.images is None
 
 
+@pytest.mark.slow
 def test_an_index_streamed_from_disk_is_that_of_the_array(tmp_path, monkeypatch):
     """In blocks that end within shards, over eight devices, in every dtype."""
     rows_NxE = unit_rows(3000)

@@ -353,6 +353,7 @@ def command(*arguments, module="prepare"):
     return commands.run(f"grape_jax.{module}", *arguments)
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_with_a_sentence(tmp_path):
     done = command("--benchmark=cirr", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path / 'd'}")
     assert done.returncode == 2 and "Traceback" not in done.stderr

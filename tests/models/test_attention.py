@@ -42,6 +42,7 @@ def test_blocks_are_the_whole_square(S, window):
     np.testing.assert_allclose(ours * real, naive(q, k, v, mask_BxS, window) * real, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_block(monkeypatch):
     q, k, v, mask_BxS = arrays(300)
     pull = jnp.float32(

@@ -122,6 +122,7 @@ def test_smollm2_from_a_directory_made_of_it(smollm2, tmp_path):
     assert f"{perplexity(got, ids):.4g}" == f"{perplexity(expected, ids):.4g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 4])
 def test_completions_share_their_prompt_exactly(tiny, T):
     """K completions beside one prompt equal K separate plain rows, whatever the padding."""
@@ -140,6 +141,7 @@ def test_completions_share_their_prompt_exactly(tiny, T):
                 )
 
 
+@pytest.mark.slow
 def test_cached_decoding_equals_the_full_pass(tiny):
     rows = [[5, 6, 7, 8, 9], [11, 12]]
     tokens = np.random.default_rng(1).integers(1, 97, (2, 3, 4))
@@ -155,6 +157,7 @@ def test_cached_decoding_equals_the_full_pass(tiny):
         np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_merged_adapter_equals_adapter_beside(tiny):
     prompts = prompts_of([[3, 4, 5]], 4)
     tokens = jnp.asarray([[[7, 8, 9]]])
@@ -167,6 +170,7 @@ def test_merged_adapter_equals_adapter_beside(tiny):
     assert np.abs(without - beside).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_no_gradient(tiny):
     prompts = prompts_of([[3, 4, 5]], 4)
     tokens = jnp.asarray([[[7, 8, 9]]])
@@ -179,6 +183,7 @@ def test_recomputing_activations_changes_no_gradient(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
+@pytest.mark.slow
 def test_cast_once_is_cast_at_every_use():
     config = dataclasses.replace(TINY, dtype="bfloat16", tied_embeddings=False, qkv_bias=True)
     params = nn.unbox(policy.init(config, jax.random.key(2)))["params"]
@@ -207,6 +212,7 @@ def on_mesh(tiny, *sizes):
     return dataclasses.replace(TINY, mesh=mesh), params, *batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
 def test_a_mesh_changes_no_state_and_no_gradient(tiny, sizes):
     config, params, prompts, tokens = on_mesh(tiny, *sizes)

@@ -148,6 +148,7 @@ def test_every_control_has_a_name_and_every_table_its_heads(tmp_path):
     assert len(parsed.all("caption")) == len(parsed.all("table")) > 3
 
 
+@pytest.mark.slow
 def test_five_hundred_queries_of_noise_fit_the_limit():
     """Noise is the picture that compresses least, and most queries find pictures of their own."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))

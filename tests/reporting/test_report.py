@@ -191,6 +191,7 @@ def test_an_evaluation_before_training(tmp_path):
     assert not (tmp_path / "curves.png").exists() and "curves.png" not in text
 
 
+@pytest.mark.slow
 def test_languages_appear_where_there_are_several(tmp_path):
     numbers = _write(tmp_path, [_test_set(("de", "fr", "ar"))])
     languages = numbers["test_sets"][0]["languages"]
@@ -265,6 +266,7 @@ def test_the_largest_gains_and_losses_are_the_largest_factors():
     assert any(x < 1 for x in wanted) and wanted[0] > 10
 
 
+@pytest.mark.slow
 def test_several_right_pictures_have_a_hit_rate_of_their_own(tmp_path):
     two = [
         types.SimpleNamespace(**vars(q) | {"targets": (i, i + 1)}) for i, q in enumerate(_queries())
@@ -461,6 +463,7 @@ def test_composed_queries_are_compared_with_the_best_baseline_at_rank_one(tmp_pa
     assert "0.4 of the picture" in text and "without the picture" in text  # the legend
 
 
+@pytest.mark.slow
 def test_the_summary_of_composed_queries_is_of_rank_one(tmp_path):
     edits, plain = _edits(0.9), dataclasses.replace(_test_set(), name="unseen")
     lines = report.summary(_write(tmp_path, [edits]))

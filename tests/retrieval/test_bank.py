@@ -88,6 +88,7 @@ def test_damaged_cache_is_computed_anew_with_a_warning(shipped, tmp_path, damage
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_texts_of_a_picture_retriever_share_the_cache(shipped, tmp_path, monkeypatch):
     """Captions: several files, texts of different lengths, the bits of `embed_texts`."""
     monkeypatch.setattr(bank, "TEXT_PART", encoder.BATCH)

@@ -27,6 +27,7 @@ def gallery_bank(shipped):
     return pictures, shipped.embed_images([Image.fromarray(x) for x in drawn])
 
 
+@pytest.mark.slow
 def test_recall_of_english_names_is_as_recorded(shipped, gallery_bank):
     """The number in the model card, made again: render, preprocess, embed, rank."""
     pictures, bank_NxE = gallery_bank
@@ -116,6 +117,7 @@ def some_pictures(count: int = 5) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_weights_split_over_eight_devices_give_the_same_bits(shipped):
     split = encoder.place(shipped, sharding.make_mesh(data=2, fsdp=2, tensor=2))
     leaves = jax.tree.leaves(split.params)

@@ -172,6 +172,7 @@ def test_scores_over_the_vocabulary_exist_for_one_chunk_at_a_time(lora_config):
     assert max(over_vocabulary) == B * K * make().logprob_chunk < B * K * T
 
 
+@pytest.mark.slow
 def test_a_prompt_token_costs_the_same_for_any_number_of_completions():
     """But for what attends to it; with a pass for each completion it would cost four times that."""
     of_one = lambda group: product_flops(traced(group, 2 * S)) - product_flops(traced(group, S))
@@ -213,6 +214,7 @@ def row_logprobs(params, row):
     return jnp.take_along_axis(jax.nn.log_softmax(scores), row[-T:, None], axis=-1)[:, 0]
 
 
+@pytest.mark.slow
 def test_the_step_follows_the_naive_loss(world, scores, start):
     """Loss and update of a full-parameter step equal those of the loss written out by hand."""
     made = make()
@@ -266,6 +268,7 @@ def assert_same(got, wanted):
         assert apart < 1e-5, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_microbatches_add_up_to_the_batch(world, lesson, plain, devices):
     made = make(devices=devices, microbatches=8 // devices)
@@ -276,6 +279,7 @@ def test_microbatches_add_up_to_the_batch(world, lesson, plain, devices):
     np.testing.assert_allclose(logprobs, whole, atol=1e-5)  # in the order they came
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_is_as_good_as_separate_rows(world, lesson, plain):
     alone = lambda x: x.reshape(B * K, 1, *x.shape[2:])
     apart = jax.tree.map(alone, lesson.replace(prompts=None)).replace(
@@ -284,6 +288,7 @@ def test_a_shared_prompt_is_as_good_as_separate_rows(world, lesson, plain):
     assert_same(gradients(make(), world[-1], None, apart), plain)
 
 
+@pytest.mark.slow
 def test_a_shared_picture_is_as_good_as_separate_rows(world, lesson, plain):
     """Features in place of three tokens of each prompt but the last, on one device and on eight."""
     image = np.zeros((B, S), np.int32)
@@ -310,6 +315,7 @@ def test_a_shared_picture_is_as_good_as_separate_rows(world, lesson, plain):
     )
 
 
+@pytest.mark.slow
 def test_neither_padding_nor_order_changes_the_loss(world, lesson, plain):
     prompts = lesson.prompts
     wide = lambda x, fill: np.pad(x, ((0, 0), (3, 0)), constant_values=fill)
@@ -338,6 +344,7 @@ def test_padding_weighs_nothing_in_any_aggregation():
         assert not other[..., T:].any()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_as_good_as_its_merged_weights(world, lesson):
     """Also the gradient: dA = scale dW B', dB = scale A' dW."""
     config = lora.LoraConfig(4, 8.0, ("q", "o", "down"))
@@ -356,12 +363,14 @@ def test_an_adapter_is_as_good_as_its_merged_weights(world, lesson):
     assert_same((loss, grads), (merged, chained))
 
 
+@pytest.mark.slow
 def test_devices_change_neither_ranks_nor_gradients(found, world, scores, lesson, plain):
     np.testing.assert_array_equal(score(found, world, devices=8).rank_BxK, scores.rank_BxK)
     made = make(devices=8)
     assert_same(gradients(made, world[-1], None, sharding.batch(made.mesh, lesson)), plain)
 
 
+@pytest.mark.slow
 def test_an_adapter_starts_as_the_base_and_only_it_is_trained(world, scores, start):
     base = world[-1]
     made = make(lora.LoraConfig(4, 8.0, ("q", "v", "down")), reference="base")
@@ -387,6 +396,7 @@ def test_a_bad_number_changes_nothing_but_the_step(world, scores, start):
     jax.tree.map(np.testing.assert_array_equal, before.optimizer, jax.device_get(state.optimizer))
 
 
+@pytest.mark.slow
 def test_two_passes_are_two_steps_on_one_batch(world, scores, start):
     base = world[-1]
     state, first = step(world, scores, make(), start())
@@ -442,6 +452,7 @@ def test_a_reference_follows_every_few_steps():
     assert [moved(n)[0] for n in (1, 2, 3, 4, 6)] == [5, 5, 4, 5, 4]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_computed_in_and_float32_is_kept(world, scores, lesson, plain, start):
     """The step's dtypes; loss near float32's, not equal; sampler and learner agree on tokens."""
     made, base = make(dtype="bfloat16"), world[-1]
@@ -465,6 +476,7 @@ def token_logprobs(made, params, prompts, tokens):
     return learner.token_logprobs(made, variables, prompts, tokens, GRPO.temperature)[0]
 
 
+@pytest.mark.slow
 def test_warm_up_learns_and_nothing_compiles_twice(world, scores):
     made = make(lora.LoraConfig(4, 8.0, ("q", "v", "gate", "down")), devices=2)
     prompts, rollout, *rest, base = world

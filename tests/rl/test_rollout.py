@@ -66,6 +66,7 @@ def naive_filter(probs, top_k=0, top_p=1.0, min_p=0.0):
     return filtered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILTERS)
 def test_draws_follow_the_distribution(name):
     """20,000 draws against the exact probabilities, over several blocks of the vocabulary."""
@@ -123,6 +124,7 @@ def test_equal_scores_stay_or_go_together():
     assert kept(min_p=0.24).tolist() == [True] * 5
 
 
+@pytest.mark.slow
 def test_a_token_without_probability_is_never_drawn():
     logits = jnp.full((50, 50, 600), -jnp.inf).at[..., 123].set(0.0)
     for filters, _ in FILTERS.values():
@@ -130,6 +132,7 @@ def test_a_token_without_probability_is_never_drawn():
         assert (tokens == 123).all() and (logprobs == 0).all() and (filtered == 0).all()
 
 
+@pytest.mark.slow
 def test_sampled_logprobs_are_those_of_the_full_pass(variables, prompts):
     sampling = SamplingConfig(3, 5, 0.8, stop_ids=(1,), pad_id=0)
     rollout = sample(CONFIG, sampling, variables, prompts, jax.random.key(1))
@@ -141,6 +144,7 @@ def test_sampled_logprobs_are_those_of_the_full_pass(variables, prompts):
     )
 
 
+@pytest.mark.slow
 def test_a_rollout_keeps_what_the_ratio_needs_beside_what_was_drawn_from(variables, prompts):
     """Under filters the log-probs stay those of the whole vocabulary, as the learner has them."""
     sampling = SamplingConfig(16, 5, 0.8, (1,), 0, top_k=6, top_p=0.9, min_p=0.02)
@@ -164,12 +168,14 @@ def test_a_rollout_keeps_what_the_ratio_needs_beside_what_was_drawn_from(variabl
     assert float(filtered_mass(rollout)) == pytest.approx(cut[mask].mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_without_filters_nothing_is_kept_twice(variables, prompts):
     sampling = SamplingConfig(2, 3, 1.0, (1,), 0, top_k=0, top_p=1.0, min_p=0.0)
     rollout = sample(CONFIG, sampling, variables, prompts, jax.random.key(0))
     assert rollout.filtered_logprobs_BxKxT is None
 
 
+@pytest.mark.slow
 def test_rows_of_a_group_differ_and_keys_decide(variables, prompts):
     sampling = SamplingConfig(4, 5, 1.0, stop_ids=(1,), pad_id=0)
     draw = lambda seed: np.asarray(
@@ -180,6 +186,7 @@ def test_rows_of_a_group_differ_and_keys_decide(variables, prompts):
     assert (one == draw(0)).all() and (one != draw(1)).any()
 
 
+@pytest.mark.slow
 def test_every_place_draws_with_its_own_number(variables, prompts):
     """Over equally likely tokens a shared number would show as a repeated token."""
     flat = {"params": variables["params"] | {"head": jnp.zeros_like(variables["params"]["head"])}}
@@ -192,6 +199,7 @@ def test_every_place_draws_with_its_own_number(variables, prompts):
     assert len(np.unique(tokens)) > 140
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_batch_changes_no_token(variables, prompts):
     sampling = SamplingConfig(3, 5, 1.0, stop_ids=(1,), pad_id=0)
     first = jax.tree.map(lambda x: x[:2], prompts)
@@ -205,6 +213,7 @@ def test_the_rest_of_the_batch_changes_no_token(variables, prompts):
     np.testing.assert_array_equal(ahead.tokens_BxKxT, back.tokens_BxKxT[::-1])
 
 
+@pytest.mark.slow
 def test_padding_before_a_prompt_changes_no_token(variables, prompts):
     sampling = SamplingConfig(2, 5, 1.0, stop_ids=(1,), pad_id=0)
     wide = Prompts(
@@ -216,6 +225,7 @@ def test_padding_before_a_prompt_changes_no_token(variables, prompts):
     np.testing.assert_array_equal(narrow_out.tokens_BxKxT, wide_out.tokens_BxKxT)
 
 
+@pytest.mark.slow
 def test_a_bucket_changes_no_token_and_compiles_once(variables, prompts):
     """Batches of two lengths over and over: two programs, and the tokens of the widest."""
     sampling = SamplingConfig(2, 4, 1.0, stop_ids=(1,), pad_id=0)
@@ -236,6 +246,7 @@ def test_a_bucket_changes_no_token_and_compiles_once(variables, prompts):
     assert size == sample._cache_size() == 3  # the two buckets, and the width without any
 
 
+@pytest.mark.slow
 def test_sampling_stops_when_all_rows_have_ended(variables, prompts, monkeypatch):
     decoded = []
     decode = policy.decode
@@ -259,6 +270,7 @@ def test_sampling_stops_when_all_rows_have_ended(variables, prompts, monkeypatch
     sample.clear_cache()
 
 
+@pytest.mark.slow
 def test_nothing_follows_the_end_token(variables, prompts):
     """Half the vocabulary ends a completion: rows end early, and the end token itself counts."""
     stops = tuple(range(300))
@@ -277,6 +289,7 @@ def test_nothing_follows_the_end_token(variables, prompts):
     assert rollout.mask_BxKxT.sum(-1).min() == 1
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_likeliest_token(variables, prompts):
     sampling = SamplingConfig(1, 5, 0.0, stop_ids=(1,), pad_id=0)
     rollout = sample(CONFIG, sampling, variables, prompts, jax.random.key(0))

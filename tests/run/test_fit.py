@@ -45,6 +45,7 @@ def config(tmp_path):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [16, 0])
 def test_a_step_fits_and_is_described(config, capsys, rank):
     """With an adapter, and with all parameters trained."""
@@ -57,6 +58,7 @@ def test_a_step_fits_and_is_described(config, capsys, rank):
         assert re.search(rf"^\| {program} \|( [\d.]+ \|){{5}}$", out, re.M), program
 
 
+@pytest.mark.slow
 def test_sampling_reads_whole_weights_and_its_flops_are_known(config, mesh):
     shapes = aot.shapes_of(config, mesh, corpus_size=20_000)
     _, sample, *_ = aot.programs_of(config, shapes)
@@ -115,6 +117,7 @@ def test_mistakes_are_one_sentence(config, topology, key, value, sentence):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_line_exits_with_the_verdict(config):
     command = [sys.executable, "-m", "grape_jax.compile", "--config=configs/emoji_noisy.py"]
     command += [f"--config.policy.path={config.policy.path}", "--corpus_size=400000000"]
@@ -129,6 +132,7 @@ def test_the_command_line_exits_with_the_verdict(config):
     assert unnamed.stderr.endswith("no topology is given: add --topology=v5e:16x16.\n")
 
 
+@pytest.mark.slow
 def test_pictures_are_counted(tmp_path, capsys):
     """The tower at rest, its program, and longer prompts."""
     tower = {
@@ -151,6 +155,7 @@ def test_pictures_are_counted(tmp_path, capsys):
         aot.report(config, "v5e:2x2", corpus_size=1000)
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_run_itself(config, mesh):
     """What is compiled is what training would hold: every leaf's shape, dtype and place."""
     config.policy.path = ""

@@ -88,6 +88,7 @@ def check_against_ir_measures(found, queries, items, tmp_path):
     return run.read_text()
 
 
+@pytest.mark.slow
 def test_ranks_and_run_files_agree_with_ir_measures(setting, queries, tmp_path):
     emb = setting.retriever.embed_texts([query.text for query in queries])
     found = search.search(setting.gallery, emb, queries, ITEMS)

@@ -49,6 +49,7 @@ def found(tmp_path_factory):
 METHODS = ["raw query", "BM25", "BM25 + dense", "GRPO, BM25", "GRPO, BM25 + dense"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_measure_is_that_of_ir_measures(found, tmp_path, method):
     queries, ids, by_method = found

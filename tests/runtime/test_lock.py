@@ -49,6 +49,7 @@ def elsewhere(workdir, **changes):
     (workdir / lock.NAME).write_text(json.dumps(content | changes))
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_is_alive(tmp_path, holder):
     began = time.monotonic()
     with (
@@ -139,6 +140,7 @@ def test_one_of_several_simultaneous_runs_gets_the_lock(tmp_path):
     assert sorted(outcomes) == ["held"] + 7 * ["refused"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_taken_over_ends(tmp_path, holder):
     elsewhere(tmp_path)
     assert holder.wait(timeout=30) == processes.LOST

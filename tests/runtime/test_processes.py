@@ -144,6 +144,7 @@ def test_a_process_alone_agrees_with_itself():
     assert processes.main_process_first(lambda: 3) == 3
 
 
+@pytest.mark.slow
 def test_a_process_alone_that_hangs_names_its_step(tmp_path):
     program = commands.ALONE + (
         "import time; from grape_jax.runtime import processes\n"

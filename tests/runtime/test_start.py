@@ -44,6 +44,7 @@ def finish(process):
     return int(hits), bits
 
 
+@pytest.mark.slow
 def test_a_second_start_loads_what_the_first_compiled(tmp_path):
     never = finish(start(tmp_path, gib=0))
     assert not list(tmp_path.iterdir())
@@ -52,6 +53,7 @@ def test_a_second_start_loads_what_the_first_compiled(tmp_path):
     assert never[1] == first[1] == second[1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_programs_of_one_data_dir(tmp_path):
     together = [finish(p) for p in [start(tmp_path, programs=8) for _ in range(2)]]
     later = finish(start(tmp_path, programs=8))
@@ -59,6 +61,7 @@ def test_two_processes_share_the_programs_of_one_data_dir(tmp_path):
     assert {bits for _, bits in together} == {later[1]}
 
 
+@pytest.mark.slow
 def test_compiled_programs_keep_within_their_size(tmp_path):
     assert finish(start(tmp_path, programs=24))[0] == 0
     entries = [path.stat().st_size for path in (tmp_path / "compiled").glob("*-cache")]
@@ -70,11 +73,13 @@ def test_compiled_programs_keep_within_their_size(tmp_path):
     assert 0 < sum(kept) <= bound
 
 
+@pytest.mark.slow
 def test_a_cache_of_the_user_stays_in_use(tmp_path):
     finish(start(tmp_path / "data", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")))
     assert (tmp_path / "own").is_dir() and not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_an_entry_that_a_kill_left_half_written_is_replaced(tmp_path):
     finish(start(tmp_path))
     entries = list((tmp_path / "compiled").glob("*-cache"))
@@ -85,6 +90,7 @@ def test_an_entry_that_a_kill_left_half_written_is_replaced(tmp_path):
     assert finish(start(tmp_path))[0] >= len(entries)
 
 
+@pytest.mark.slow
 def test_programs_for_another_instruction_set_have_other_keys():
     """A machine without AVX-512 does not load the programs of one with it."""
     fingerprint = (
@@ -117,12 +123,14 @@ def platforms(path="", asked="jax.config.jax_platforms", **environment):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_libtpu_says_nothing_where_there_is_no_tpu():
     done = platforms(asked="jax.default_backend()")
     assert (done.stdout.strip(), done.stderr) == ("cpu", "")
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_other_accelerators_and_the_users_choice_are_left_alone(tmp_path):
     assert platforms(JAX_PLATFORMS="cpu,tpu").stdout.strip() == "cpu,tpu"
@@ -131,6 +139,7 @@ def test_other_accelerators_and_the_users_choice_are_left_alone(tmp_path):
     assert platforms(tmp_path).stdout.strip() == "None"
 
 
+@pytest.mark.slow
 def test_an_import_leaves_the_devices_alone():
     """Processes of one run connect before any of them touches a device."""
     program = (
