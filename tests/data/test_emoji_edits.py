@@ -8,6 +8,8 @@ import pytest
 
 from grape_jax.data import emoji, openmoji
 
+pytestmark = pytest.mark.slow  # builds the whole benchmark
+
 KINDS = {
     "who",
     "activity",
@@ -42,7 +44,6 @@ def every(queries):
     return list(itertools.chain(*queries.values()))
 
 
-@pytest.mark.slow
 def test_there_are_enough_pairs_of_every_kind(queries):
     assert len(queries["train"]) >= 3000
     assert len(queries["test"]) >= 800

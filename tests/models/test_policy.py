@@ -231,6 +231,7 @@ def test_a_mesh_changes_no_state_and_no_gradient(tiny, sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
 
 
+@pytest.mark.slow
 def test_weights_come_to_the_activations_and_not_the_other_way(tiny):
     """Split along fsdp alone, the forward pass gathers weights and sums nothing over devices."""
     config, params, prompts, tokens = on_mesh(tiny, 1, 8, 1)

@@ -384,6 +384,7 @@ def test_an_adapter_starts_as_the_base_and_only_it_is_trained(world, scores, sta
     assert second["kl"] > 1e-6  # and stays, while the adapter moves on
 
 
+@pytest.mark.slow
 def test_a_bad_number_changes_nothing_but_the_step(world, scores, start):
     made = make()
     state = start()
