@@ -1,5 +1,7 @@
 """The exception for user errors, common checks, and how a command ends with an error."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -36,9 +38,18 @@ def check_least(key: str, value: float, least: int) -> None:
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Runs a command; prints a `UserError` to stderr without a traceback and exits with code 2."""
+    """Runs a command; prints a `UserError` to stderr without a traceback and exits with code 2.
+
+    If the reader of its output has ended, such as `head`, the command ends without a message, with
+    the code of SIGPIPE.
+    """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes what is left at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
