@@ -109,6 +109,6 @@ def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
     for item in items:
-        # The benchmark takes a minute to embed.
+        # The benchmark has to be embedded first.
         if "shared" in item.fixturenames:
             item.add_marker(pytest.mark.slow)

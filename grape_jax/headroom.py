@@ -33,14 +33,14 @@ def report(config: ConfigDict, workdir: Path) -> None:
     compilation_cache.enable(config)
     processes.announce("preparing data, policy and retriever ...")
     run = context.build(config)
-    found = [measure(run, shift, flags.FLAGS.queries) for shift in config.shifts]
+    measured = [measure(run, shift, flags.FLAGS.queries) for shift in config.shifts]
     if not processes.is_main():
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    found = list(map(verdict.numbers, measured))
     text = "\n".join(map(verdict.as_markdown, found))
     files.replace(workdir / "headroom.md", text)
-    as_json = [verdict.numbers(one) for one in found]
-    files.replace(workdir / "headroom.json", json.dumps(as_json, indent=1))
+    files.replace(workdir / "headroom.json", json.dumps(found, indent=1))
     verdict.write_figure(workdir / "headroom.png", found)
     print(text, end="")
     print(f"written to {workdir / 'headroom.md'}, .json and .png")

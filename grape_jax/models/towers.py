@@ -58,7 +58,7 @@ def embed_images(
             return siglip.embed_images(config, params, pixels_NxHxWx3)
 
 
-@functools.cache  # tracing the towers takes most of a second
+@functools.cache  # asked for several times at a start, and traced each time
 def shapes(config: RetrieverConfig) -> Params:
     """Shapes of the parameters, boxed with their logical axes."""
     key = jax.random.key(0)

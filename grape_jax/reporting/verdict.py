@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from grape_jax.reporting import metrics
+from grape_jax.reporting.figures import METHOD_COLOURS
 from grape_jax.reporting.metrics import Interval
 from grape_jax.reporting.results import COMPOSED, RAW, REFERENCE, UNTRAINED
-from grape_jax.reporting.wording import SHIFTS
+from grape_jax.reporting.wording import SHIFTS, percent
 from grape_jax.runtime import files
 
 GREEDY, SAMPLED = f"{UNTRAINED}, greedy", f"{UNTRAINED}, sampled"
 LITTLE = 0.1  # a smaller share of groups with variance teaches hardly anything
-COLOURS = {"best": "#2a6fbb", UNTRAINED: "#c0392b", REFERENCE: "#1a8f3c"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,35 +39,32 @@ class Headroom:
         return f"{UNTRAINED}, best of {self.ranks[SAMPLED].shape[1]}"
 
     @property
-    def hits(self) -> dict[str, np.ndarray]:
-        """By method, whether each query is answered in the first ten: float `[Q]`, samples' mean.
+    def by_method(self) -> dict[str, np.ndarray]:
+        """`ranks` with the best sample of each query; the reference text, an oracle, comes last."""
+        ranks = self.ranks | {self.best_of: self.ranks[SAMPLED].min(axis=1)}
+        last = {REFERENCE: ranks.pop(REFERENCE)} if REFERENCE in ranks else {}
+        return ranks | last
 
-        The reference text comes last, an oracle.
-        """
-        best = {self.best_of: self.ranks[SAMPLED].min(axis=1)}
-        ranks = self.ranks | best
-        if REFERENCE in ranks:
-            ranks[REFERENCE] = ranks.pop(REFERENCE)
-        found = {name: (rank <= 10).astype(np.float64) for name, rank in ranks.items()}
-        return {name: hit.reshape(len(hit), -1).mean(axis=1) for name, hit in found.items()}
+    def hits(self, method: str, cutoff: int = 10) -> np.ndarray:
+        """Whether each query is answered: float `[Q]`, the mean over samples if there are some."""
+        return (self.by_method[method].reshape(len(self.clusters), -1) <= cutoff).mean(axis=1)
 
     @property
     def baseline(self) -> str:
         """The best method that rewrites nothing."""
-        others = (SAMPLED, GREEDY, self.best_of, REFERENCE)
-        found = {name: hit.mean() for name, hit in self.hits.items() if name not in others}
-        return max(found, key=found.__getitem__)
+        others = [name for name in self.ranks if name not in (SAMPLED, GREEDY, REFERENCE)]
+        return max(others, key=lambda name: self.hits(name).mean())
 
     @property
     def gain(self) -> Interval:
         """Recall@10 of the best sample minus that of the best method that rewrites nothing."""
-        difference = self.hits[self.best_of] - self.hits[self.baseline]
+        difference = self.hits(self.best_of) - self.hits(self.baseline)
         return metrics.clustered_bootstrap(difference[:, None], self.clusters)[0]
 
 
 def sentences(found: Headroom) -> str:
     """Two sentences: whether training can be expected to help, and what GRPO can learn from."""
-    share = lambda name: f"{100 * found.hits[name].mean():.0f} %"
+    share = lambda name: f"{100 * found.hits(name).mean():.0f} %"
     asked = SHIFTS.get(found.shift, found.shift)
     if found.varied < LITTLE or found.gain.mean <= 0:
         opening = f"Rewriting is unlikely to help with {asked}"
@@ -85,9 +82,12 @@ def sentences(found: Headroom) -> str:
 
 
 def numbers(found: Headroom) -> dict:
-    """The numbers for a JSON file."""
+    """The numbers for a JSON file, a table and a figure."""
     facts = dataclasses.asdict(found)
     del facts["ranks"], facts["clusters"]
+    interval = lambda name, cutoff: dataclasses.asdict(
+        metrics.clustered_bootstrap(found.hits(name, cutoff)[:, None], found.clusters)[0]
+    )
     return facts | {
         "verdict": sentences(found),
         "queries": len(found.clusters),
@@ -95,48 +95,51 @@ def numbers(found: Headroom) -> dict:
         "methods": [
             {
                 "method": name,
-                "recall_at_1": _share(found, name, 1),
-                "recall_at_10": _share(found, name, 10),
-                "median_rank": float(np.median(_ranks(found, name))),
+                "recall_at_1": interval(name, 1),
+                "recall_at_10": interval(name, 10),
+                "median_rank": float(np.median(ranks)),
             }
-            for name in found.hits
+            for name, ranks in found.by_method.items()
         ],
     }
 
 
-def as_markdown(found: Headroom) -> str:
-    """The verdict, the table, and what a run would need."""
+def as_markdown(found: dict) -> str:
+    """The verdict, the table, and what a run would need, from `numbers`."""
     rows = [
         f"| {row['method']} | {100 * row['recall_at_1']['mean']:.1f} | "
-        f"{100 * row['recall_at_10']['mean']:.1f} [{100 * row['recall_at_10']['low']:.1f}, "
-        f"{100 * row['recall_at_10']['high']:.1f}] | {row['median_rank']:g} |"
-        for row in numbers(found)["methods"]
+        f"{percent(row['recall_at_10'])} | {row['median_rank']:g} |"
+        for row in found["methods"]
     ]
-    lengths = ", ".join(map(str, found.prompt_lengths))
+    lengths = ", ".join(map(str, found["prompt_lengths"]))
     return "\n".join(
         [
-            f"## {found.shift}",
+            f"## {found['shift']}",
             "",
-            sentences(found),
+            found["verdict"],
             "",
-            f"| {len(found.clusters)} training queries, searched with | R@1 | R@10 | median rank |",
+            f"| {found['queries']} training queries, searched with | R@1 | R@10 | median rank |",
             "| --- | ---: | ---: | ---: |",
             *rows,
             "",
-            f"Of the samples, {100 * found.malformed:.0f} % are outside the output format and "
-            f"{100 * found.truncated:.0f} % have no end within {found.completion_length} tokens. "
-            f"Prompts are padded to {lengths} tokens; an update takes "
-            f"{found.update_bytes / 2**30:.2g} GiB on each device.",
+            f"Of the samples, {100 * found['malformed']:.0f} % are outside the output format and "
+            f"{100 * found['truncated']:.0f} % have no end within {found['completion_length']} "
+            f"tokens. Prompts are padded to {lengths} tokens; an update takes "
+            f"{found['update_bytes'] / 2**30:.2g} GiB on each device.",
             "",
         ]
     )
 
 
-def write_figure(path: Path, shifts: Sequence[Headroom]) -> None:
-    """Writes Recall@10 of every method with its interval, one panel a shift, as PNG."""
+def write_figure(path: Path, shifts: Sequence[dict]) -> None:
+    """Writes Recall@10 of every method with its interval, one panel a shift, as PNG.
+
+    Args:
+      shifts: from `numbers`.
+    """
     from matplotlib.figure import Figure
 
-    most = max(len(found.hits) for found in shifts)
+    most = max(len(found["methods"]) for found in shifts)
     size = (1.5 + 4.3 * len(shifts), 0.9 + 0.36 * most)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     for axis, found in zip(figure.subplots(1, len(shifts), squeeze=False)[0], shifts, strict=True):
@@ -146,34 +149,25 @@ def write_figure(path: Path, shifts: Sequence[Headroom]) -> None:
     files.replace(path, buffer.getvalue())
 
 
-def _draw(axis: Any, found: Headroom) -> None:
-    names = list(found.hits)[::-1]
-    shares = [_share(found, name, 10) for name in names]
+def _draw(axis: Any, found: dict) -> None:
+    rows = found["methods"][::-1]
+    names = [row["method"] for row in rows]
     mean, low, high = (
-        100 * np.array([share[key] for share in shares]) for key in ("mean", "low", "high")
+        100 * np.array([row["recall_at_10"][key] for row in rows])
+        for key in ("mean", "low", "high")
     )
-    axis.barh(names, mean, color=[_colour(found, name) for name in names], height=0.62)
+    axis.barh(names, mean, color=[_colour(name) for name in names], height=0.62)
     axis.errorbar(
         mean, names, xerr=[mean - low, high - mean], fmt="none", ecolor="#333333", capsize=2
     )
     axis.set_xlim(0, 100)
     axis.set_xlabel("Recall@10, %")
-    axis.set_title(found.shift, fontsize=10, loc="left")
+    axis.set_title(found["shift"], fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
 
-def _colour(found: Headroom, name: str) -> str:
-    key = "best" if name == found.best_of else UNTRAINED if name in (GREEDY, SAMPLED) else name
-    return COLOURS.get(key, "#8e6bb5" if name in COMPOSED else "#888888")
-
-
-def _ranks(found: Headroom, name: str) -> np.ndarray:
-    """The ranks that a method's numbers are of."""
-    return found.ranks[SAMPLED].min(axis=1) if name == found.best_of else found.ranks[name]
-
-
-def _share(found: Headroom, name: str, cutoff: int) -> dict[str, float]:
-    """Recall at a cutoff with its interval; the mean over samples where there are several."""
-    hits = (_ranks(found, name) <= cutoff).reshape(len(found.clusters), -1).mean(axis=1)
-    return dataclasses.asdict(metrics.clustered_bootstrap(hits[:, None], found.clusters)[0])
+def _colour(method: str) -> str:
+    """The method's colour in a report's figures; a policy's is that of its greedy rewrites."""
+    policy = method.partition(", ")[0]
+    return METHOD_COLOURS.get(policy, "#8e6bb5" if method in COMPOSED else "#888888")

@@ -13,7 +13,7 @@ from grape_jax.reporting.results import CAPTION_EDIT, PICTURE, PICTURE_EDIT
 from grape_jax.retrieval import fusion
 from grape_jax.retrieval.encoder import Retriever
 from grape_jax.run.answers import QuerySet
-from grape_jax.run.galleries import Gallery
+from grape_jax.run.galleries import Galleries, Gallery
 from grape_jax.run.picture_captions import PictureCaptions
 from grape_jax.run.queries import Queries
 from grape_jax.run.search import best_ranks
@@ -66,34 +66,25 @@ class _Parts:
         ]
 
 
-def tuning_set(config: ConfigDict, queries: Queries, shift: str) -> QuerySet:
-    """At most `evaluation.validation_limit` queries on which `tune` chooses.
+def tune(
+    config: ConfigDict,
+    queries: Queries,
+    galleries: Galleries,
+    retriever: Retriever,
+    picture_captions: PictureCaptions,
+    shift: str,
+) -> Settings:
+    """Chooses the settings with the best R@1 on at most `evaluation.validation_limit` queries.
 
     They are of the validation split, or of the training split if the report tests on the former
-    (CIRR).
+    (CIRR). Ties are broken by the mean reciprocal rank, then by the order of the choices.
     """
     tested = "validation" in catalogue.find(config.benchmark).test_sets
     split = "train" if tested else "validation"
-    return QuerySet(shift, split, queries.split(shift, split, config.evaluation.validation_limit))
-
-
-def tune(
-    gallery: Gallery,
-    retriever: Retriever,
-    picture_captions: PictureCaptions,
-    one: QuerySet,
-    targets_QxP: np.ndarray,
-) -> Settings:
-    """Chooses the settings with the best R@1 on a set of composed queries.
-
-    Ties are broken by the mean reciprocal rank, then by the order of the choices.
-
-    Args:
-      gallery: that of the set's split.
-      targets_QxP: the rows of each query's targets, as `Queries.targets`.
-    """
-    parts = _parts_of(gallery, retriever, picture_captions, one.queries, one.split)
-    ranks = lambda emb_QxE: best_ranks(gallery, emb_QxE, one.queries, targets_QxP)
+    chosen = queries.split(shift, split, config.evaluation.validation_limit)
+    gallery, targets_QxP = galleries.open(split), queries.targets(chosen)
+    parts = _parts_of(gallery, retriever, picture_captions, chosen, split)
+    ranks = lambda emb_QxE: best_ranks(gallery, emb_QxE, chosen, targets_QxP)
     embed = retriever.embed_texts
     return Settings(
         share=_best(SHARES, lambda share: ranks(parts.added(share))),
@@ -101,7 +92,7 @@ def tune(
             range(1, max(map(len, parts.captions)) + 1),
             lambda count: ranks(embed(parts.as_text(count))),
         ),
-        chosen_on=f"{len(one.queries)} {'training' if one.split == 'train' else one.split} queries",
+        chosen_on=f"{len(chosen)} {'training' if split == 'train' else split} queries",
     )
 
 

@@ -111,13 +111,8 @@ def search_test_sets(
         if one.shift in catalogue.composed_shifts(config):
             processes.set_stage(f"the baselines of {one.shift} {one.split}")
             if one.shift not in settings:
-                chosen_on = composed.tuning_set(config, queries, one.shift)
                 settings[one.shift] = composed.tune(
-                    galleries.open(chosen_on.split),
-                    retriever,
-                    captions,
-                    chosen_on,
-                    queries.targets(chosen_on.queries),
+                    config, queries, galleries, retriever, captions, one.shift
                 )
             baselines = composed.searches(gallery, retriever, captions, one, settings[one.shift])
         answers = _search_methods(config, retriever, workdir, one, gallery, baselines)

@@ -104,14 +104,7 @@ def _without_policy(
     raw_QxE = retriever.embed_texts(raw)
     found = {RAW: ranks(raw_QxE)}
     if one.shift in catalogue.composed_shifts(config):
-        chosen_on = composed.tuning_set(config, queries, one.shift)
-        settings = composed.tune(
-            galleries.open(chosen_on.split),
-            retriever,
-            captions,
-            chosen_on,
-            queries.targets(chosen_on.queries),
-        )
+        settings = composed.tune(config, queries, galleries, retriever, captions, one.shift)
         for baseline in composed.searches(gallery, retriever, captions, one, settings):
             found[baseline.method] = ranks(baseline.emb_QxE)
     if gallery.corpus.texts is not None:

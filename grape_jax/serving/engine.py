@@ -145,19 +145,14 @@ class Engine:
             row_of_picture(self.gallery, image, emb_E) if searchable else -1
             for image, emb_E in zip(images, emb_QxE, strict=True)
         ]
-        return [
-            EmbeddedPicture(emb_E, row, self._for_policy(image))
-            for emb_E, row, image in zip(emb_QxE, rows, images, strict=True)
-        ]
+        # Kept only where the policy is given pictures.
+        seen = [None] * len(images) if self.policy.vision is None else images
+        return [EmbeddedPicture(*one) for one in zip(emb_QxE, rows, seen, strict=True)]
 
     def picture(self, row: int) -> EmbeddedPicture:
         """A picture of the gallery."""
         image = None if self.policy.vision is None else self.gallery.image(row)
         return EmbeddedPicture(self.gallery.bank_NxE[row], row, image)
-
-    def _for_policy(self, image: Image.Image) -> Image.Image | None:
-        """The picture, if the policy is given pictures; it is kept for no other."""
-        return None if self.policy.vision is None else image
 
     def search(self, wanted: Sequence[Search]) -> list[list[Match]]:
         """The best matches of each search, best first, ties by row."""

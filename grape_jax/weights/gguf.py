@@ -116,7 +116,7 @@ def read_config(path: str | Path) -> PolicyConfig:
 
 
 class Reader(GGUFReader):
-    """Reads an array in one piece; the library needs a second for a vocabulary, item by item."""
+    """Reads an array in one piece; the library reads a vocabulary item by item."""
 
     def _build_fields(self, *args):
         self.data = np.asarray(self.data)  # type: ignore[assignment]
@@ -128,17 +128,17 @@ class Reader(GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         head: list[Any] = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
         kind, count, start = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
-        types = [GGUFValueType.ARRAY, kind][: 1 + min(1, count)]
         if kind == GGUFValueType.STRING:
-            parts = self._strings(start, count)
-            # Of each string a length and the text.
-            return self._size(head + parts), head + parts, [*range(3, 3 + len(parts), 2)], types
-        if kind not in self.gguf_scalar_to_np:
+            parts = head + self._strings(start, count)
+            places = [*range(3, len(parts), 2)]  # of each string a length and the text
+        elif kind in self.gguf_scalar_to_np:
+            parts, places = [*head, self._get(start, self.gguf_scalar_to_np[kind], count)], [2]
+            if len(parts[-1]) < count:
+                raise ValueError("an array ends beyond the file")
+        else:
             return super()._get_field_parts(orig_offs, raw_type)
-        numbers = self._get(start, self.gguf_scalar_to_np[kind], count)
-        if len(numbers) < count:
-            raise ValueError("an array ends beyond the file")
-        return self._size([*head, numbers]), [*head, numbers], [2], types
+        types = [GGUFValueType.ARRAY, kind][: 1 + min(1, count)]
+        return sum(part.nbytes for part in parts), parts, places, types
 
     def _strings(self, start: int, count: int) -> list[memoryview]:
         data: memoryview = memoryview(self.data)  # type: ignore[arg-type]
@@ -152,9 +152,6 @@ class Reader(GGUFReader):
             parts += data[start:text], data[text:end]
             start = end
         return parts
-
-    def _size(self, parts: list) -> int:
-        return sum(part.nbytes for part in parts)
 
 
 def _open(path: Path) -> GGUFReader:

@@ -51,21 +51,21 @@ def test_the_verdict_follows_the_best_sample_and_the_variance(one, opening):
 
 def test_samples_count_by_their_mean_and_by_their_best():
     one = found(30)
-    hits = one.hits
-    assert [*hits][-2:] == [one.best_of, REFERENCE] and one.best_of == "untrained, best of 2"
-    assert hits[SAMPLED].mean() == 30 / 80 and hits[one.best_of].mean() == 30 / 40
+    assert [*one.by_method][-2:] == [one.best_of, REFERENCE]
+    assert one.best_of == "untrained, best of 2"
+    assert one.hits(SAMPLED).mean() == 30 / 80 and one.hits(one.best_of).mean() == 30 / 40
     assert one.gain.mean == pytest.approx(10 / 40) and one.gain.clear_of_zero
 
 
 def test_numbers_table_and_figure_have_every_method(tmp_path):
     one = found(30)
     written = json.loads(json.dumps(verdict.numbers(one)))
-    assert [row["method"] for row in written["methods"]] == [*one.hits]
+    assert [row["method"] for row in written["methods"]] == [*one.by_method]
     best = written["methods"][-2]
     assert best["recall_at_1"]["mean"] == 0 and best["median_rank"] == 3
     assert best["recall_at_10"]["low"] < 0.75 < best["recall_at_10"]["high"]
-    table = verdict.as_markdown(one)
-    assert all(f"| {name} |" in table for name in one.hits)
+    table = verdict.as_markdown(written)
+    assert all(f"| {name} |" in table for name in one.by_method)
     assert "25 %" in table and "12 %" in table and "32, 48" in table and "2 GiB" in table
-    verdict.write_figure(tmp_path / "one.png", [one, one])
+    verdict.write_figure(tmp_path / "one.png", [written, written])
     assert (tmp_path / "one.png").stat().st_size > 10_000

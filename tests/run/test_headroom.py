@@ -3,7 +3,6 @@
 import commands
 import jax
 import numpy as np
-import pytest
 import tiny_rewriter
 
 from grape_jax.reporting.results import COMPOSED, RAW, REFERENCE
@@ -20,7 +19,6 @@ def numpy_ranks(run, queries, texts):
     return [1 + (s > s[target]).sum() for s, target in zip(score_QxN, targets, strict=True)]
 
 
-@pytest.mark.slow
 def test_ranks_are_those_of_numpy(folder):
     config = tiny_rewriter.emoji_config(folder)
     config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens = 4, K, 6
@@ -39,7 +37,6 @@ def test_ranks_are_those_of_numpy(folder):
     assert again.ranks[SAMPLED].tolist() == found.ranks[SAMPLED].tolist()
 
 
-@pytest.mark.slow
 def test_composed_queries_have_their_baselines(folder, tmp_path):
     config = tiny_rewriter.composed_config(folder, tmp_path)
     config.grpo.batch_size, config.grpo.group_size, config.rollout.max_tokens = 2, 2, 6
@@ -47,7 +44,6 @@ def test_composed_queries_have_their_baselines(folder, tmp_path):
     assert {RAW, *COMPOSED, GREEDY, SAMPLED} <= found.ranks.keys()
 
 
-@pytest.mark.slow
 def test_the_command_writes_its_files(folder):
     out = folder / "headroom"
     settings = {
